@@ -1,0 +1,60 @@
+"""Answers to requests: how they are signed and sent."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeAlias
+
+from relay.core.addresses import ClientAddress
+from relay.core.attributes import ERROR_CODE, SOFTWARE, Attribute, ErrorValue
+from relay.core.authentication import ErrorCode
+from relay.core.commands import Command, SendToClient
+from relay.core.counters import Counters
+from relay.core.stun import MessageClass, Method, encode
+
+AttributeValues: TypeAlias = Iterable[tuple[Attribute[Any], Any]]
+
+
+class Recipient(NamedTuple):
+    """The request that an answer is for, as far as the answer depends on it."""
+
+    client: ClientAddress
+    method: Method
+    transaction_id: bytes
+    fingerprint: bool
+    """The request had a FINGERPRINT, so the answer gets one."""
+    key: bytes | None
+    """Signs the answer; None if the request claimed no username."""
+    authenticated: bool = False
+    """The claim is proven. Answers to others stay as small as they can: their sender's address may be a victim's."""
+
+
+class Answers:
+    """Writes answers, counts them, and puts them among the commands."""
+
+    def __init__(self, software: str, counters: Counters, commands: list[Command]) -> None:
+        self._software = software
+        self._counters = counters
+        self._commands = commands
+
+    def succeed(self, to: Recipient, attributes: AttributeValues) -> bytes:
+        """Answer a request with success, and give the bytes of the answer."""
+        if to.authenticated:
+            attributes = (*attributes, (SOFTWARE, self._software))
+        return self._send(to, MessageClass.SUCCESS, attributes, None)
+
+    def refuse(self, to: Recipient, code: ErrorCode, attributes: AttributeValues = ()) -> None:
+        """Answer a request with an error."""
+        error = ErrorValue(code, code.phrase if to.authenticated else "")
+        self._send(to, MessageClass.ERROR, ((ERROR_CODE, error), *attributes), code)
+
+    def repeat(self, to: Recipient, answer: bytes) -> None:
+        """Answer a repeated request with the very bytes of the success it had."""
+        self._counters.count_answer(to.method, None)
+        self._commands.append(SendToClient(answer, to.client))
+
+    def _send(
+        self, to: Recipient, message_class: MessageClass, attributes: AttributeValues, code: ErrorCode | None
+    ) -> bytes:
+        self._counters.count_answer(to.method, code)
+        answer = encode(message_class, to.method, to.transaction_id, attributes, key=to.key, fingerprint=to.fingerprint)
+        self._commands.append(SendToClient(answer, to.client))
+        return answer

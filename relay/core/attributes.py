@@ -1,0 +1,203 @@
+"""The STUN attributes that the relay knows: a table of type, name, and how a value becomes bytes and back.
+
+Sources: RFC 8489 §14 (STUN), RFC 8656 §18 (TURN).
+"""
+
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+from relay.core.addresses import IPV4_LENGTH, IPV6_LENGTH, Family, SocketAddress, pack_host, unpack_address
+
+T = TypeVar("T")
+
+MAGIC_COOKIE = b"\x21\x12\xa4\x42"
+"""Bytes 4–7 of every STUN message (RFC 8489 §5)."""
+
+COMPREHENSION_OPTIONAL = 0x8000
+"""Types from here up may be ignored by who doesn't know them (RFC 8489 §14)."""
+
+USERNAME_LIMIT = 508
+"""Longest USERNAME in bytes (RFC 8489 §14.3)."""
+
+_HEAD = struct.Struct("!xBH")
+_U16_RFFU = struct.Struct("!H2x")
+_U32 = struct.Struct("!I")
+
+
+class MalformedAttributeError(ValueError):
+    """The value of an attribute has not the form that its type asks for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attribute(Generic[T]):
+    """One row of the table.
+
+    ``pack`` and ``unpack`` get the transaction id too, since the XOR of an IPv6 address depends on it; ``unpack`` raises
+    `MalformedAttributeError` and nothing else, whatever the bytes.
+    """
+
+    type: int
+    name: str
+    pack: Callable[[T, bytes], bytes]
+    unpack: Callable[[bytes, bytes], T]
+
+
+class ErrorValue(NamedTuple):
+    """The value of ERROR-CODE (RFC 8489 §14.8)."""
+
+    code: int
+    phrase: str
+
+
+class AddressErrorValue(NamedTuple):
+    """The value of ADDRESS-ERROR-CODE (RFC 8656 §18.12)."""
+
+    family: Family
+    code: int
+
+
+def _pack_address(address: SocketAddress, transaction_id: bytes) -> bytes:
+    host = pack_host(address)
+    mask = MAGIC_COOKIE + transaction_id
+    port = address[1] ^ 0x2112
+    family = Family.IPV4 if len(host) == IPV4_LENGTH else Family.IPV6
+    return _HEAD.pack(family, port) + bytes(a ^ b for a, b in zip(host, mask, strict=False))
+
+
+def _unpack_address(value: bytes, transaction_id: bytes) -> SocketAddress:
+    if len(value) not in (4 + IPV4_LENGTH, 4 + IPV6_LENGTH):
+        raise MalformedAttributeError("an XOR address has 8 or 20 bytes")
+    family, port = _HEAD.unpack_from(value)
+    if family != (Family.IPV4 if len(value) == 4 + IPV4_LENGTH else Family.IPV6):
+        raise MalformedAttributeError("the family of an XOR address does not fit its length")
+    mask = MAGIC_COOKIE + transaction_id
+    return unpack_address(bytes(a ^ b for a, b in zip(value[4:], mask, strict=False)), port ^ 0x2112)
+
+
+def _pack_text(text: str, _: bytes) -> bytes:
+    return text.encode()
+
+
+def _unpack_text(value: bytes, _: bytes) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise MalformedAttributeError("text is UTF-8") from error
+
+
+def _unpack_username(value: bytes, transaction_id: bytes) -> str:
+    if len(value) > USERNAME_LIMIT:
+        raise MalformedAttributeError("a username has at most 508 bytes")
+    return _unpack_text(value, transaction_id)
+
+
+def _pack_bytes(value: bytes, _: bytes) -> bytes:
+    return value
+
+
+def _unpack_bytes(value: bytes, _: bytes) -> bytes:
+    return value
+
+
+def _pack_u32(value: int, _: bytes) -> bytes:
+    return _U32.pack(value)
+
+
+def _unpack_u32(value: bytes, _: bytes) -> int:
+    return int.from_bytes(_of_length(value, 4), "big")
+
+
+def _pack_channel(number: int, _: bytes) -> bytes:
+    return _U16_RFFU.pack(number)
+
+
+def _unpack_channel(value: bytes, _: bytes) -> int:
+    return int.from_bytes(_of_length(value, 4)[:2], "big")
+
+
+def _pack_u8(value: int, _: bytes) -> bytes:
+    return bytes((value, 0, 0, 0))
+
+
+def _unpack_u8(value: bytes, _: bytes) -> int:
+    return _of_length(value, 4)[0]
+
+
+def _pack_even_port(reserve: bool, _: bytes) -> bytes:  # noqa: FBT001 - the value of the attribute is a boolean
+    return b"\x80" if reserve else b"\0"
+
+
+def _unpack_even_port(value: bytes, _: bytes) -> bool:
+    return bool(_of_length(value, 1)[0] & 0x80)
+
+
+def _pack_flag(_: None, __: bytes) -> bytes:
+    return b""
+
+
+def _unpack_flag(value: bytes, _: bytes) -> None:
+    _of_length(value, 0)
+
+
+def _pack_error(error: ErrorValue, _: bytes) -> bytes:
+    return bytes((0, 0, error.code // 100, error.code % 100)) + error.phrase.encode()
+
+
+def _unpack_error(value: bytes, transaction_id: bytes) -> ErrorValue:
+    if len(value) < 4:  # noqa: PLR2004 - reserved 16 bits, class, number
+        raise MalformedAttributeError("an error code has at least 4 bytes")
+    return ErrorValue((value[2] & 7) * 100 + value[3], _unpack_text(value[4:], transaction_id))
+
+
+def _pack_address_error(error: AddressErrorValue, _: bytes) -> bytes:
+    return bytes((error.family, 0, error.code // 100, error.code % 100))
+
+
+def _unpack_address_error(value: bytes, _: bytes) -> AddressErrorValue:
+    if len(value) < 4 or value[0] not in tuple(Family):  # noqa: PLR2004 - family, reserved, class, number
+        raise MalformedAttributeError("an address error code has a family and a code")
+    return AddressErrorValue(Family(value[0]), (value[2] & 7) * 100 + value[3])
+
+
+def _pack_types(types: Iterable[int], _: bytes) -> bytes:
+    return b"".join(type_.to_bytes(2, "big") for type_ in types)
+
+
+def _unpack_types(value: bytes, _: bytes) -> tuple[int, ...]:
+    if len(value) % 2:
+        raise MalformedAttributeError("a list of types has an even number of bytes")
+    return tuple(int.from_bytes(value[at : at + 2], "big") for at in range(0, len(value), 2))
+
+
+def _of_length(value: bytes, length: int) -> bytes:
+    if len(value) != length:
+        raise MalformedAttributeError(f"{length} bytes expected, not {len(value)}")
+    return value
+
+
+MAPPED_ADDRESS = Attribute(0x0001, "MAPPED-ADDRESS", _pack_bytes, _unpack_bytes)
+USERNAME = Attribute(0x0006, "USERNAME", _pack_text, _unpack_username)
+MESSAGE_INTEGRITY = Attribute(0x0008, "MESSAGE-INTEGRITY", _pack_bytes, _unpack_bytes)
+ERROR_CODE = Attribute(0x0009, "ERROR-CODE", _pack_error, _unpack_error)
+UNKNOWN_ATTRIBUTES = Attribute(0x000A, "UNKNOWN-ATTRIBUTES", _pack_types, _unpack_types)
+CHANNEL_NUMBER = Attribute(0x000C, "CHANNEL-NUMBER", _pack_channel, _unpack_channel)
+LIFETIME = Attribute(0x000D, "LIFETIME", _pack_u32, _unpack_u32)
+XOR_PEER_ADDRESS = Attribute(0x0012, "XOR-PEER-ADDRESS", _pack_address, _unpack_address)
+DATA = Attribute(0x0013, "DATA", _pack_bytes, _unpack_bytes)
+REALM = Attribute(0x0014, "REALM", _pack_text, _unpack_text)
+NONCE = Attribute(0x0015, "NONCE", _pack_bytes, _unpack_bytes)
+XOR_RELAYED_ADDRESS = Attribute(0x0016, "XOR-RELAYED-ADDRESS", _pack_address, _unpack_address)
+REQUESTED_ADDRESS_FAMILY = Attribute(0x0017, "REQUESTED-ADDRESS-FAMILY", _pack_u8, _unpack_u8)
+EVEN_PORT = Attribute(0x0018, "EVEN-PORT", _pack_even_port, _unpack_even_port)
+REQUESTED_TRANSPORT = Attribute(0x0019, "REQUESTED-TRANSPORT", _pack_u8, _unpack_u8)
+DONT_FRAGMENT = Attribute(0x001A, "DONT-FRAGMENT", _pack_flag, _unpack_flag)
+XOR_MAPPED_ADDRESS = Attribute(0x0020, "XOR-MAPPED-ADDRESS", _pack_address, _unpack_address)
+RESERVATION_TOKEN = Attribute(0x0022, "RESERVATION-TOKEN", _pack_bytes, _unpack_bytes)
+ADDITIONAL_ADDRESS_FAMILY = Attribute(0x8000, "ADDITIONAL-ADDRESS-FAMILY", _pack_u8, _unpack_u8)
+ADDRESS_ERROR_CODE = Attribute(0x8001, "ADDRESS-ERROR-CODE", _pack_address_error, _unpack_address_error)
+SOFTWARE = Attribute(0x8022, "SOFTWARE", _pack_text, _unpack_text)
+FINGERPRINT = Attribute(0x8028, "FINGERPRINT", _pack_u32, _unpack_u32)
+
+KNOWN_TYPES = frozenset(row.type for row in tuple(globals().values()) if isinstance(row, Attribute))

@@ -1,0 +1,93 @@
+"""Who sent a request, and how its answer is signed: the checks that every request but Binding passes, in order."""
+
+from enum import IntEnum
+from typing import NamedTuple, TypeVar
+
+from relay.core.addresses import ClientAddress
+from relay.core.attributes import NONCE, REALM, USERNAME, Attribute, MalformedAttributeError
+from relay.core.credentials import RelaySecret, Username, integrity_key, parse_username, password_of
+from relay.core.instant import Instant
+from relay.core.nonces import Nonces
+from relay.core.stun import Message
+
+T = TypeVar("T")
+
+
+class ErrorCode(IntEnum):
+    """The error codes that the relay gives (RFC 8489 §14.8, RFC 8656 §19)."""
+
+    BAD_REQUEST = 400
+    UNAUTHENTICATED = 401
+    FORBIDDEN = 403
+    UNKNOWN_ATTRIBUTE = 420
+    ALLOCATION_MISMATCH = 437
+    STALE_NONCE = 438
+    ADDRESS_FAMILY_NOT_SUPPORTED = 440
+    WRONG_CREDENTIALS = 441
+    UNSUPPORTED_TRANSPORT_PROTOCOL = 442
+    PEER_ADDRESS_FAMILY_MISMATCH = 443
+    ALLOCATION_QUOTA_REACHED = 486
+    INSUFFICIENT_CAPACITY = 508
+
+    @property
+    def phrase(self) -> str:
+        """The reason in words, for people."""
+        return self.name.replace("_", " ").capitalize()
+
+    @property
+    def is_challenge(self) -> bool:
+        """Tell whether its answer carries REALM and NONCE (RFC 8489 §9.2.4)."""
+        return self in (ErrorCode.UNAUTHENTICATED, ErrorCode.STALE_NONCE)
+
+
+class Claim(NamedTuple):
+    """The username that a request bears, and the key that belongs to it."""
+
+    username: Username
+    key: bytes
+
+
+def claim_of(message: Message, realm: str, secret: RelaySecret) -> Claim | None:
+    """Read the username of a request; None if there is none that is well-formed.
+
+    Every answer to a request with a claim is signed with its key, whether or not the request proved it: deployed Firezone
+    clients, and aioice, ignore an answer without MESSAGE-INTEGRITY. It gives nothing away, as the relay signs nothing but
+    its own words.
+    """
+    text = _read(message, USERNAME)
+    username = None if text is None else parse_username(text)
+    if username is None:
+        return None
+    return Claim(username, integrity_key(username.text, realm, password_of(username, secret)))
+
+
+def authenticate(
+    message: Message, claim: Claim | None, client: ClientAddress, now: Instant, nonces: Nonces
+) -> ErrorCode | None:
+    """Check that a request is from who it claims; None if so, else the error to answer.
+
+    The order matters to clients: one that gets 401 for a request with a NONCE drops its credentials for good, where 438
+    makes it try again. And the dear check, the HMAC, comes last.
+    """
+    if message.integrity_at is None:
+        return ErrorCode.UNAUTHENTICATED
+    nonce = _read(message, NONCE)
+    # A Firezone client's first Allocate has USERNAME, REALM and MESSAGE-INTEGRITY but no NONCE; RFC 8489 §9.2.4 would have
+    # 400 for it, which that client can't recover from.
+    if nonce is None:
+        return ErrorCode.UNAUTHENTICATED
+    if not (message.has(USERNAME) and message.has(REALM)):
+        return ErrorCode.BAD_REQUEST
+    if not nonces.is_valid(nonce, client, now):
+        return ErrorCode.STALE_NONCE
+    if claim is None or claim.username.is_expired(now.unix) or not message.integrity_holds(claim.key):
+        return ErrorCode.UNAUTHENTICATED
+    return None
+
+
+def _read(message: Message, attribute: Attribute[T]) -> T | None:
+    """Read a value that proves nothing if it is malformed: so it counts as absent."""
+    try:
+        return message.get(attribute)
+    except MalformedAttributeError:
+        return None

@@ -1,0 +1,49 @@
+"""What the core asks of whoever drives it.
+
+The two that are made for every packet are named tuples: they are as immutable as a frozen dataclass, and cost a third of
+it to make (0.2 µs against 0.7 µs on CPython 3.11).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+from relay.core.addresses import AllocationId, ClientAddress, Family, PeerAddress, RelayedPort
+from relay.core.counters import FreeReason
+
+
+class SendToClient(NamedTuple):
+    """Send a datagram from the port that clients talk to."""
+
+    data: bytes
+    client: ClientAddress
+
+
+class SendToPeer(NamedTuple):
+    """Send a datagram from the relayed address of an allocation, of the peer's family."""
+
+    allocation: AllocationId
+    data: bytes
+    peer: PeerAddress
+
+
+@dataclass(frozen=True, slots=True)
+class BindPort:
+    """Bind one socket for each family to a port, all or none, and report it.
+
+    The report is `Server.handle_bound` or `Server.handle_bind_refused`.
+    """
+
+    allocation: AllocationId
+    port: RelayedPort
+    families: tuple[Family, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FreeAllocation:
+    """Close the sockets of an allocation, if it has any; nothing more is asked of it."""
+
+    allocation: AllocationId
+    reason: FreeReason
+
+
+Command: TypeAlias = SendToClient | SendToPeer | BindPort | FreeAllocation

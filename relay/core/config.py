@@ -1,0 +1,24 @@
+"""What a server is told once, at its start."""
+
+from dataclasses import dataclass
+
+from relay.core.addresses import Family
+from relay.core.credentials import FIREZONE_REALM, RelaySecret
+from relay.core.peers import PeerPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """The settings of one relay."""
+
+    secret: RelaySecret
+    public_hosts: dict[Family, str]
+    """The host of relayed addresses, for each family served; at least one, IPv4 first."""
+    ports: range
+    """Ports that allocations get."""
+    peers: PeerPolicy
+    max_allocations: int
+    """At once; one more is answered 486. At least 1."""
+    software: str
+    """The value of SOFTWARE."""
+    realm: str = FIREZONE_REALM

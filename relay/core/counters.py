@@ -1,0 +1,83 @@
+"""What the core counts: plain integers that anyone may read at any time."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from relay.core.stun import Malformed, Method
+
+
+class DropReason(StrEnum):
+    """Why a datagram was neither relayed nor answered."""
+
+    EMPTY = "empty"
+    UNKNOWN_PROTOCOL = "unknown_protocol"
+    """The first byte is neither STUN's nor ChannelData's."""
+    SOURCE_PORT_ZERO = "source_port_zero"
+    MALFORMED_HEADER = "malformed_header"
+    MALFORMED_COOKIE = "malformed_cookie"
+    MALFORMED_LENGTH = "malformed_length"
+    MALFORMED_ATTRIBUTE = "malformed_attribute"
+    MALFORMED_FINGERPRINT = "malformed_fingerprint"
+    UNKNOWN_METHOD = "unknown_method"
+    RESPONSE = "response"
+    """A success or error response: the relay asks nobody anything."""
+    SEND_INDICATION = "send_indication"
+    DATA_INDICATION = "data_indication"
+    INDICATION = "indication"
+    """An indication of a method that has none."""
+    ALLOCATE_UNDER_WAY = "allocate_under_way"
+    """A repeated Allocate whose first copy is still waiting for its sockets."""
+    SHORT_CHANNEL_DATA = "short_channel_data"
+    """A header cut off, or a length beyond the datagram."""
+    UNBOUND_CHANNEL = "unbound_channel"
+    UNBOUND_PEER = "unbound_peer"
+    """From a peer that no live channel of the allocation is bound to."""
+
+
+MALFORMED_DROPS = {
+    Malformed.HEADER: DropReason.MALFORMED_HEADER,
+    Malformed.COOKIE: DropReason.MALFORMED_COOKIE,
+    Malformed.LENGTH: DropReason.MALFORMED_LENGTH,
+    Malformed.ATTRIBUTE: DropReason.MALFORMED_ATTRIBUTE,
+    Malformed.FINGERPRINT: DropReason.MALFORMED_FINGERPRINT,
+}
+
+
+class FreeReason(StrEnum):
+    """Why an allocation came to its end."""
+
+    EXPIRED = "expired"
+    DELETED = "deleted"
+    """A Refresh with LIFETIME 0."""
+    REPLACED = "replaced"
+    """Its username came back from another address."""
+    REFUSED = "refused"
+    """It never was: no socket could be bound for it."""
+    FAILED = "failed"
+    """What served it failed."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Counts since the start. Packets and bytes are those handed out for sending; bytes are payload without headers."""
+
+    to_peer_packets: int = 0
+    to_peer_bytes: int = 0
+    to_client_packets: int = 0
+    to_client_bytes: int = 0
+    binding_indications: int = 0
+    allocations_made: int = 0
+    allocations_freed: dict[FreeReason, int] = field(default_factory=lambda: dict.fromkeys(FreeReason, 0))
+    channels_bound: int = 0
+    ports_refused: int = 0
+    successes: dict[Method, int] = field(default_factory=dict)
+    errors: dict[tuple[Method, int], int] = field(default_factory=dict)
+    """Error answers by method and code."""
+    drops: dict[DropReason, int] = field(default_factory=lambda: dict.fromkeys(DropReason, 0))
+
+    def count_answer(self, method: Method, code: int | None) -> None:
+        """Count an answer; ``code`` is None for a success."""
+        if code is None:
+            self.successes[method] = self.successes.get(method, 0) + 1
+        else:
+            self.errors[method, code] = self.errors.get((method, code), 0) + 1

@@ -1,0 +1,163 @@
+"""How an allocation comes to be, and how it ends; `relay.core.server` has the table of its states."""
+
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from relay.core.addresses import AllocationId, ClientAddress, Family, RelayedPort, SocketAddress, socket_address
+from relay.core.allocations import Allocation, Allocations, AllocationState
+from relay.core.answers import Answers, Recipient
+from relay.core.attributes import (
+    ADDRESS_ERROR_CODE,
+    LIFETIME,
+    XOR_MAPPED_ADDRESS,
+    XOR_RELAYED_ADDRESS,
+    AddressErrorValue,
+    Attribute,
+)
+from relay.core.authentication import ErrorCode
+from relay.core.commands import BindPort, Command, FreeAllocation
+from relay.core.config import ServerConfig
+from relay.core.counters import Counters, FreeReason
+from relay.core.credentials import integrity_key, parse_username, password_of
+from relay.core.ports import PortPool
+from relay.core.randomness import RandomSource
+from relay.core.stun import Method
+
+BIND_TIMEOUT = 5
+"""Seconds to wait for a report on sockets. Far longer than a bind takes; a client repeats its Allocate for 39.5 s."""
+
+
+class BindRefusal(StrEnum):
+    """Why sockets could not be bound."""
+
+    PORT = "port"
+    """This port can't be had: another may."""
+    MACHINE = "machine"
+    """The machine has no socket, descriptor or thread to give: another port won't help."""
+
+
+class AllocationRequest(NamedTuple):
+    """An Allocate that passed all checks."""
+
+    client: ClientAddress
+    username: str
+    transaction_id: bytes
+    fingerprint: bool
+    families: tuple[Family, ...]
+    missing_families: tuple[Family, ...]
+    even_port: bool
+    lifetime: int
+
+
+class Lifecycle:
+    """Makes allocations and frees them."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        tables: Allocations,
+        answers: Answers,
+        counters: Counters,
+        commands: list[Command],
+        random: RandomSource,
+    ) -> None:
+        self._config = config
+        self._tables = tables
+        self._answers = answers
+        self._counters = counters
+        self._commands = commands
+        self._random = random
+        self._ports = PortPool(config.ports)
+        self._next_id = 1
+
+    def begin(self, request: AllocationRequest, now: float) -> ErrorCode | None:
+        """Make an allocation, to be answered once its sockets are bound; or give the error that stands against it.
+
+        The allocation that its username had is freed first (roaming), so its port and its place count as free.
+        """
+        replaced = self._tables.by_username.get(request.username)
+        if replaced is not None:
+            self.free(replaced, FreeReason.REPLACED)
+        port = self._ports.draw(self._random, even=request.even_port)
+        if port is None:
+            return ErrorCode.INSUFFICIENT_CAPACITY
+        if len(self._tables.by_id) >= self._config.max_allocations:
+            self._ports.give_back(port)
+            return ErrorCode.ALLOCATION_QUOTA_REACHED
+        allocation = Allocation(AllocationId(self._next_id), port=port, **request._asdict())
+        self._next_id += 1
+        self._tables.add(allocation, now + BIND_TIMEOUT)
+        self._commands.append(BindPort(allocation.id, port, allocation.families))
+        return None
+
+    def establish(self, allocation: Allocation, now: float) -> None:
+        """Answer the Allocate of an allocation whose sockets are all bound."""
+        allocation.state = AllocationState.ESTABLISHED
+        self._give_back_refused_ports(allocation)
+        self._tables.extend(allocation, now + allocation.lifetime)
+        self._counters.allocations_made += 1
+        allocation.success = self._answers.succeed(self._recipient(allocation), self._granted(allocation))
+
+    def try_another_port(self, allocation: Allocation) -> None:
+        """Go on with another port than the one the machine refused; without any left, answer 508."""
+        self._counters.ports_refused += 1
+        port = self._ports.draw(self._random, even=allocation.even_port)
+        if port is None:
+            self.free(allocation, FreeReason.REFUSED)
+            return
+        allocation.refused_ports.append(allocation.port)
+        allocation.port = port
+        self._commands.append(BindPort(allocation.id, port, allocation.families))
+
+    def free(self, allocation: Allocation, reason: FreeReason) -> None:
+        """Free an allocation: out of all tables, its ports to the pool, its sockets to be closed."""
+        self._tables.remove(allocation)
+        self._ports.give_back(allocation.port)
+        self._give_back_refused_ports(allocation)
+        self._counters.allocations_freed[reason] += 1
+        self._commands.append(FreeAllocation(allocation.id, reason))
+        if allocation.state is AllocationState.BINDING and reason in (FreeReason.REFUSED, FreeReason.FAILED):
+            self._answers.refuse(self._recipient(allocation), ErrorCode.INSUFFICIENT_CAPACITY)
+
+    def expire(self, now: float) -> None:
+        """Do all that is due at ``now``."""
+        for at, (id_, number) in self._tables.deadlines.pop_due(now):
+            allocation = self._tables.by_id[id_]
+            if number is None:
+                binding = allocation.state is AllocationState.BINDING
+                self.free(allocation, FreeReason.REFUSED if binding else FreeReason.EXPIRED)
+            elif allocation.channels[number].live:
+                self._tables.cool_channel(allocation.channels[number], at)
+            else:
+                self._tables.unbind_channel(allocation, allocation.channels[number])
+
+    def _give_back_refused_ports(self, allocation: Allocation) -> None:
+        for port in allocation.refused_ports:
+            self._ports.give_back(port)
+        allocation.refused_ports.clear()
+
+    def _granted(self, allocation: Allocation) -> Iterator[tuple[Attribute[Any], Any]]:
+        for family in allocation.families:
+            yield XOR_RELAYED_ADDRESS, self._relayed_address(family, allocation.port)
+        yield XOR_MAPPED_ADDRESS, allocation.client
+        yield LIFETIME, allocation.lifetime
+        for family in allocation.missing_families:
+            yield ADDRESS_ERROR_CODE, AddressErrorValue(family, ErrorCode.ADDRESS_FAMILY_NOT_SUPPORTED)
+
+    def _relayed_address(self, family: Family, port: RelayedPort) -> SocketAddress:
+        return socket_address(self._config.public_hosts[family], port)
+
+    def _recipient(self, allocation: Allocation) -> Recipient:
+        # The key is derived anew, rather than kept: an allocation holds no secret.
+        username = parse_username(allocation.username)
+        assert username is not None, "an allocation's username was authenticated"  # noqa: S101
+        key = integrity_key(username.text, self._config.realm, password_of(username, self._config.secret))
+        return Recipient(
+            allocation.client,
+            Method.ALLOCATE,
+            allocation.transaction_id,
+            allocation.fingerprint,
+            key,
+            authenticated=True,
+        )

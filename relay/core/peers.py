@@ -1,0 +1,122 @@
+"""Which peer addresses may be relayed to.
+
+A relay sends packets from inside the operator's network to wherever a client says, so it must not reach what only the
+operator's own machines may. In order: a service port of the relay itself is refused, always; then ``deny``; then
+``allow``; then the relay's own address (a peer only where allocations are: two clients of one relay meet there); then
+the table of defaults below.
+
+An IPv6 address that stands for an IPv4 one is judged by that one: every relay that forgot this could be made to talk to
+its own loopback interface. ``ipaddress.is_global`` can't judge it: it calls ``::127.0.0.1`` and ``64:ff9b::7f00:1`` global.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+
+from relay.core.addresses import PeerAddress
+
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+
+DENIED_BY_DEFAULT: tuple[Network, ...] = tuple(
+    ip_network(text)
+    for text in (
+        "0.0.0.0/8",  # "this host": Linux sends 0.0.0.0 to itself
+        "127.0.0.0/8",  # loopback
+        "169.254.0.0/16",  # link-local, with the metadata service of most clouds
+        "192.0.0.0/24",  # IETF protocol assignments, with Oracle's metadata service
+        "100.100.100.200/32",  # Alibaba's metadata service
+        "168.63.129.16/32",  # Azure's platform service
+        "224.0.0.0/4",  # multicast
+        "240.0.0.0/4",  # reserved, with the limited broadcast
+        "::/128",  # unspecified
+        "::1/128",  # loopback
+        "64:ff9b:1::/48",  # local-use NAT64 (RFC 8215): where the IPv4 address is, only the operator knows
+        "fe80::/10",  # link-local
+        "fec0::/10",  # site-local, withdrawn (RFC 3879)
+        "fd00:ec2::/32",  # AWS's metadata, time and name services
+        "fd20:ce::/32",  # Google's metadata service
+        "ff00::/8",  # multicast
+    )
+)
+"""RFC 1918 and unique local addresses are not here: the peers of a Firezone network may well live there."""
+
+_MAPPED = IPv6Network("::ffff:0:0/96")
+_TRANSLATED = IPv6Network("::ffff:0:0:0/96")
+_COMPATIBLE = IPv6Network("::/96")
+_NAT64 = IPv6Network("64:ff9b::/96")
+_SIX_TO_FOUR = IPv6Network("2002::/16")
+_TEREDO = IPv6Network("2001::/32")
+_LAST_32_BITS = (_MAPPED, _TRANSLATED, _COMPATIBLE, _NAT64)
+_UNSPECIFIED_OR_LOOPBACK = (IPv6Address("::"), IPv6Address("::1"))
+
+
+def judged_addresses(address: Address) -> tuple[Address, ...]:
+    """Give the addresses that decide on an address: those it embeds, or itself if it embeds none.
+
+    Embedded are IPv4-mapped, -compatible and -translated (RFC 4291 §2.5.5, RFC 2765), NAT64 (RFC 6052), 6to4 (RFC 3056)
+    and Teredo (RFC 4380: its server's address and, inverted, its client's).
+    """
+    if isinstance(address, IPv4Address) or address in _UNSPECIFIED_OR_LOOPBACK:
+        return (address,)
+    number = int(address)
+    if any(address in network for network in _LAST_32_BITS):
+        return (IPv4Address(number & 0xFFFFFFFF),)
+    if address in _SIX_TO_FOUR:
+        return (IPv4Address(number >> 80 & 0xFFFFFFFF),)
+    if address in _TEREDO:
+        return (IPv4Address(number >> 64 & 0xFFFFFFFF), IPv4Address(~number & 0xFFFFFFFF))
+    return (address,)
+
+
+def _within(address: Address, networks: Iterable[Network]) -> bool:
+    return any(address in network for network in networks)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerPolicy:
+    """The rules of one relay."""
+
+    relay_addresses: frozenset[str] = frozenset()
+    """Every address that reaches this machine, the public ones included, as text."""
+
+    service_ports: frozenset[int] = frozenset()
+    """Ports on which the relay itself answers."""
+
+    relayed_ports: range = range(0)
+    """Ports that allocations get."""
+
+    public_addresses: frozenset[str] = frozenset()
+    """The hosts of relayed addresses, as text."""
+
+    allow: tuple[Network, ...] = ()
+    deny: tuple[Network, ...] = ()
+
+    def permits(self, peer: PeerAddress) -> bool:
+        """Tell whether packets may be relayed to a peer."""
+        return self._decide(ip_address(peer[0]), peer[1])
+
+    def permits_host(self, peer: PeerAddress) -> bool:
+        """Tell whether packets may be relayed to some port of a peer's host."""
+        return self._decide(ip_address(peer[0]), None)
+
+    def _decide(self, address: Address, port: int | None) -> bool:
+        judged = judged_addresses(address)
+        if port in self.service_ports and any(self._is_this_machine(each) for each in judged):
+            return False
+        # An operator may mean an IPv6 range that embeds IPv4 as such; so deny looks at both forms, and allow does not.
+        if _within(address, self.deny):
+            return False
+        return all(self._permits(each, port) for each in judged)
+
+    def _permits(self, address: Address, port: int | None) -> bool:
+        if _within(address, self.deny):
+            return False
+        if _within(address, self.allow):
+            return True
+        if str(address) in self.relay_addresses:
+            return str(address) in self.public_addresses and (port is None or port in self.relayed_ports)
+        return not _within(address, DENIED_BY_DEFAULT)
+
+    def _is_this_machine(self, address: Address) -> bool:
+        return address.is_loopback or address.is_unspecified or str(address) in self.relay_addresses

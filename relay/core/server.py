@@ -1,0 +1,232 @@
+"""The TURN server.
+
+How it works
+============
+
+Inputs are datagrams (from clients, and from peers by way of an allocation's sockets), reports on sockets, and the passing
+of time; each comes with the `Instant` at which it happened. An input changes the tables once, and appends commands; whoever
+drives the server drains them after each input. `poll_timeout` says by when the server wants an input, at the latest.
+
+Time can't pass unseen: every input first does what is due. So a channel relays nothing after its expiry even if the wake-up
+comes late, and inputs alone decide what comes out: the same inputs with the same seed give the same bytes.
+
+An allocation begins with an Allocate that passed all checks. It is in the tables at once (so that a repeated request is
+recognised), but is answered only when the sockets are bound:
+
+====================  ==========================  ==============================================
+state                 input                       what follows
+====================  ==========================  ==============================================
+(none)                Allocate                    BindPort; BINDING
+BINDING               bound                       success answer; ESTABLISHED
+BINDING               port refused, others left   BindPort of another port; BINDING
+BINDING               refused, nothing left       508; freed
+BINDING               5 s pass                    508; freed
+ESTABLISHED           lifetime passes             freed
+BINDING, ESTABLISHED  Refresh with LIFETIME 0     success answer; freed
+BINDING, ESTABLISHED  same username, new address  freed; the new one goes to BINDING
+BINDING, ESTABLISHED  its sockets failed          (508 if BINDING); freed
+====================  ==========================  ==============================================
+
+Three modules act on the tables of `relay.core.allocations`: this one (packets, reports, time), `relay.core.requests` (what
+clients ask), `relay.core.lifecycle` (how an allocation begins and ends, with the one function that frees).
+"""
+
+import math
+import struct
+
+from relay.core.addresses import AllocationId, ClientAddress, PeerAddress
+from relay.core.allocations import Allocation, Allocations, AllocationState
+from relay.core.answers import Answers, Recipient
+from relay.core.attributes import NONCE, REALM, UNKNOWN_ATTRIBUTES, XOR_MAPPED_ADDRESS
+from relay.core.authentication import ErrorCode, authenticate, claim_of
+from relay.core.commands import Command, SendToClient, SendToPeer
+from relay.core.config import ServerConfig
+from relay.core.counters import MALFORMED_DROPS, Counters, DropReason, FreeReason
+from relay.core.instant import Instant
+from relay.core.lifecycle import BindRefusal, Lifecycle
+from relay.core.nonces import Nonces
+from relay.core.randomness import RandomSource
+from relay.core.requests import Request, Requests
+from relay.core.stun import Malformed, Message, MessageClass, Method, decode
+
+_CHANNEL_HEADER = struct.Struct("!HH")
+_CHANNEL_HEADER_LENGTH = 4
+
+# The first byte of a datagram tells its protocol (RFC 8656 §12, RFC 7983). ChannelData has 64-79 there; 80-127 belong to
+# the channel numbers of RFC 5766.
+_STUN_BELOW = 4
+_CHANNEL_DATA_FROM = 64
+_CHANNEL_DATA_BELOW = 128
+
+_REQUESTS = frozenset((Method.BINDING, Method.ALLOCATE, Method.REFRESH, Method.CREATE_PERMISSION, Method.CHANNEL_BIND))
+_DROPPED_INDICATIONS: dict[int, DropReason] = {
+    Method.SEND: DropReason.SEND_INDICATION,
+    Method.DATA: DropReason.DATA_INDICATION,
+}
+
+
+class Server:
+    """The whole relay, as a state machine.
+
+    Args:
+        config: what it serves.
+        random: draws ports and the key of nonces; a seeded one makes a run repeatable.
+    """
+
+    def __init__(self, config: ServerConfig, random: RandomSource) -> None:
+        self.counters = Counters()
+        self.allocations = Allocations()
+        self._config = config
+        self._commands: list[Command] = []
+        self._nonces = Nonces(random)
+        self._answers = Answers(config.software, self.counters, self._commands)
+        self._lifecycle = Lifecycle(config, self.allocations, self._answers, self.counters, self._commands, random)
+        self._requests = Requests(config, self.allocations, self._lifecycle, self._answers, self.counters)
+        # A copy of the earliest deadline: reading it is all that a relayed packet pays for time.
+        self._wake_at = math.inf
+
+    def drain(self) -> list[Command]:
+        """Take the commands that inputs have left, in the order in which they are to be carried out."""
+        commands = self._commands.copy()
+        self._commands.clear()
+        return commands
+
+    def poll_timeout(self) -> float | None:
+        """Give the monotonic time by which `handle_timeout` wants to be called; None if nothing is waited for."""
+        return None if self._wake_at == math.inf else self._wake_at
+
+    def handle_timeout(self, now: Instant) -> None:
+        """Do what is due."""
+        self._lifecycle.expire(now.monotonic)
+        self._set_wake_up()
+
+    def handle_client_datagram(self, data: bytes, client: ClientAddress, now: Instant) -> None:
+        """Take what arrived on the port that clients talk to, from ``client``."""
+        if now.monotonic >= self._wake_at:
+            self.handle_timeout(now)
+        if not data:
+            self.counters.drops[DropReason.EMPTY] += 1
+        elif _CHANNEL_DATA_FROM <= data[0] < _CHANNEL_DATA_BELOW:
+            self._relay_to_peer(data, client)
+        elif data[0] < _STUN_BELOW:
+            self._handle_stun(data, client, now)
+            self._set_wake_up()
+        else:
+            self.counters.drops[DropReason.UNKNOWN_PROTOCOL] += 1
+
+    def handle_peer_datagram(self, allocation: AllocationId, data: bytes, peer: PeerAddress, now: Instant) -> None:
+        """Take what arrived on a relayed address, from ``peer`` (RFC 8656 §12.7)."""
+        if now.monotonic >= self._wake_at:
+            self.handle_timeout(now)
+        binding = self.allocations.live_peers.get((allocation, peer))
+        counters = self.counters
+        if binding is None:
+            counters.drops[DropReason.UNBOUND_PEER] += 1
+            return
+        counters.to_client_packets += 1
+        counters.to_client_bytes += len(data)
+        self._commands.append(SendToClient(_CHANNEL_HEADER.pack(binding.number, len(data)) + data, binding.client))
+
+    def handle_bound(self, allocation: AllocationId, now: Instant) -> None:
+        """Take the report that every socket of a `BindPort` is bound."""
+        waiting = self._waiting(allocation, now)
+        if waiting is not None:
+            self._lifecycle.establish(waiting, now.monotonic)
+            self._set_wake_up()
+
+    def handle_bind_refused(self, allocation: AllocationId, refusal: BindRefusal, now: Instant) -> None:
+        """Take the report that a `BindPort` could not be carried out; none of its sockets is open."""
+        waiting = self._waiting(allocation, now)
+        if waiting is None:
+            return
+        if refusal is BindRefusal.PORT:
+            self._lifecycle.try_another_port(waiting)
+        else:
+            self._lifecycle.free(waiting, FreeReason.REFUSED)
+        self._set_wake_up()
+
+    def handle_allocation_failed(self, allocation: AllocationId, now: Instant) -> None:
+        """Take the report that the sockets of an allocation, or what serves them, broke."""
+        self.handle_timeout(now)
+        failed = self.allocations.by_id.get(allocation)
+        if failed is not None:
+            self._lifecycle.free(failed, FreeReason.FAILED)
+            self._set_wake_up()
+
+    def _relay_to_peer(self, data: bytes, client: ClientAddress) -> None:
+        """Relay ChannelData (RFC 8656 §12.6); what follows the length it states is padding."""
+        counters = self.counters
+        if len(data) < _CHANNEL_HEADER_LENGTH:
+            counters.drops[DropReason.SHORT_CHANNEL_DATA] += 1
+            return
+        number, length = _CHANNEL_HEADER.unpack_from(data)
+        end = _CHANNEL_HEADER_LENGTH + length
+        if end > len(data):
+            counters.drops[DropReason.SHORT_CHANNEL_DATA] += 1
+            return
+        binding = self.allocations.live_channels.get((client, number))
+        if binding is None:
+            counters.drops[DropReason.UNBOUND_CHANNEL] += 1
+            return
+        counters.to_peer_packets += 1
+        counters.to_peer_bytes += length
+        self._commands.append(SendToPeer(binding.allocation, data[_CHANNEL_HEADER_LENGTH:end], binding.peer))
+
+    def _handle_stun(self, data: bytes, client: ClientAddress, now: Instant) -> None:
+        if client[1] == 0:
+            # No answer could reach it.
+            self.counters.drops[DropReason.SOURCE_PORT_ZERO] += 1
+            return
+        message = decode(data)
+        if isinstance(message, Malformed):
+            self.counters.drops[MALFORMED_DROPS[message]] += 1
+        elif message.message_class is MessageClass.REQUEST:
+            self._handle_request(message, client, now)
+        elif message.message_class is not MessageClass.INDICATION:
+            self.counters.drops[DropReason.RESPONSE] += 1
+        elif message.method == Method.BINDING:
+            # A keep-alive (RFC 8489 §2).
+            self.counters.binding_indications += 1
+        else:
+            self.counters.drops[_DROPPED_INDICATIONS.get(message.method, DropReason.INDICATION)] += 1
+
+    def _handle_request(self, message: Message, client: ClientAddress, now: Instant) -> None:
+        if message.method not in _REQUESTS:
+            # RFC 8489 §6.3: silence for a method that is not known.
+            self.counters.drops[DropReason.UNKNOWN_METHOD] += 1
+            return
+        method = Method(message.method)
+        binds = method is Method.BINDING
+        claim = None if binds else claim_of(message, self._config.realm, self._config.secret)
+        key = None if claim is None else claim.key
+        to = Recipient(client, method, message.transaction_id, message.has_fingerprint, key)
+        unknown = message.unknown_attributes()
+        if unknown:
+            self._answers.refuse(to, ErrorCode.UNKNOWN_ATTRIBUTE, [(UNKNOWN_ATTRIBUTES, unknown)])
+            return
+        if binds:
+            self._answers.succeed(to, [(XOR_MAPPED_ADDRESS, client)])
+            return
+        error = authenticate(message, claim, client, now, self._nonces)
+        if error is not None or claim is None:
+            self._challenge(to, error or ErrorCode.UNAUTHENTICATED, now)
+            return
+        proven = to._replace(authenticated=True)
+        self._requests.handle(Request(message, client, claim.username.text, proven, now.monotonic))
+
+    def _challenge(self, to: Recipient, error: ErrorCode, now: Instant) -> None:
+        if error.is_challenge:
+            nonce = self._nonces.issue(to.client, now)
+            self._answers.refuse(to, error, [(REALM, self._config.realm), (NONCE, nonce)])
+        else:
+            self._answers.refuse(to, error)
+
+    def _waiting(self, allocation: AllocationId, now: Instant) -> Allocation | None:
+        """Find the allocation that a report on a bind is about; None if it is gone or was reported on before."""
+        self.handle_timeout(now)
+        found = self.allocations.by_id.get(allocation)
+        return found if found is not None and found.state is AllocationState.BINDING else None
+
+    def _set_wake_up(self) -> None:
+        earliest = self.allocations.deadlines.earliest()
+        self._wake_at = math.inf if earliest is None else earliest

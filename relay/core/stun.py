@@ -1,0 +1,208 @@
+"""STUN messages: bytes to `Message` and back (RFC 8489 §5, §14).
+
+`decode` never raises, whatever the bytes: it gives a `Message`, or says what is wrong. It checks the form of the message
+and of its FINGERPRINT; the values of attributes are looked at when asked for, since what a wrong one means (silence, 400,
+401) is for the server to say.
+"""
+
+import hmac
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from enum import IntEnum, StrEnum
+from typing import Any, NamedTuple, TypeVar
+
+from relay.core.attributes import (
+    COMPREHENSION_OPTIONAL,
+    FINGERPRINT,
+    KNOWN_TYPES,
+    MAGIC_COOKIE,
+    MESSAGE_INTEGRITY,
+    Attribute,
+)
+
+T = TypeVar("T")
+
+HEADER_LENGTH = 20
+TRANSACTION_ID_LENGTH = 12
+FINGERPRINT_MASK = 0x5354554E
+"""XORed into the CRC, so that it differs from a CRC of a protocol that STUN may be multiplexed with (RFC 8489 §14.7)."""
+
+_INTEGRITY_LENGTH = 4 + 20
+_FINGERPRINT_LENGTH = 4 + 4
+_HEAD = struct.Struct("!HH")
+
+
+class Method(IntEnum):
+    """The methods that have a meaning to a TURN server (RFC 8489 §18.2, RFC 8656 §17)."""
+
+    BINDING = 0x001
+    ALLOCATE = 0x003
+    REFRESH = 0x004
+    SEND = 0x006
+    DATA = 0x007
+    CREATE_PERMISSION = 0x008
+    CHANNEL_BIND = 0x009
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+class MessageClass(IntEnum):
+    """The four classes of a message (RFC 8489 §5)."""
+
+    REQUEST = 0
+    INDICATION = 1
+    SUCCESS = 2
+    ERROR = 3
+
+
+class Malformed(StrEnum):
+    """Why bytes are no STUN message."""
+
+    HEADER = "header"
+    COOKIE = "cookie"
+    LENGTH = "length"
+    ATTRIBUTE = "attribute"
+    FINGERPRINT = "fingerprint"
+
+
+class Message(NamedTuple):
+    """A well-formed message. What follows its MESSAGE-INTEGRITY is left out, as RFC 8489 §14.5 asks."""
+
+    message_class: MessageClass
+    method: int
+    transaction_id: bytes
+    attributes: tuple[tuple[int, bytes], ...]
+    raw: bytes
+    integrity_at: int | None
+    """Where MESSAGE-INTEGRITY begins in ``raw``; None if there is none."""
+    integrity: bytes
+    has_fingerprint: bool
+
+    def get(self, attribute: Attribute[T]) -> T | None:
+        """Give the value of an attribute, the first one where it repeats (RFC 8489 §14), or None.
+
+        Raises:
+            MalformedAttributeError: it is there, and its value has not the right form.
+        """
+        for type_, value in self.attributes:
+            if type_ == attribute.type:
+                return attribute.unpack(value, self.transaction_id)
+        return None
+
+    def get_all(self, attribute: Attribute[T]) -> Iterator[T]:
+        """Give the value of each occurrence of an attribute, in order; raises as `get` does."""
+        return (attribute.unpack(value, self.transaction_id) for type_, value in self.attributes if type_ == attribute.type)
+
+    def has(self, attribute: Attribute[Any]) -> bool:
+        """Tell whether an attribute is there, whatever its value."""
+        return any(type_ == attribute.type for type_, _ in self.attributes)
+
+    def unknown_attributes(self) -> tuple[int, ...]:
+        """Give the types that must be understood and are not, each once."""
+        unknown = (t for t, _ in self.attributes if t < COMPREHENSION_OPTIONAL and t not in KNOWN_TYPES)
+        return tuple(dict.fromkeys(unknown))
+
+    def integrity_holds(self, key: bytes) -> bool:
+        """Check MESSAGE-INTEGRITY in constant time (RFC 8489 §14.5); False if there is none."""
+        if self.integrity_at is None:
+            return False
+        expected = _integrity(self.raw[: self.integrity_at], key)
+        return hmac.compare_digest(expected, self.integrity)
+
+
+def decode(data: bytes) -> Message | Malformed:
+    """Read a message that fills a datagram, or say why it is none."""
+    if len(data) < HEADER_LENGTH or data[0] & 0xC0:
+        return Malformed.HEADER
+    if data[4:8] != MAGIC_COOKIE:
+        return Malformed.COOKIE
+    message_type, length = _HEAD.unpack_from(data)
+    if length % 4 or length != len(data) - HEADER_LENGTH:
+        return Malformed.LENGTH
+    attributes: list[tuple[int, bytes]] = []
+    integrity_at = None
+    integrity = b""
+    has_fingerprint = False
+    at, end = HEADER_LENGTH, len(data)
+    while at < end:
+        type_, size = _HEAD.unpack_from(data, at)
+        value = data[at + 4 : at + 4 + size]
+        if len(value) != size:
+            return Malformed.ATTRIBUTE
+        if type_ == FINGERPRINT.type:
+            if at + _FINGERPRINT_LENGTH != end or _fingerprint(data[:at]) != value:
+                return Malformed.FINGERPRINT
+            has_fingerprint = True
+        elif integrity_at is None:
+            if type_ == MESSAGE_INTEGRITY.type:
+                integrity_at, integrity = at, value
+            else:
+                attributes.append((type_, value))
+        at += 4 + (size + 3 & ~3)
+    return Message(
+        MessageClass((message_type >> 4 & 1) | (message_type >> 7 & 2)),
+        (message_type & 0x000F) | (message_type >> 1 & 0x0070) | (message_type >> 2 & 0x0F80),
+        data[8:HEADER_LENGTH],
+        tuple(attributes),
+        data,
+        integrity_at,
+        integrity,
+        has_fingerprint,
+    )
+
+
+def encode(
+    message_class: MessageClass,
+    method: int,
+    transaction_id: bytes,
+    attributes: Iterable[tuple[Attribute[Any], Any]],
+    *,
+    key: bytes | None = None,
+    fingerprint: bool = False,
+) -> bytes:
+    """Write a message.
+
+    Args:
+        message_class: one of the four.
+        method: 0–0xFFF.
+        transaction_id: 12 bytes.
+        attributes: rows of the attribute table with their values, in order; MESSAGE-INTEGRITY and FINGERPRINT are not
+            among them.
+        key: signs the message with MESSAGE-INTEGRITY.
+        fingerprint: appends FINGERPRINT.
+    """
+    parts = []
+    for attribute, value in attributes:
+        packed = attribute.pack(value, transaction_id)
+        parts.append(_HEAD.pack(attribute.type, len(packed)))
+        parts.append(packed)
+        parts.append(bytes(-len(packed) % 4))
+    body = b"".join(parts)
+    message_type = (
+        (method & 0x000F) | (method & 0x0070) << 1 | (method & 0x0F80) << 2
+        | (message_class & 1) << 4 | (message_class & 2) << 7
+    )  # fmt: skip
+    message = _HEAD.pack(message_type, len(body)) + MAGIC_COOKIE + transaction_id + body
+    if key is not None:
+        mac = _integrity(message, key)
+        message = _with_length(message, _INTEGRITY_LENGTH) + _HEAD.pack(MESSAGE_INTEGRITY.type, len(mac)) + mac
+    if fingerprint:
+        message = _with_length(message, _FINGERPRINT_LENGTH)
+        message += _HEAD.pack(FINGERPRINT.type, 4) + _fingerprint(message)
+    return message
+
+
+def _integrity(covered: bytes, key: bytes) -> bytes:
+    """Give HMAC-SHA1 over a message up to MESSAGE-INTEGRITY, its length counting that attribute (RFC 8489 §14.5)."""
+    return hmac.digest(key, _with_length(covered, _INTEGRITY_LENGTH), "sha1")
+
+
+def _fingerprint(covered: bytes) -> bytes:
+    return (zlib.crc32(covered) ^ FINGERPRINT_MASK).to_bytes(4, "big")
+
+
+def _with_length(message: bytes, more: int) -> bytes:
+    """Give a message whose length field says that ``more`` bytes follow."""
+    return message[:2] + (len(message) - HEADER_LENGTH + more).to_bytes(2, "big") + message[4:]
