@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 run: $(INSTALLED) ## a standalone relay on loopback
 	@exec $(BIN)/firezone-relay --standalone --public-ip4-addr 127.0.0.1 \
 		$$(grep -q '^0\{31\}1 ' /proc/net/if_inet6 2>/dev/null && echo --public-ip6-addr ::1) \
-		--allow-peer 127.0.0.0/8 --allow-peer ::1/128
+		--allow-peer 127.0.0.0/8 --allow-peer ::1/128 --max-allocations 1000
 
 test: $(INSTALLED) ## all tests, foreign clients included
 	@tests/install-foreign-clients
@@ -31,7 +31,10 @@ wheel: $(INSTALLED) ## dist/firezone_relay-*.whl
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(BIN)/pip:
 	@./bootstrap $(PYTHON) $(VENV)
+
+$(INSTALLED): $(BIN)/pip pyproject.toml constraints.txt
+	@echo "installing into $(VENV)"
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint]'
 	@touch $@

@@ -1,0 +1,119 @@
+"""What the relay is told at its start: the settings of one process, checked."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv6Address
+
+from relay.core.addresses import Family
+from relay.core.credentials import RelaySecret
+from relay.core.peers import Network
+
+SERVICE_PORT = 3478
+"""Where clients talk to the relay (RFC 8656 §4). Not an option: every client knows it."""
+
+LOWEST_PORT = 49152
+HIGHEST_PORT = 65535
+"""The dynamic ports (RFC 6335 §6), which RFC 8656 §7.2 recommends for relayed addresses."""
+
+UNPRIVILEGED = 1024
+
+_BROADCAST = IPv4Address("255.255.255.255")
+
+
+class BadUseError(Exception):
+    """The relay can't be run as asked. The message is one line that says what is wrong and what to do."""
+
+
+class LogFormat(StrEnum):
+    """How a log line looks."""
+
+    HUMAN = "human"
+    JSON = "json"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An address of this machine to listen on."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The settings of one relay process.
+
+    Raises:
+        BadUseError: they contradict each other, or can't work.
+    """
+
+    public_ip4: IPv4Address | None = None
+    public_ip6: IPv6Address | None = None
+    bind_ip4: IPv4Address | None = None
+    bind_ip6: IPv6Address | None = None
+    """Without them: the public address if this machine has it, else all addresses."""
+    lowest_port: int = LOWEST_PORT
+    highest_port: int = HIGHEST_PORT
+    health: Endpoint = Endpoint("0.0.0.0", 8080)  # noqa: S104 - for probes from outside, as operators have it
+    control: Endpoint = Endpoint("127.0.0.1", 9999)
+    secret: RelaySecret | None = None
+    """Without it, one is made at random."""
+    rng_seed: int | None = None
+    allow_peers: tuple[Network, ...] = ()
+    deny_peers: tuple[Network, ...] = ()
+    max_allocations: int | None = None
+    """Without it: as many as there are ports."""
+    service_port: int = SERVICE_PORT
+
+    def __post_init__(self) -> None:
+        if self.public_ip4 is None and self.public_ip6 is None:
+            raise BadUseError("no public address: give --public-ip4-addr or --public-ip6-addr, or both")
+        _check_addresses("4", self.public_ip4, self.bind_ip4)
+        _check_addresses("6", self.public_ip6, self.bind_ip6)
+        if self.lowest_port < UNPRIVILEGED:
+            raise BadUseError(f"--lowest-port {self.lowest_port} is below {UNPRIVILEGED}: those ports are for services")
+        if self.lowest_port > self.highest_port:
+            raise BadUseError(f"--lowest-port {self.lowest_port} is above --highest-port {self.highest_port}: swap them")
+        if self.service_port in self.ports:
+            raise BadUseError(f"--lowest-port and --highest-port enclose {self.service_port}, where clients are answered")
+
+    @property
+    def ports(self) -> range:
+        """The ports that allocations get."""
+        return range(self.lowest_port, self.highest_port + 1)
+
+    @property
+    def capacity(self) -> int:
+        """How many allocations there can be at once."""
+        return min(len(self.ports), self.max_allocations or len(self.ports))
+
+    @property
+    def public_hosts(self) -> dict[Family, str]:
+        """The hosts of relayed addresses, by family, IPv4 first."""
+        given = ((Family.IPV4, self.public_ip4), (Family.IPV6, self.public_ip6))
+        return {family: str(address) for family, address in given if address is not None}
+
+
+def _check_addresses(version: str, public: IPv4Address | IPv6Address | None, bind: IPv4Address | IPv6Address | None) -> None:
+    if public is not None:
+        wrong = _fault(public) or ("the unspecified address" if public.is_unspecified else None)
+        if wrong is not None:
+            raise BadUseError(
+                f"--public-ip{version}-addr {public} is {wrong}: give the address at which clients reach this relay"
+            )
+    if bind is not None:
+        if public is None:
+            raise BadUseError(f"--bind-ip{version}-addr does nothing without --public-ip{version}-addr: give both or none")
+        if _fault(bind) is not None:
+            raise BadUseError(f"--bind-ip{version}-addr {bind} is {_fault(bind)}: give an address of this machine")
+
+
+def _fault(address: IPv4Address | IPv6Address) -> str | None:
+    if address.is_multicast:
+        return "a multicast address"
+    if address == _BROADCAST:
+        return "the broadcast address"
+    return None

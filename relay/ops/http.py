@@ -1,0 +1,123 @@
+"""The pages of the health and the control address.
+
+They are served by waitress, in threads of its own: it limits how many connect, how much they send and how long they take,
+so that a slow or hostile client costs the relay a few descriptors and no more.
+"""
+
+import errno
+import json
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from typing import Any, NamedTuple, TypeAlias
+from wsgiref.types import StartResponse, WSGIEnvironment
+
+import waitress.server
+import waitress.wasyncore
+
+from relay import __version__
+from relay.config import BadUseError, Endpoint
+from relay.ops.machine import holder
+
+CONNECTIONS = 64
+"""At once, for each address; further ones wait to be accepted."""
+
+IDLE_SECONDS = 10
+"""After which a connection without a complete request is closed."""
+
+REQUEST_BYTES = 4096
+"""Longest head, and longest body, of a request."""
+
+STOP_TIMEOUT = 1
+"""Seconds to wait for the threads at the end."""
+
+
+class Page(NamedTuple):
+    """What is answered: a status, and an object that becomes JSON."""
+
+    status: HTTPStatus
+    body: Mapping[str, object]
+
+
+Pages: TypeAlias = Mapping[str, Callable[[], Page]]
+"""What is answered to a GET of each path."""
+
+
+def health_pages(is_ready: Callable[[], bool]) -> Pages:
+    """Give the pages by which an orchestrator sees whether the process lives, and whether it answers clients."""
+
+    def healthz() -> Page:
+        return Page(HTTPStatus.OK, {"status": "ok", "version": __version__})
+
+    def readyz() -> Page:
+        if is_ready():
+            return Page(HTTPStatus.OK, {"status": "ready", "version": __version__})
+        return Page(HTTPStatus.SERVICE_UNAVAILABLE, {"status": "not ready", "version": __version__})
+
+    return {"/healthz": healthz, "/readyz": readyz}
+
+
+class HttpEndpoint:
+    """Serves pages at one address, from its making until it is stopped.
+
+    Raises:
+        BadUseError: the address is in use, or this machine does not have it.
+    """
+
+    def __init__(self, name: str, at: Endpoint, pages: Pages) -> None:
+        listening = _listen(name, at)
+        self.port: int = listening.getsockname()[1]
+        self._pages = pages
+        # Typed as Any: what ends its loop is not part of its public face.
+        self._server: Any = waitress.server.create_server(
+            self._answer,
+            sockets=[listening],
+            threads=2,
+            connection_limit=CONNECTIONS,
+            channel_timeout=IDLE_SECONDS,
+            cleanup_interval=IDLE_SECONDS,
+            max_request_header_size=REQUEST_BYTES,
+            max_request_body_size=REQUEST_BYTES,
+            # select() takes no descriptor above 1023, and allocations take thousands.
+            asyncore_use_poll=True,
+            ident=None,
+        )
+        self._thread = threading.Thread(target=self._server.run, name=name, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Close the address and all connections."""
+        # Only the thread that runs the loop may close what the loop looks at.
+        self._server.trigger.pull_trigger(self._close_all)
+        self._thread.join(STOP_TIMEOUT)
+        self._server.task_dispatcher.shutdown(timeout=STOP_TIMEOUT)
+
+    def _close_all(self) -> None:
+        waitress.wasyncore.close_all(self._server._map)  # noqa: SLF001 - see above
+
+    def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
+        page = self._pages.get(environ["PATH_INFO"])
+        if page is None:
+            answer = Page(HTTPStatus.NOT_FOUND, {"error": "no such page", "pages": sorted(self._pages)})
+        elif environ["REQUEST_METHOD"] not in {"GET", "HEAD"}:
+            answer = Page(HTTPStatus.METHOD_NOT_ALLOWED, {"error": "GET is all there is"})
+        else:
+            answer = page()
+        body = json.dumps(answer.body).encode() + b"\n"
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Cache-Control", "no-store")]
+        start_response(f"{answer.status.value} {answer.status.phrase}", headers)
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+
+
+def _listen(name: str, at: Endpoint) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in at.host else socket.AF_INET
+        return socket.create_server((at.host, at.port), family=family, backlog=CONNECTIONS)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            by = holder("tcp", at.port)
+            message = f"{at}/tcp is in use by {by}: stop that, or give --{name}-address another port"
+        else:
+            message = f"can't listen on {at}/tcp ({error.strerror}): give --{name}-address an address of this machine"
+        raise BadUseError(message) from error

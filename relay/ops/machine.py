@@ -1,0 +1,107 @@
+"""What the relay needs to know of the machine that it runs on, and to have of it."""
+
+import errno
+import resource
+import socket
+
+import psutil
+
+from relay.config import BadUseError, Config, Endpoint
+from relay.core.addresses import Family
+from relay.net.udp import ADDRESS_FAMILIES, open_socket
+
+_UNSPECIFIED = {Family.IPV4: "0.0.0.0", Family.IPV6: "::"}  # noqa: S104 - a relay serves whoever reaches it
+
+OTHER_DESCRIPTORS = 128
+"""Standard streams, the sockets for clients, health and control addresses with their connections, files being read."""
+
+
+def bind_hosts(config: Config) -> dict[Family, str]:
+    """Give the address to bind for each family served."""
+    given = {Family.IPV4: config.bind_ip4, Family.IPV6: config.bind_ip6}
+    return {
+        family: _bindable(family, public) if given[family] is None else str(given[family])
+        for family, public in config.public_hosts.items()
+    }
+
+
+def _bindable(family: Family, public: str) -> str:
+    """Give the public address if this machine has it, so that answers leave from where requests came; else all addresses.
+
+    Behind a 1:1 NAT, as most clouds have it, the machine does not know its public address.
+    """
+    try:
+        open_socket(family, public, 0).close()
+    except OSError:
+        return _UNSPECIFIED[family]
+    return public
+
+
+def own_addresses() -> frozenset[str]:
+    """Give every address that an interface of this machine has."""
+    return frozenset(
+        address.address.partition("%")[0]
+        for interface in psutil.net_if_addrs().values()
+        for address in interface
+        if address.family in ADDRESS_FAMILIES.values()
+    )
+
+
+def open_service_socket(family: Family, host: str, port: int) -> socket.socket:
+    """Open the socket for clients.
+
+    Raises:
+        BadUseError: it is in use, or the machine does not have the address.
+    """
+    try:
+        return open_socket(family, host, port)
+    except OSError as error:
+        at = Endpoint(host, port)
+        if error.errno == errno.EADDRINUSE:
+            by = holder("udp", port)
+            raise BadUseError(f"{at}/udp is in use by {by}: clients know no other port, so stop that") from error
+        if error.errno == errno.EADDRNOTAVAIL:
+            message = f"this machine does not have the address {host}: give --bind-ip{'46'[family - 1]}-addr one it has"
+            raise BadUseError(message) from error
+        if error.errno == errno.EAFNOSUPPORT:
+            raise BadUseError(f"this machine has no {family}: leave --public-ip{'46'[family - 1]}-addr out") from error
+        raise BadUseError(f"can't listen on {at}/udp: {error.strerror}") from error
+
+
+def holder(kind: str, port: int) -> str:
+    """Name the process that has a port, as far as this one may know.
+
+    Args:
+        kind: "udp" or "tcp".
+        port: which.
+    """
+    try:
+        for connection in psutil.net_connections(kind):
+            if connection.laddr and connection.laddr.port == port and connection.pid is not None:
+                return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
+    except (psutil.Error, OSError):
+        pass
+    return "another process"
+
+
+def raise_descriptor_limit(config: Config) -> None:
+    """Make sure that every allocation there can be finds descriptors for its sockets.
+
+    Raises:
+        BadUseError: this process may not have as many.
+    """
+    families = len(config.public_hosts)
+    needed = config.capacity * families + OTHER_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    try:
+        # Beyond the hard limit this works for root only.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, max(needed, hard)))
+    except (ValueError, OSError) as error:
+        fitting = (hard - OTHER_DESCRIPTORS) // families
+        advice = f"--max-allocations {fitting} fits" if fitting > 0 else "nothing fits"
+        raise BadUseError(
+            f"{config.capacity} allocations need {needed} descriptors and this process may have {hard}: "
+            f"{advice}; or raise the limit (ulimit -Hn {needed}, or LimitNOFILE={needed} in the unit)"
+        ) from error

@@ -1,0 +1,99 @@
+"""The types of command line options: text to values, with one line that says what is wrong."""
+
+import re
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from pathlib import Path
+from typing import Any
+
+import click
+
+from relay.config import BadUseError, Endpoint
+from relay.core.credentials import RelaySecret
+from relay.core.peers import Network
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+class IpAddressType(click.ParamType[IPv4Address | IPv6Address]):
+    """An address of one family."""
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self.name = f"IPV{version}"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> IPv4Address | IPv6Address:  # noqa: ANN401 - as click has it
+        """Read an address."""
+        try:
+            address = ip_address(str(value))
+        except ValueError:
+            self.fail(f"{str(value)!r} is no IP address", param, ctx)
+        if address.version != self.version:
+            self.fail(f"{address} is an IPv{address.version} address: give an IPv{self.version} address", param, ctx)
+        return address
+
+
+class EndpointType(click.ParamType[Endpoint]):
+    """An address and a port to listen on."""
+
+    name = "HOST:PORT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Endpoint:  # noqa: ANN401 - as click has it
+        """Read ``192.0.2.1:80`` or ``[2001:db8::1]:80``."""
+        if isinstance(value, Endpoint):
+            return value
+        host, _, port = str(value).rpartition(":")
+        try:
+            address = IPv6Address(host[1:-1]) if host.startswith("[") and host.endswith("]") else IPv4Address(host)
+            return Endpoint(str(address), click.IntRange(0, 65535).convert(port, param, ctx))
+        except (ValueError, click.BadParameter):
+            self.fail(f"{str(value)!r} is no address with a port: write 127.0.0.1:8080 or [::1]:8080", param, ctx)
+
+
+class NetworksType(click.ParamType[tuple[Network, ...]]):
+    """Networks in CIDR notation, with commas between them."""
+
+    name = "CIDR"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Network, ...]:  # noqa: ANN401 - as click has it
+        """Read ``10.0.0.0/8,fd00::/8``; a single address is a network of one."""
+        if isinstance(value, tuple):
+            return value
+        networks: list[Network] = []
+        for text in filter(None, (part.strip() for part in str(value).split(","))):
+            try:
+                networks.append(ip_network(text))
+            except ValueError as error:
+                self.fail(f"{text!r} is no network: write 10.0.0.0/8 or fd00::/8 ({error})", param, ctx)
+        return tuple(networks)
+
+
+class DurationType(click.ParamType[int]):
+    """A time in seconds, or with a unit."""
+
+    name = "DURATION"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:  # noqa: ANN401 - as click has it
+        """Read ``90``, ``90s``, ``15m``, ``12h``, ``1d`` or ``2w`` as seconds."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"([0-9]{1,9})([smhdw]?)", str(value).strip())
+        if match is None or int(match[1]) == 0:
+            self.fail(f"{str(value)!r} is no duration: write 90s, 15m, 12h or 1d", param, ctx)
+        return int(match[1]) * _UNITS[match[2] or "s"]
+
+
+def read_secret(path: Path) -> RelaySecret:
+    """Read a relay secret from a file, white space around it left out.
+
+    Raises:
+        BadUseError: the file can't be read, or there is no text in it.
+    """
+    try:
+        text = path.read_text().strip()
+    except OSError as error:
+        raise BadUseError(f"can't read the relay secret from {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BadUseError(f"the relay secret in {path} is no text: write it in hexadecimal, say") from error
+    if not text:
+        raise BadUseError(f"{path} is empty: put the relay secret into it (openssl rand -hex 32 makes one)")
+    return RelaySecret(text)
