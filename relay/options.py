@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from relay.config import BadUseError, Endpoint
+from relay.config import Endpoint
 from relay.core.credentials import RelaySecret
 from relay.core.peers import Network
 
@@ -21,7 +21,7 @@ class IpAddressType(click.ParamType[IPv4Address | IPv6Address]):
         self.version = version
         self.name = f"IPV{version}"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> IPv4Address | IPv6Address:  # noqa: ANN401 - as click has it
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> IPv4Address | IPv6Address:  # noqa: ANN401
         """Read an address."""
         try:
             address = ip_address(str(value))
@@ -37,16 +37,19 @@ class EndpointType(click.ParamType[Endpoint]):
 
     name = "HOST:PORT"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Endpoint:  # noqa: ANN401 - as click has it
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Endpoint:  # noqa: ANN401
         """Read ``192.0.2.1:80`` or ``[2001:db8::1]:80``."""
         if isinstance(value, Endpoint):
             return value
         host, _, port = str(value).rpartition(":")
         try:
             address = IPv6Address(host[1:-1]) if host.startswith("[") and host.endswith("]") else IPv4Address(host)
-            return Endpoint(str(address), click.IntRange(0, 65535).convert(port, param, ctx))
-        except (ValueError, click.BadParameter):
+            port_number = int(port)
+        except ValueError:
+            port_number = -1
+        if not 0 <= port_number < 1 << 16:
             self.fail(f"{str(value)!r} is no address with a port: write 127.0.0.1:8080 or [::1]:8080", param, ctx)
+        return Endpoint(str(address), port_number)
 
 
 class NetworksType(click.ParamType[tuple[Network, ...]]):
@@ -54,7 +57,7 @@ class NetworksType(click.ParamType[tuple[Network, ...]]):
 
     name = "CIDR"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Network, ...]:  # noqa: ANN401 - as click has it
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Network, ...]:  # noqa: ANN401
         """Read ``10.0.0.0/8,fd00::/8``; a single address is a network of one."""
         if isinstance(value, tuple):
             return value
@@ -72,7 +75,7 @@ class DurationType(click.ParamType[int]):
 
     name = "DURATION"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:  # noqa: ANN401 - as click has it
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:  # noqa: ANN401
         """Read ``90``, ``90s``, ``15m``, ``12h``, ``1d`` or ``2w`` as seconds."""
         if isinstance(value, int):
             return value
@@ -86,14 +89,14 @@ def read_secret(path: Path) -> RelaySecret:
     """Read a relay secret from a file, white space around it left out.
 
     Raises:
-        BadUseError: the file can't be read, or there is no text in it.
+        click.UsageError: the file can't be read, or there is no text in it.
     """
     try:
-        text = path.read_text().strip()
+        text = path.read_text(encoding="utf-8").strip()
     except OSError as error:
-        raise BadUseError(f"can't read the relay secret from {path}: {error.strerror}") from error
+        raise click.UsageError(f"can't read the relay secret from {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise BadUseError(f"the relay secret in {path} is no text: write it in hexadecimal, say") from error
+        raise click.UsageError(f"the relay secret in {path} is no text: write it in hexadecimal, say") from error
     if not text:
-        raise BadUseError(f"{path} is empty: put the relay secret into it (openssl rand -hex 32 makes one)")
+        raise click.UsageError(f"{path} is empty: put the relay secret into it (openssl rand -hex 32 makes one)")
     return RelaySecret(text)

@@ -80,7 +80,7 @@ class System:
         self._clock = clock or SystemClock()
         self._started_at = time.monotonic()
         self._stack = contextlib.ExitStack()
-        self._listening: dict[Family, socket.socket] = {}
+        self.listening: dict[Family, socket.socket] = {}
         self._inbox: ServerInbox | None = None
         self.http_ports: list[int] = []
         """On which the health and the control address listen, in this order."""
@@ -118,7 +118,7 @@ class System:
 
     def address_of(self, family: Family) -> Endpoint:
         """Give where clients of a family are listened to."""
-        host, port, *_ = self._listening[family].getsockname()
+        host, port, *_ = self.listening[family].getsockname()
         return Endpoint(host, port)
 
     def summary(self) -> dict[str, object]:
@@ -142,7 +142,7 @@ class System:
         for family, host in self.hosts.items():
             opened = open_service_socket(family, host, self.config.service_port)
             stack.callback(opened.close)
-            self._listening[family] = opened
+            self.listening[family] = opened
             if is_receive_buffer_capped(opened):
                 _log.warning(
                     "receive buffers are small: bursts will lose packets", want=f"net.core.rmem_max={RECEIVE_BUFFER}"
@@ -152,7 +152,7 @@ class System:
             http = HttpEndpoint(name, endpoint, pages)
             stack.callback(http.stop)
             self.http_ports.append(http.port)
-        server = ServerActor.start(self.core, self._listening, self.hosts, self._clock, self.socket_counters, self._failed)
+        server = ServerActor.start(self.core, self.listening, self.hosts, self._clock, self.socket_counters, self._failed)
         stack.callback(_stop, server, SERVER_STOP_TIMEOUT)
         self._inbox = cast(ServerInbox, server.actor_inbox)
         # Where a portal will have its say: this is what its `init` lets happen.
@@ -160,7 +160,7 @@ class System:
 
     def _begin(self, stack: contextlib.ExitStack, server: pykka.ActorRef[ServerActor], inbox: ServerInbox) -> None:
         """Answer clients from now on."""
-        for family, opened in self._listening.items():
+        for family, opened in self.listening.items():
             receiver = Receiver((opened,))
             listener = ListenerActor.start(f"listener-{family.name.lower()}", receiver, server, inbox, self._failed)
             stack.callback(_stop, listener, LISTENER_STOP_TIMEOUT)
@@ -169,7 +169,7 @@ class System:
         _log.info(
             "ready",
             version=__version__,
-            clients=[str(self.address_of(family)) for family in self._listening],
+            clients=[str(self.address_of(family)) for family in self.listening],
             relayed=[str(host) for host in self.config.public_hosts.values()],
             ports=f"{self.config.lowest_port}-{self.config.highest_port}",
         )

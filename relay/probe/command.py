@@ -9,7 +9,8 @@ import click
 from click.core import ParameterSource
 
 from relay.core.attributes import USERNAME_LIMIT
-from relay.core.credentials import Credential, RelaySecret, mint
+from relay.core.credentials import Credential, mint
+from relay.options import read_secret
 from relay.probe.report import TerminalWatcher, as_json, standard_output, write_table
 from relay.probe.steps import Probe, Settings
 from relay.probe.target import TargetError, parse_target, resolve
@@ -37,7 +38,7 @@ def _finite(_: click.Context, __: click.Parameter, value: float) -> float:
     metavar="P",
     envvar="FIREZONE_RELAY_PASSWORD",
     show_envvar=True,
-    help="Its password; other users of this machine can't see it in the variable.",
+    help="Its password. Better in the variable: a command line can be read by other users.",
 )
 @click.option(
     "--relay-secret-file",
@@ -117,7 +118,7 @@ def _credential(username: str | None, password: str | None, secret_file: Path | 
         if username is not None or password is not None:
             raise click.UsageError("give either --username and --password, or --relay-secret-file, not both")
         expiry = int(time.time()) + CREDENTIAL_LIFETIME
-        return mint(_read_secret(secret_file), expiry, secrets.token_hex(_SALT_LENGTH))
+        return mint(read_secret(secret_file), expiry, secrets.token_hex(_SALT_LENGTH))
     if username is None and password is None:
         return None
     if username is None:
@@ -132,15 +133,3 @@ def _credential(username: str | None, password: str | None, secret_file: Path | 
     if not 0 < len(encoded) <= USERNAME_LIMIT:
         raise click.UsageError(f"a username has 1 to {USERNAME_LIMIT} bytes")
     return Credential(username, password)
-
-
-def _read_secret(path: Path) -> RelaySecret:
-    try:
-        text = path.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise click.UsageError(f"can't read the relay secret from {path}: {error.strerror}") from error
-    except UnicodeDecodeError:
-        raise click.UsageError(f"{path} holds no relay secret: it is not text") from None
-    if not text:
-        raise click.UsageError(f"{path} holds no relay secret: it is empty")
-    return RelaySecret(text)

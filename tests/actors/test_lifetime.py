@@ -1,0 +1,125 @@
+"""What ends an allocation in a running relay, and what is left of it."""
+
+import socket
+
+import pykka
+import pytest
+
+from relay.actors.messages import Tick
+from relay.actors.server import ServerActor
+from relay.core.addresses import Family, SocketAddress
+from relay.core.counters import DropReason, FreeReason
+from relay.core.stun import MessageClass, Method, encode
+from tests.actors.conftest import Relay, RelayMaker
+from tests.conftest import wait_until
+from tests.turn_client import TurnClient, udp_socket
+
+
+def server_of(_: Relay) -> pykka.ActorRef[ServerActor]:
+    """The server actor of the only relay there is."""
+    (server,) = pykka.ActorRegistry.get_by_class(ServerActor)
+    return server
+
+
+def settle(relay: Relay) -> None:
+    """Wait until the server actor has worked off what was told before."""
+    server_of(relay).ask(Tick(), timeout=5)
+
+
+def wait_until_bindable(address: SocketAddress) -> None:
+    """Wait until the sockets of a freed allocation are closed: its actor does that, in its own time."""
+
+    def is_bindable() -> bool:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened:
+            try:
+                opened.bind((address[0], address[1]))
+            except OSError:
+                return False
+        return True
+
+    wait_until(is_bindable)
+
+
+def test_an_allocation_ends_with_its_lifetime_and_its_port_is_free_again(relay: Relay) -> None:
+    client = relay.client()
+    (relayed,) = client.allocate()
+    relay.clock.jump(601)
+    settle(relay)
+    assert relay.system.core.counters.allocations_freed[FreeReason.EXPIRED] == 1
+    wait_until_bindable(relayed)
+    assert client.refresh(600) == 437
+
+
+def test_the_deadline_wakes_the_server_without_any_traffic(relay: Relay) -> None:
+    client = relay.client()
+    client.allocate()
+    relay.clock.jump(599.8)
+    # Any datagram makes it look at the clock, and sleep for the fifth of a second that is left.
+    at = relay.system.address_of(Family.IPV4)
+    client.socket.sendto(encode(MessageClass.INDICATION, Method.BINDING, bytes(12), []), (at.host, at.port))
+    wait_until(lambda: not relay.system.core.allocations.by_id)
+
+
+def test_a_channel_stops_relaying_when_it_expires(relay: Relay) -> None:
+    client = relay.client()
+    (relayed,) = client.allocate()
+    with udp_socket("127.0.0.1") as peer:
+        assert client.bind_channel(0x4000, peer.getsockname()) is None
+        relay.clock.jump(300)
+        assert client.refresh(3600) is None
+        relay.clock.jump(301)
+        peer.sendto(b"too late", (relayed[0], relayed[1]))
+        # Two threads read what comes from peers and from clients: nothing but the count tells which came first.
+        wait_until(lambda: relay.system.core.counters.drops[DropReason.UNBOUND_PEER] == 1)
+        assert client.bind_channel(0x4000, peer.getsockname()) is None
+        peer.sendto(b"in time", (relayed[0], relayed[1]))
+        assert client.receive() == (0x4000, b"in time")
+
+
+def test_a_deleted_allocation_frees_its_port(make_relay: RelayMaker) -> None:
+    """With a single port, the next client gets it at once: the server actor waits for it to be closed."""
+    relay = make_relay(lowest_port=51000, highest_port=51000)
+    for _ in range(20):
+        client = relay.client()
+        (relayed,) = client.allocate()
+        assert relayed[1] == 51000
+        assert client.refresh(0) is None
+
+
+def test_a_client_that_moves_takes_its_username_along_and_the_old_port_is_freed(relay: Relay) -> None:
+    credential = relay.credential()
+    old = relay.client(credential=credential)
+    (left,) = old.allocate()
+    relay.client(credential=credential).allocate()
+    wait_until_bindable(left)
+    assert old.refresh(600) == 437
+
+
+def test_a_port_that_another_program_has_is_skipped(make_relay: RelayMaker) -> None:
+    with udp_socket("127.0.0.1") as other:
+        taken = other.getsockname()[1]
+        relay = make_relay(lowest_port=taken, highest_port=taken + 1, public_ip6=None)
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as neighbour:
+                neighbour.bind(("127.0.0.1", taken + 1))
+        except OSError:
+            pytest.skip(f"port {taken + 1} is taken too")
+        (relayed,) = relay.client().allocate()
+        assert relayed[1] == taken + 1
+
+
+def allocate_refused(client: TurnClient) -> int:
+    with pytest.raises(AssertionError, match="was answered") as caught:
+        client.allocate()
+    return int(str(caught.value).splitlines()[0].rsplit(" ", 1)[-1])
+
+
+def test_508_when_other_programs_have_every_port_and_service_once_they_let_go(make_relay: RelayMaker) -> None:
+    with udp_socket("127.0.0.1") as other:
+        taken = other.getsockname()[1]
+        relay = make_relay(lowest_port=taken, highest_port=taken, public_ip6=None)
+        client = relay.client()
+        assert allocate_refused(client) == 508
+    (relayed,) = client.allocate()
+    assert relayed[1] == taken
+    assert relay.system.socket_counters.bind_errors == {"EADDRINUSE": 1}

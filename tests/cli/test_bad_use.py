@@ -1,0 +1,128 @@
+"""Whatever the user can mend is said in one line, with what to do, and exit code 2."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from relay import __version__
+from relay.cli import main
+
+HOST = "127.81.0.1"
+PUBLIC = ("--public-ip4-addr", HOST)
+STANDALONE = ("--standalone", *PUBLIC, "--health-address", f"{HOST}:0", "--control-address", f"{HOST}:0")
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FIREZONE_TOKEN", "PUBLIC_IP4_ADDR", "PUBLIC_IP6_ADDR", "LOWEST_PORT", "HIGHEST_PORT", "RELAY_SECRET_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Give the exit code of the command line."""
+    monkeypatch.setattr(sys, "argv", ["firezone-relay", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return int(caught.value.code or 0)
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Give the one line with which a command line is refused."""
+    assert run(monkeypatch, *arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert line.startswith("firezone-relay: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "set the token of a Firezone network, or give --standalone"),
+        (("--standalone",), "no public address: give --public-ip4-addr or --public-ip6-addr"),
+        (("--standalone", "--public-ip4-addr", "2001:db8::1"), "is an IPv6 address: give an IPv4 address"),
+        (("--standalone", "--public-ip6-addr", "192.0.2.1"), "is an IPv4 address: give an IPv6 address"),
+        (("--standalone", "--public-ip4-addr", "relay.example"), "is no IP address"),
+        (("--standalone", "--public-ip4-addr", "0.0.0.0"), "is the unspecified address"),
+        (("--standalone", "--public-ip6-addr", "::"), "is the unspecified address"),
+        (("--standalone", "--public-ip4-addr", "224.0.0.1"), "is a multicast address"),
+        (("--standalone", "--public-ip6-addr", "ff02::1"), "is a multicast address"),
+        (("--standalone", "--public-ip4-addr", "255.255.255.255"), "is the broadcast address"),
+        (("--standalone", *PUBLIC, "--bind-ip6-addr", "::1"), "does nothing without --public-ip6-addr"),
+        (("--standalone", *PUBLIC, "--lowest-port", "50000", "--highest-port", "49999"), "swap them"),
+        (("--standalone", *PUBLIC, "--lowest-port", "1023"), "is below 1024"),
+        (("--standalone", *PUBLIC, "--lowest-port", "3000", "--highest-port", "4000"), "enclose 3478"),
+        (("--standalone", *PUBLIC, "--highest-port", "65536"), "is not in the range"),
+        (("--standalone", *PUBLIC, "--allow-peer", "10.0.0.1/8"), "has host bits set"),
+        (("--standalone", *PUBLIC, "--deny-peer", "everything"), "is no network: write 10.0.0.0/8"),
+        (("--standalone", *PUBLIC, "--health-address", "8080"), "write 127.0.0.1:8080"),
+        (("--standalone", *PUBLIC, "--health-address", "1.2.3.4:65536"), "write 127.0.0.1:8080"),
+        (("--standalone", *PUBLIC, "--log-format", "xml"), "is not one of 'human', 'json'"),
+        (("--standalone", *PUBLIC, "--max-allocations", "0"), "is not in the range"),
+        (("--standalone", *PUBLIC, "--relay-secret-file", "/nowhere"), "can't read the relay secret from /nowhere"),
+        (("--port", "3479"), "No such option '--port'"),
+        (("dance",), "No such command 'dance'"),
+        (("credentials",), "Missing option '--relay-secret-file'"),
+        (("credentials", "--relay-secret-file", "/nowhere"), "No such file"),
+        (("credentials", "--relay-secret-file", "x", "--ttl", "soon"), "write 90s, 15m, 12h or 1d"),
+        (("credentials", "--relay-secret-file", "x", "--ttl", "0"), "write 90s, 15m, 12h or 1d"),
+    ],
+)
+def test_bad_use_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], says: str
+) -> None:
+    assert says in refusal(monkeypatch, capsys, *arguments)
+
+
+def test_a_bad_environment_is_refused_naming_the_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PUBLIC_IP4_ADDR", "nonsense")
+    assert "--public-ip4-addr" in refusal(monkeypatch, capsys, "--standalone")
+
+
+def test_an_empty_variable_is_an_unset_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PUBLIC_IP6_ADDR", "")
+    assert "no public address" in refusal(monkeypatch, capsys, "--standalone")
+
+
+@pytest.mark.parametrize(("content", "says"), [(b"", "is empty"), (b" \n", "is empty"), (b"\xff\xfe", "is no text")])
+def test_a_secret_file_without_a_secret_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes, says: str
+) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(content)
+    assert says in refusal(monkeypatch, capsys, *STANDALONE, "--relay-secret-file", str(path))
+
+
+def test_a_token_alone_is_not_enough_yet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FIREZONE_TOKEN", "very-secret-token")
+    line = refusal(monkeypatch, capsys, *PUBLIC)
+    assert "give --standalone" in line
+    assert "very-secret-token" not in line
+
+
+def test_another_system_than_linux_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert "runs on Linux only" in refusal(monkeypatch, capsys, *STANDALONE)
+
+
+def test_help_names_each_environment_variable_and_default(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--help") == 0
+    said = capsys.readouterr().out
+    for text in (
+        *("PUBLIC_IP4_ADDR", "PUBLIC_IP6_ADDR", "BIND_IP4_ADDR", "BIND_IP6_ADDR", "LOWEST_PORT", "HIGHEST_PORT"),
+        *("HEALTH_CHECK_ADDR", "CONTROL_ENDPOINT", "LOG_FORMAT", "RNG_SEED", "ALLOW_PEER", "DENY_PEER", "MAX_ALLOCATIONS"),
+        *("49152", "65535", "0.0.0.0:8080", "127.0.0.1:9999", "human", "FIREZONE_TOKEN"),
+    ):
+        assert text in said
+    assert "--token" not in said
+
+
+def test_the_version_is_that_of_the_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"{__version__}\n"

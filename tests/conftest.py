@@ -1,0 +1,44 @@
+"""What tests of every kind use."""
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import pykka
+import pytest
+import structlog
+
+from relay.config import LogFormat
+from relay.ops import logs
+
+
+def has_ipv6() -> bool:
+    """Whether this machine can talk to itself over IPv6."""
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+HAS_IPV6 = has_ipv6()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 5) -> None:
+    """Wait for what another thread or process does and says nothing about; fail if it does not."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"not so within {seconds} s"
+        # Lets the other threads have the interpreter.
+        time.sleep(0.001)
+
+
+@pytest.fixture(autouse=True)
+def _no_actor_outlives_its_test() -> Iterator[None]:
+    logs.configure(LogFormat.HUMAN)
+    yield
+    left = pykka.ActorRegistry.get_all()
+    pykka.ActorRegistry.stop_all(timeout=5)
+    structlog.reset_defaults()
+    assert not left, f"left running: {left}"

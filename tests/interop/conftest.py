@@ -1,0 +1,119 @@
+"""The program itself, run as an operator runs it."""
+
+import contextlib
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+import pytest
+
+from relay.core.credentials import Credential
+from tests.conftest import wait_until
+
+START_SECONDS = 20
+STOP_SECONDS = 10
+
+# Clients know port 3478 only, so each relay has an address of its own.
+_hosts = (f"127.{os.getpid() % 200 + 20}.{high}.{low}" for high, low in itertools.product(range(1, 255), range(1, 255)))
+
+
+class Program:
+    """A ``firezone-relay --standalone``, started."""
+
+    def __init__(self, *options: str, hosts: tuple[str, ...] = ()) -> None:
+        self.host = next(_hosts) if not hosts else hosts[0]
+        self.introduction = ""
+        public = [
+            argument
+            for host in (hosts or (self.host,))
+            for argument in ("--public-ip6-addr" if ":" in host else "--public-ip4-addr", host)
+        ]
+        self.command = [
+            *(sys.executable, "-m", "relay", "--standalone", *public),
+            *("--health-address", f"{self.host}:8080" if ":" not in self.host else f"[{self.host}]:8080"),
+            *("--control-address", "127.0.0.1:0", "--max-allocations", "2000", *options),
+        ]
+        self.process = subprocess.Popen(
+            self.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self._log: list[str] = []
+        self._ready = threading.Event()
+        self._reader = threading.Thread(target=self._read_log)
+        self._reader.start()
+
+    @property
+    def credential(self) -> Credential:
+        """The one it printed."""
+        found = dict(re.findall(r"(username|password): (\S+)", self.introduction))
+        return Credential(found["username"], found["password"])
+
+    @property
+    def log(self) -> str:
+        return "".join(self._log)
+
+    def wait_until_ready(self) -> None:
+        """Wait until it answers, and read what it prints then."""
+        assert self._ready.wait(START_SECONDS), f"not ready: {self.log}"
+        assert self.process.poll() is None, self.log
+        assert self.process.stdout is not None
+        if "--relay-secret-file" not in self.command:
+            for line in self.process.stdout:
+                self.introduction += line
+                if " probe " in line:
+                    break
+
+    def wait_for_log(self, text: str) -> None:
+        """Wait until it has logged something."""
+        wait_until(lambda: text in self.log, START_SECONDS)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal and give the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(STOP_SECONDS)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(STOP_SECONDS)
+        self._reader.join(STOP_SECONDS)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    def _read_log(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as lines:
+            for line in lines:
+                self._log.append(line)
+                if "ready" in line:
+                    self._ready.set()
+        # It has ended: whoever waits for it shall look.
+        self._ready.set()
+
+
+ProgramStarter: TypeAlias = Callable[..., Program]
+
+
+@pytest.fixture
+def start_program() -> Iterator[ProgramStarter]:
+    """Start programs; they end with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*options: str, hosts: tuple[str, ...] = ()) -> Program:
+            program = Program(*options, hosts=hosts)
+            stack.callback(program.close)
+            program.wait_until_ready()
+            return program
+
+        yield start
+
+
+@pytest.fixture
+def program(start_program: ProgramStarter) -> Program:
+    """A relay to whose peers on loopback may belong."""
+    return start_program("--allow-peer", "127.0.0.0/8,::1/128")

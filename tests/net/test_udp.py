@@ -1,0 +1,113 @@
+"""Sockets: read in order, woken at the end, never waiting to send."""
+
+import errno
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+import pytest
+
+from relay.core.addresses import Family
+from relay.net import udp
+from tests.conftest import HAS_IPV6
+
+HOSTS = [
+    (Family.IPV4, "127.0.0.1"),
+    pytest.param(Family.IPV6, "::1", marks=pytest.mark.skipif(not HAS_IPV6, reason="this machine has no IPv6")),
+]
+
+
+Opener: TypeAlias = Callable[[Family, str], socket.socket]
+
+
+@pytest.fixture
+def open_socket() -> Iterator[Opener]:
+    opened: list[socket.socket] = []
+
+    def open_(family: Family, host: str) -> socket.socket:
+        opened.append(udp.open_socket(family, host, 0))
+        return opened[-1]
+
+    yield open_
+    for each in opened:
+        each.close()
+
+
+@pytest.mark.parametrize(("family", "host"), HOSTS)
+def test_datagrams_come_in_the_order_they_were_sent_empty_ones_too(open_socket: Opener, family: Family, host: str) -> None:
+    receiving, sending = open_socket(family, host), open_socket(family, host)
+    sent = [b"", *(b"%d" % number for number in range(200)), bytes(60_000), b""]
+    for data in sent:
+        assert udp.send(sending, data, receiving.getsockname()) is None
+    receiver = udp.Receiver([receiving])
+    received: list[udp.Datagram] = []
+    while len(received) < len(sent):
+        received += receiver.receive()
+    assert [data for data, _ in received] == sent
+    assert {address for _, address in received} == {sending.getsockname()}
+
+
+def test_one_receiver_reads_sockets_of_both_families(open_socket: Opener) -> None:
+    if not HAS_IPV6:
+        pytest.skip("this machine has no IPv6")
+    sockets = [open_socket(Family.IPV4, "127.0.0.1"), open_socket(Family.IPV6, "::1")]
+    receiver = udp.Receiver(sockets)
+    for family, host, receiving in ((Family.IPV4, "127.0.0.1", sockets[0]), (Family.IPV6, "::1", sockets[1])):
+        sending = open_socket(family, host)
+        udp.send(sending, host.encode(), receiving.getsockname())
+        assert receiver.receive() == [(host.encode(), sending.getsockname())]
+
+
+def test_an_ipv4_and_an_ipv6_socket_share_a_port() -> None:
+    if not HAS_IPV6:
+        pytest.skip("this machine has no IPv6")
+    with udp.open_socket(Family.IPV6, "::", 0) as six, udp.open_socket(Family.IPV4, "0.0.0.0", six.getsockname()[1]) as four:
+        assert four.getsockname()[1] == six.getsockname()[1]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_stop_wakes_a_thread_that_is_blocked_in_receive(open_socket: Opener, count: int) -> None:
+    receiver = udp.Receiver([open_socket(Family.IPV4, "127.0.0.1") for _ in range(count)])
+    result: list[list[udp.Datagram]] = []
+    thread = threading.Thread(target=lambda: result.append(receiver.receive()))
+    thread.start()
+    receiver.stop()
+    thread.join(5)
+    assert result == [[]]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_socket_that_someone_else_shut_down_is_an_error_not_a_busy_loop(open_socket: Opener, count: int) -> None:
+    sockets = [open_socket(Family.IPV4, "127.0.0.1") for _ in range(count)]
+    receiver = udp.Receiver(sockets)
+    with pytest.raises(OSError, match="not connected"):
+        sockets[0].shutdown(socket.SHUT_RD)
+    with pytest.raises(OSError, match="shut down"):
+        receiver.receive()
+
+
+def test_a_port_in_use_is_an_error_and_leaves_no_socket_open(open_socket: Opener) -> None:
+    taken = open_socket(Family.IPV4, "127.0.0.1").getsockname()[1]
+    # pytest turns the warning of a socket that is not closed into an error.
+    with pytest.raises(OSError, match="in use") as caught:
+        udp.open_socket(Family.IPV4, "127.0.0.1", taken)
+    assert caught.value.errno == errno.EADDRINUSE
+
+
+def test_a_datagram_that_can_not_be_sent_is_lost_and_the_socket_lives(open_socket: Opener) -> None:
+    sending = open_socket(Family.IPV4, "127.0.0.1")
+    error = udp.send(sending, bytes(65_508), ("127.0.0.1", 9))
+    assert error is not None
+    assert error.errno == errno.EMSGSIZE
+    assert not udp.is_broken(error)
+    assert udp.send(sending, b"", sending.getsockname()) is None
+
+
+def test_a_socket_that_can_not_send_any_more_is_broken(open_socket: Opener) -> None:
+    sending = open_socket(Family.IPV4, "127.0.0.1")
+    with pytest.raises(OSError, match="not connected"):
+        sending.shutdown(socket.SHUT_RDWR)
+    error = udp.send(sending, b"x", sending.getsockname())
+    assert error is not None
+    assert udp.is_broken(error)

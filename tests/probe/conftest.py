@@ -1,0 +1,148 @@
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from click.testing import CliRunner, Result
+
+from relay.core.addresses import Family
+from relay.core.credentials import Credential, mint
+from relay.core.stun import Method
+from relay.probe.command import probe
+from relay.probe.errors import ProbeError
+from relay.probe.results import Report
+from relay.probe.steps import Probe, Settings
+from relay.probe.target import Target
+from relay.probe.traffic import Pace
+from relay.probe.transaction import Patience, StunClient, open_socket
+from tests.probe.shell import HOSTS, SECRET, Shell, has_ipv6, open_udp
+
+IMPATIENT = Patience(rto=0.1, total=1.0)
+QUICK = Pace(count=20, rate=500, settle=0.4, silence=0.4)
+
+
+class Unwatched:
+    def begin(self, title: str) -> None:
+        pass
+
+    def packets(self, sent: int, count: int) -> None:
+        pass
+
+
+class Coturn(NamedTuple):
+    port: int
+    username: str = "alice"
+    password: str = "wonder"
+    realm: str = "example.org"
+
+
+@pytest.fixture
+def credential() -> Credential:
+    return mint(SECRET, int(time.time()) + 600, "salt")
+
+
+@pytest.fixture
+def families() -> tuple[Family, ...]:
+    return (Family.IPV4, Family.IPV6) if has_ipv6() else (Family.IPV4,)
+
+
+@pytest.fixture
+def ipv6() -> None:
+    if not has_ipv6():
+        pytest.skip("this machine has no IPv6")
+
+
+@pytest.fixture
+def run(credential: Credential) -> Callable[..., Report]:
+    """Probes a shell, or a port of this machine, without patience."""
+
+    def run(
+        at: Shell | int,
+        credential: Credential | None = credential,
+        pace: Pace = QUICK,
+        patience: Patience = IMPATIENT,
+        family: Family = Family.IPV4,
+    ) -> Report:
+        port = at if isinstance(at, int) else at.port
+        address = (HOSTS[family], port) if family is Family.IPV4 else (HOSTS[family], port, 0, 0)
+        return Probe(Settings(credential, pace, patience), Unwatched()).run(Target(HOSTS[family], port), [address])
+
+    return run
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs the command as an operator would, without the variables of this machine."""
+    monkeypatch.delenv("FIREZONE_RELAY_PASSWORD", raising=False)
+
+    def command(*arguments: object, env: dict[str, str] | None = None) -> Result:
+        return CliRunner().invoke(probe, [str(each) for each in arguments], env=env)
+
+    return command
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A port whose socket never answers."""
+    with open_udp(Family.IPV4) as silent:
+        yield silent.getsockname()[1]
+
+
+@pytest.fixture
+def closed_port() -> int:
+    """A port on which nothing listens."""
+    with open_udp(Family.IPV4) as opened:
+        port: int = opened.getsockname()[1]
+    return port
+
+
+@pytest.fixture
+def start_coturn(tmp_path: Path) -> Iterator[Callable[..., Coturn]]:
+    if shutil.which("turnserver") is None:
+        pytest.skip("coturn's turnserver is NOT INSTALLED: the probe is not tried against it (apt-get install coturn)")
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*more: str) -> Coturn:
+        with open_udp(Family.IPV4) as free:
+            coturn = Coturn(free.getsockname()[1])
+        arguments = (
+            "turnserver", "-n", "--lt-cred-mech", f"--user={coturn.username}:{coturn.password}",
+            f"--realm={coturn.realm}", "--no-tls", "--no-dtls", "--no-cli", "-L", "127.0.0.1",
+            "--listening-port", str(coturn.port), "--simple-log", "--no-stdout-log",
+            "--pidfile", str(tmp_path / "pid"), "--log-file", str(tmp_path / "log"), "--db", str(tmp_path / "db"), *more,
+        )  # fmt: skip
+        environment = os.environ | {"TMPDIR": str(tmp_path)}
+        started.append(
+            subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=tmp_path)
+        )
+        _wait_for(coturn.port)
+        return coturn
+
+    yield start
+    for process in started:
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_for(port: int) -> None:
+    address = ("127.0.0.1", port)
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        opened: socket.socket = open_socket(address)
+        with opened:
+            try:
+                StunClient(opened, address, Patience(0.05, 0.2)).request(Method.BINDING, ())
+            except ProbeError:
+                time.sleep(0.05)
+            else:
+                return
+    pytest.fail("coturn did not answer within 10 s")

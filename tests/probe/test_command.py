@@ -1,0 +1,167 @@
+import io
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from rich.console import Console
+
+from relay.core.addresses import Family
+from relay.core.credentials import Credential
+from relay.probe.report import write_table
+from relay.probe.results import Report
+from tests.probe.shell import SECRET, Shell
+
+Command = Callable[..., Result]
+
+QUICK = ("--count", 5, "--rate", 500, "--timeout", 1)
+KEYS = {
+    "target", "server", "ok", "failed_step", "advice", "mapped_address", "binding_rtt_ms", "realm", "software",
+    "lifetime_s", "relayed_addresses", "address_errors", "packets", "steps",
+}  # fmt: skip
+
+
+@pytest.fixture
+def secret_file(tmp_path: Path) -> Path:
+    path = tmp_path / "secret"
+    path.write_text(f"  {SECRET.reveal()}\n\n")
+    return path
+
+
+def test_a_good_relay_gives_a_line_for_each_step(command: Command, secret_file: Path) -> None:
+    with Shell([Family.IPV4]) as shell:
+        result = command(f"127.0.0.1:{shell.port}", "--relay-secret-file", secret_file, *QUICK)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"Probe of 127.0.0.1:{shell.port}/udp"
+    assert [line.split("  ")[0] for line in lines[1:-1]] == [
+        "Binding", "Challenge", "Allocate", "ChannelBind IPv4", "Peer path IPv4", "Packets IPv4", "Refresh",
+    ]  # fmt: skip
+    assert lines[-1] == "All is well."
+    assert "to peer 5/5, to client 5/5, round trip 5/5" in result.stdout
+    assert result.stderr == ""
+
+
+def test_a_name_is_resolved(command: Command) -> None:
+    with Shell([Family.IPV4]) as shell:
+        result = command(f"localhost:{shell.port}", *QUICK)
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"Probe of localhost:{shell.port}/udp at 127.0.0.1:{shell.port}\n")
+    assert result.stdout.endswith("Nothing failed; some was skipped.\n")
+
+
+def test_a_wrong_password_names_allocate_and_is_not_shown(command: Command) -> None:
+    password = {"FIREZONE_RELAY_PASSWORD": "hush-hush"}
+    with Shell([Family.IPV4]) as shell:
+        result = command(f"127.0.0.1:{shell.port}", "--username", f"{int(time.time()) + 9}:x", *QUICK, env=password)
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[-1].startswith("Failed: Allocate: ")
+    assert "credentials" in result.stdout.splitlines()[-1]
+    assert "hush" not in result.output
+
+
+def test_no_server_fails_within_its_time(command: Command, silent_port: int) -> None:
+    started = time.monotonic()
+    result = command(f"127.0.0.1:{silent_port}", "--timeout", 0.3)
+    assert time.monotonic() - started < 2
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[-1].startswith("Failed: Binding: no answer")
+
+
+def test_json_has_the_same_fields_whatever_happens(command: Command, secret_file: Path, silent_port: int) -> None:
+    with Shell([Family.IPV4]) as shell:
+        good = command(f"127.0.0.1:{shell.port}", "--json", "--relay-secret-file", secret_file, *QUICK)
+    bad = command(f"127.0.0.1:{silent_port}", "--json", "--timeout", 0.2)
+    assert (good.exit_code, bad.exit_code) == (0, 1)
+    found, failed = json.loads(good.stdout), json.loads(bad.stdout)
+    assert set(found) == set(failed) == KEYS
+    assert (found["ok"], found["failed_step"], found["realm"], found["lifetime_s"]) == (True, None, "firezone", 600)
+    assert found["address_errors"] == {"ipv4": None, "ipv6": 440}
+    assert found["relayed_addresses"]["ipv4"].startswith("127.0.0.1:")
+    packets = found["packets"]["ipv4"]
+    assert packets["mode"] == "peer"
+    for way in ("to_peer", "to_client", "round_trip"):
+        assert packets[way] == {"sent": 5, "received": 5, "lost": 0}
+    rtts = packets["rtt_ms"]
+    assert list(rtts) == ["min", "p50", "p90", "p99", "max"]
+    assert 0 < rtts["min"] <= rtts["p50"] <= rtts["p90"] <= rtts["p99"] <= rtts["max"] < 1000
+    assert found["packets"]["ipv6"] is None
+    assert (failed["ok"], failed["failed_step"], failed["server"]) == (False, "binding", None)
+    assert failed["advice"]
+    fields = {"step", "family", "outcome", "detail", "advice", "code"}
+    assert all(set(step) == fields for step in found["steps"] + failed["steps"])
+
+
+def test_an_absent_credential_ignores_a_password_in_the_environment(command: Command, secret_file: Path) -> None:
+    with Shell([Family.IPV4]) as shell:
+        for more in ((), ("--relay-secret-file", secret_file)):
+            result = command(f"127.0.0.1:{shell.port}", *more, *QUICK, env={"FIREZONE_RELAY_PASSWORD": "x"})
+            assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("no-such-name.invalid",), "unknown"),
+        (("127.0.0.1:nan",), "port"),
+        (("127.0.0.1", "--username", "a"), "--password"),
+        (("127.0.0.1", "--username", "", "--password", "p"), "username"),
+        (("127.0.0.1", "--username", "a" * 509, "--password", "p"), "508"),
+        (("127.0.0.1", "--username", "\udcff", "--password", "p"), "UTF-8"),
+        (("127.0.0.1", "--password", "a"), "--username"),
+        (("127.0.0.1", "--username", "a", "--password", "b", "--relay-secret-file", "x"), "not both"),
+        (("127.0.0.1", "--password", "b", "--relay-secret-file", "x"), "not both"),
+        (("127.0.0.1", "--relay-secret-file", "/no/such/file"), "/no/such/file"),
+        (("127.0.0.1", "--relay-secret-file", os.devnull), "empty"),
+        (("127.0.0.1", "--relay-secret-file", "/"), "directory"),
+        (("127.0.0.1", "--count", "0"), "--count"),
+        (("127.0.0.1", "--rate", "0"), "--rate"),
+        (("127.0.0.1", "--timeout", "nan"), "--timeout"),
+        ((), "HOST"),
+    ],
+)
+def test_bad_use_exits_with_2_and_says_what_is_wrong(command: Command, arguments: tuple[str, ...], words: str) -> None:
+    result = command(*arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr.splitlines()[-1]
+    assert result.stdout == ""
+
+
+def test_a_secret_that_is_no_text_is_bad_use(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    result = command("127.0.0.1", "--relay-secret-file", tmp_path / "binary")
+    assert result.exit_code == 2
+    assert "no text" in result.stderr
+
+
+def test_help_has_an_example(command: Command) -> None:
+    result = command("--help")
+    assert result.exit_code == 0
+    assert "probe relay.example.com --relay-secret-file" in result.stdout
+
+
+def on_terminal(report: Report, **options: object) -> str:
+    screen = io.StringIO()
+    write_table(report, Console(file=screen, force_terminal=True, width=120, markup=False, **options))  # type: ignore[arg-type]
+    return screen.getvalue()
+
+
+def test_a_terminal_gets_signs_and_colours_and_others_words(
+    run: Callable[..., Report], families: tuple[Family, ...], credential: Credential
+) -> None:
+    with Shell(families) as shell:
+        good = run(shell)
+        bad = run(shell, credential._replace(password="wrong"))
+    colourful = on_terminal(good, color_system="standard")
+    assert "\N{CHECK MARK} ok" in colourful
+    assert "\x1b[32m" in colourful
+    assert "\N{BALLOT X} FAILED" in on_terminal(bad, color_system="standard")
+    plain = on_terminal(bad, color_system=None)
+    assert "FAILED" in plain
+    assert "\N{BALLOT X}" not in plain
+    if Family.IPV6 in families:
+        # Brackets are no markup.
+        assert "[::1]:" in colourful
