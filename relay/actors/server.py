@@ -117,6 +117,11 @@ class ServerActor(Actor):
         self._carry_out()
         self.inbox.wake_at(self.core.poll_timeout(), self._clock)
 
+    def on_failure(self, *failure: Any) -> None:  # noqa: ANN401 - what sys.exc_info() gives
+        """Tell the supervisor, and leave no allocation behind."""
+        super().on_failure(*failure)
+        self.on_stop()
+
     def on_stop(self) -> None:
         """Close all allocations, within a bounded time."""
         waited_for = [self._close(serving) for serving in self.serving.values()]

@@ -32,18 +32,24 @@ CONFIG = Config(
 
 
 class JumpingClock:
-    """The machine's clock, which a test can put forward."""
+    """The machine's clocks, which a test can put forward, each by itself."""
 
     def __init__(self) -> None:
         self._ahead = 0.0
+        self._wall_ahead = 0.0
         self._clock = SystemClock()
 
     def now(self) -> Instant:
         now = self._clock.now()
-        return Instant(now.monotonic + self._ahead, now.unix)
+        return Instant(now.monotonic + self._ahead, now.unix + self._wall_ahead)
 
     def jump(self, seconds: float) -> None:
+        """Let time pass, as far as deadlines can tell."""
         self._ahead += seconds
+
+    def step_wall_clock(self, seconds: float) -> None:
+        """Set the wall clock."""
+        self._wall_ahead += seconds
 
 
 class Relay:
@@ -55,10 +61,10 @@ class Relay:
         self._stack = stack
         self._salt = 0
 
-    def credential(self) -> Credential:
+    def credential(self, ttl: int = 86400) -> Credential:
         """A credential that no other client has."""
         self._salt += 1
-        return mint(SECRET, 1 << 40, f"salt{self._salt}")
+        return mint(SECRET, int(self.clock.now().unix) + ttl, f"salt{self._salt}")
 
     def client(self, family: Family = Family.IPV4, credential: Credential | None = None) -> TurnClient:
         at = self.system.address_of(family)

@@ -92,8 +92,10 @@ def test_508_without_descriptors_and_service_once_there_are_some(relay: Relay) -
     assert relay.system.socket_counters.bind_errors == {"EMFILE": 1}
 
 
-def test_a_server_actor_that_fails_ends_the_system_with_an_error(relay: Relay) -> None:
+def test_a_server_actor_that_fails_ends_the_system_with_an_error_and_closes_what_it_served(relay: Relay) -> None:
+    (relayed,) = relay.client().allocate()
     server_of(relay).tell("what is this?")
+    wait_until_bindable(relayed)
     with structlog.testing.capture_logs() as log:
         assert relay.system.run(dump=lambda: None) == 1
     (entry,) = log

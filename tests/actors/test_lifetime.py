@@ -123,3 +123,29 @@ def test_508_when_other_programs_have_every_port_and_service_once_they_let_go(ma
     (relayed,) = client.allocate()
     assert relayed[1] == taken
     assert relay.system.socket_counters.bind_errors == {"EADDRINUSE": 1}
+
+
+def test_a_credential_expires_by_the_wall_clock_and_the_allocation_by_its_lifetime(relay: Relay) -> None:
+    client = relay.client(credential=relay.credential(ttl=60))
+    (relayed,) = client.allocate()
+    with udp_socket("127.0.0.1") as peer:
+        assert client.bind_channel(0x4000, peer.getsockname()) is None
+        relay.clock.step_wall_clock(120)
+        assert client.refresh(600) == 401
+        client.send(0x4000, b"still relayed")
+        assert peer.recvfrom(100) == (b"still relayed", relayed)
+        relay.clock.jump(601)
+        settle(relay)
+    assert relay.system.core.counters.allocations_freed[FreeReason.EXPIRED] == 1
+
+
+@pytest.mark.parametrize("step", [-86400, 86400])
+def test_a_wall_clock_that_steps_by_a_day_ends_no_allocation_and_no_channel(relay: Relay, step: int) -> None:
+    client = relay.client(credential=relay.credential(ttl=10 * 86400))
+    (relayed,) = client.allocate()
+    with udp_socket("127.0.0.1") as peer:
+        assert client.bind_channel(0x4000, peer.getsockname()) is None
+        relay.clock.step_wall_clock(step)
+        assert client.refresh(600) is None
+        peer.sendto(b"there", (relayed[0], relayed[1]))
+        assert client.receive() == (0x4000, b"there")
