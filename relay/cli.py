@@ -7,13 +7,14 @@ import secrets
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import click
 
 from relay import __version__
-from relay.actors.system import System
+from relay.actors.system import Request, System
 from relay.config import HIGHEST_PORT, LOWEST_PORT, BadUseError, Config, LogFormat
 from relay.core.credentials import Credential, RelaySecret, mint
 from relay.core.peers import Network
@@ -21,6 +22,8 @@ from relay.ops import logs, signals
 from relay.ops.dump import dump
 from relay.options import DurationType, EndpointType, IpAddressType, NetworksType, read_secret
 from relay.probe.command import probe
+
+T = TypeVar("T", bound=Callable[..., Any])
 
 DAY = 86400
 BAD_USE = 2
@@ -39,6 +42,18 @@ since every user of a machine can read its command lines. This version can't joi
 """
 
 
+def _setting(
+    flag: str,
+    name: str,
+    variable: str,
+    type_: click.ParamType[Any],
+    text: str,
+    **more: Any,  # noqa: ANN401
+) -> Callable[[T], T]:
+    """Declare an option that can also be given in the environment."""
+    return click.option(flag, name, envvar=variable, show_envvar=True, type=type_, help=text, **more)
+
+
 @click.group(
     invoke_without_command=True,
     epilog=_EPILOG,
@@ -46,120 +61,105 @@ since every user of a machine can read its command lines. This version can't joi
 )
 @click.version_option(__version__, message="%(version)s")
 @click.option("--standalone", is_flag=True, show_default=False, help="Run without a portal, with a secret of one's own.")
-@click.option(
+@_setting(
     "--public-ip4-addr",
     "public_ip4",
-    type=IpAddressType(4),
-    envvar="PUBLIC_IP4_ADDR",
-    show_envvar=True,
-    help="The IPv4 address at which clients and peers reach this relay.",
+    "PUBLIC_IP4_ADDR",
+    IpAddressType(4),
+    "The IPv4 address at which clients and peers reach this relay.",
 )
-@click.option(
+@_setting(
     "--public-ip6-addr",
     "public_ip6",
-    type=IpAddressType(6),
-    envvar="PUBLIC_IP6_ADDR",
-    show_envvar=True,
-    help="The IPv6 address, likewise; at least one of the two is needed.",
+    "PUBLIC_IP6_ADDR",
+    IpAddressType(6),
+    "The IPv6 address, likewise; at least one of the two is needed.",
 )
-@click.option(
+@_setting(
     "--bind-ip4-addr",
     "bind_ip4",
-    type=IpAddressType(4),
-    envvar="BIND_IP4_ADDR",
-    show_envvar=True,
-    help="The IPv4 address to bind, where it differs from the public one (1:1 NAT). Unset: the public one if this machine "
+    "BIND_IP4_ADDR",
+    IpAddressType(4),
+    "The IPv4 address to bind, where it differs from the public one (1:1 NAT). Unset: the public one if this machine "
     "has it, else all.",
 )
-@click.option(
-    "--bind-ip6-addr",
-    "bind_ip6",
-    type=IpAddressType(6),
-    envvar="BIND_IP6_ADDR",
-    show_envvar=True,
-    help="The IPv6 address, likewise.",
-)
-@click.option(
+@_setting("--bind-ip6-addr", "bind_ip6", "BIND_IP6_ADDR", IpAddressType(6), "The IPv6 address, likewise.")
+@_setting(
     "--lowest-port",
-    type=click.IntRange(1, 65535),
+    "lowest_port",
+    "LOWEST_PORT",
+    click.IntRange(1, 65535),
+    "First port of allocations.",
     default=LOWEST_PORT,
-    envvar="LOWEST_PORT",
-    show_envvar=True,
-    help="First port of allocations.",
 )
-@click.option(
+@_setting(
     "--highest-port",
-    type=click.IntRange(1, 65535),
+    "highest_port",
+    "HIGHEST_PORT",
+    click.IntRange(1, 65535),
+    "Last port of allocations.",
     default=HIGHEST_PORT,
-    envvar="HIGHEST_PORT",
-    show_envvar=True,
-    help="Last port of allocations.",
 )
-@click.option(
+@_setting(
     "--max-allocations",
-    type=click.IntRange(1),
-    envvar="MAX_ALLOCATIONS",
-    show_envvar=True,
-    help="Allocations at once. Unset: as many as there are ports.",
+    "max_allocations",
+    "MAX_ALLOCATIONS",
+    click.IntRange(1),
+    "Allocations at once. Unset: as many as there are ports.",
 )
-@click.option(
+@_setting(
     "--relay-secret-file",
-    type=click.Path(path_type=Path),
-    envvar="RELAY_SECRET_FILE",
-    show_envvar=True,
-    help="Standalone: the file with the secret that credentials are made with. Unset: a random one, and a credential is "
-    "printed.",
+    "relay_secret_file",
+    "RELAY_SECRET_FILE",
+    click.Path(path_type=Path),
+    "Standalone: the file with the secret that credentials are made with. Unset: a random one, and a credential is printed.",
 )
-@click.option(
+@_setting(
     "--allow-peer",
     "allow_peers",
-    type=NetworksType(),
+    "ALLOW_PEER",
+    NetworksType(),
     multiple=True,
-    envvar="ALLOW_PEER",
-    show_envvar=True,
-    help="Relay to peers in these networks, though they are refused by default (loopback, link-local, ...). Repeatable.",
+    text="Relay to peers in these networks, though they are refused by default (loopback, link-local, ...). Repeatable.",
 )
-@click.option(
+@_setting(
     "--deny-peer",
     "deny_peers",
-    type=NetworksType(),
+    "DENY_PEER",
+    NetworksType(),
     multiple=True,
-    envvar="DENY_PEER",
-    show_envvar=True,
-    help="Never relay to peers in these networks; stronger than --allow-peer. Repeatable.",
+    text="Never relay to peers in these networks; stronger than --allow-peer. Repeatable.",
 )
-@click.option(
+@_setting(
     "--health-address",
     "health",
-    type=EndpointType(),
+    "HEALTH_CHECK_ADDR",
+    EndpointType(),
     default="0.0.0.0:8080",
-    envvar="HEALTH_CHECK_ADDR",
-    show_envvar=True,
-    help="Where GET /healthz and /readyz are answered.",
+    text="Where GET /healthz and /readyz are answered.",
 )
-@click.option(
+@_setting(
     "--control-address",
     "control",
-    type=EndpointType(),
+    "CONTROL_ENDPOINT",
+    EndpointType(),
     default="127.0.0.1:9999",
-    envvar="CONTROL_ENDPOINT",
-    show_envvar=True,
-    help="Where operators will look inside; for now it answers what the health address does.",
+    text="Where operators will look inside; for now it answers what the health address does.",
 )
-@click.option(
+@_setting(
     "--log-format",
-    type=click.Choice([each.value for each in LogFormat]),
+    "log_format",
+    "LOG_FORMAT",
+    click.Choice([each.value for each in LogFormat]),
+    "How log lines look.",
     default=LogFormat.HUMAN.value,
-    envvar="LOG_FORMAT",
-    show_envvar=True,
-    help="How log lines look.",
 )
-@click.option(
+@_setting(
     "--rng-seed",
-    type=int,
-    envvar="RNG_SEED",
-    show_envvar=True,
-    help="For tests: makes all random numbers predictable, the relay's secret among them.",
+    "rng_seed",
+    "RNG_SEED",
+    click.INT,
+    "For tests: makes all random numbers predictable, the relay's secret among them.",
 )
 @click.pass_context
 def cli(context: click.Context, /, **options: Any) -> None:  # noqa: ANN401 - one for each option above
@@ -229,7 +229,7 @@ def _run(
     )
     logs.configure(LogFormat(log_format))
     system = System(config)
-    signals.listen(system.news)
+    signals.listen(lambda: system.news.put(Request.STOP), lambda: system.news.put(Request.DUMP))
     with system:
         if config.secret is None:
             _introduce(system)

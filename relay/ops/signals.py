@@ -1,28 +1,26 @@
 """Signals: what an operator or a supervisor can tell a running relay."""
 
-import queue
 import signal
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
-from relay.actors.system import Request
 from relay.ops.dump import register_wedged_dump
 
 
-def listen(news: "queue.SimpleQueue[Any]") -> None:
-    """Put SIGINT and SIGTERM (stop) and SIGUSR1 (dump) among a system's news; register SIGQUIT's dump.
+def listen(stop: Callable[[], None], dump: Callable[[], None]) -> None:
+    """Have SIGINT and SIGTERM call one function, SIGUSR1 another; register SIGQUIT's dump.
 
-    A handler does no more than that: it may run between any two bytecodes of the main thread, and a `SimpleQueue` is made
-    to be put to from there.
+    The functions run in a signal handler, thus between any two bytecodes of the main thread: all they may do is leave word
+    somewhere, with the `put` of a `SimpleQueue` for instance, which is made for that.
     """
 
-    def stop(_: int, __: FrameType | None) -> None:
-        news.put(Request.STOP)
+    def on_stop(_: int, __: FrameType | None) -> None:
+        stop()
 
-    def dump(_: int, __: FrameType | None) -> None:
-        news.put(Request.DUMP)
+    def on_dump(_: int, __: FrameType | None) -> None:
+        dump()
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGUSR1, dump)
+    signal.signal(signal.SIGINT, on_stop)
+    signal.signal(signal.SIGTERM, on_stop)
+    signal.signal(signal.SIGUSR1, on_dump)
     register_wedged_dump()
