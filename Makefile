@@ -1,6 +1,6 @@
 # Everything runs in a virtual environment here, made on first use; nothing is installed outside it but, where you are root,
 # the Debian packages that a target says it needs.
-PYTHON ?= python3
+PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -32,7 +32,7 @@ clean:
 	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/pip:
-	@./bootstrap $(PYTHON) $(VENV)
+	@./bootstrap $(VENV) $(PYTHON)
 
 $(INSTALLED): $(BIN)/pip pyproject.toml constraints.txt
 	@echo "installing into $(VENV)"
