@@ -1,5 +1,6 @@
 """What tests of every kind use."""
 
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pykka
 import pytest
 import structlog
+from hypothesis import settings
 
 from relay.config import LogFormat
 from relay.ops import logs
@@ -23,6 +25,11 @@ def has_ipv6() -> bool:
 
 
 HAS_IPV6 = has_ipv6()
+
+# People's runs search at random, and find more over time; CI's repeat themselves, so that a red one is about the change.
+settings.register_profile("ci", derandomize=True, print_blob=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 5) -> None:

@@ -148,7 +148,7 @@ def _pack_error(error: ErrorValue, _: bytes) -> bytes:
 def _unpack_error(value: bytes, transaction_id: bytes) -> ErrorValue:
     if len(value) < 4:  # noqa: PLR2004 - reserved 16 bits, class, number
         raise MalformedAttributeError("an error code has at least 4 bytes")
-    return ErrorValue((value[2] & 7) * 100 + value[3], _unpack_text(value[4:], transaction_id))
+    return ErrorValue(_unpack_code(value), _unpack_text(value[4:], transaction_id))
 
 
 def _pack_address_error(error: AddressErrorValue, _: bytes) -> bytes:
@@ -158,7 +158,14 @@ def _pack_address_error(error: AddressErrorValue, _: bytes) -> bytes:
 def _unpack_address_error(value: bytes, _: bytes) -> AddressErrorValue:
     if len(value) < 4 or value[0] not in tuple(Family):  # noqa: PLR2004 - family, reserved, class, number
         raise MalformedAttributeError("an address error code has a family and a code")
-    return AddressErrorValue(Family(value[0]), (value[2] & 7) * 100 + value[3])
+    return AddressErrorValue(Family(value[0]), _unpack_code(value))
+
+
+def _unpack_code(value: bytes) -> int:
+    hundreds, number = value[2] & 7, value[3]
+    if number > 99:  # noqa: PLR2004 - RFC 8489 §14.8
+        raise MalformedAttributeError("the number of an error code is its value modulo 100")
+    return hundreds * 100 + number
 
 
 def _pack_types(types: Iterable[int], _: bytes) -> bytes:

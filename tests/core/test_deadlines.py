@@ -1,0 +1,97 @@
+from random import Random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.core.deadlines import Deadlines
+
+keys = st.integers(0, 9)
+moments = st.integers(0, 20).map(float)
+steps = st.lists(
+    st.tuples(st.just("set"), keys, moments)
+    | st.tuples(st.just("discard"), keys, moments)
+    | st.tuples(st.just("pop"), keys, moments),
+    max_size=200,
+)
+
+
+@given(steps)
+def test_deadlines_do_as_a_dict_would(steps: list[tuple[str, int, float]]) -> None:
+    deadlines: Deadlines[int] = Deadlines()
+    # Keys in the order in which they were set.
+    model: dict[int, float] = {}
+    for what, key, at in steps:
+        if what == "set":
+            deadlines.set(key, at)
+            model.pop(key, None)
+            model[key] = at
+        elif what == "discard":
+            deadlines.discard(key)
+            model.pop(key, None)
+        else:
+            due = sorted(((moment, each) for each, moment in model.items() if moment <= at), key=lambda pair: pair[0])
+            assert list(deadlines.pop_due(at)) == due
+            model = {each: moment for each, moment in model.items() if moment > at}
+        assert deadlines.earliest() == min(model.values(), default=None)
+        assert len(deadlines) == len(model)
+
+
+def test_nothing_is_due_before_its_moment() -> None:
+    deadlines: Deadlines[str] = Deadlines()
+    deadlines.set("a", 10)
+    assert list(deadlines.pop_due(9.999)) == []
+    assert list(deadlines.pop_due(10)) == [(10, "a")]
+    assert list(deadlines.pop_due(10)) == []
+    assert deadlines.earliest() is None
+
+
+def test_deadlines_of_one_moment_come_out_in_the_order_in_which_they_were_set() -> None:
+    deadlines: Deadlines[str] = Deadlines()
+    for key in "dacb":
+        deadlines.set(key, 1)
+    deadlines.set("d", 1)
+    assert [key for _, key in deadlines.pop_due(1)] == ["a", "c", "b", "d"]
+
+
+def test_what_is_set_and_discarded_while_deadlines_are_popped_counts() -> None:
+    deadlines: Deadlines[str] = Deadlines()
+    for moment, key in enumerate("abcd"):
+        deadlines.set(key, moment)
+    popped = []
+    for at, key in deadlines.pop_due(10):
+        popped.append((at, key))
+        if len(popped) == 1:
+            deadlines.discard("b")
+            deadlines.set("c", 50)
+            deadlines.set("e", 2.5)
+            deadlines.set("a", 10)
+    assert popped == [(0, "a"), (2.5, "e"), (3, "d"), (10, "a")]
+    assert deadlines.earliest() == 50
+
+
+def test_keys_need_no_order() -> None:
+    deadlines: Deadlines[object] = Deadlines()
+    keys = [object(), None, "text", (1, None), (1, 2)]
+    for key in keys:
+        deadlines.set(key, 1)
+    assert [key for _, key in deadlines.pop_due(1)] == keys
+
+
+def test_the_heap_stays_small_however_often_deadlines_move() -> None:
+    random = Random(1)
+    deadlines: Deadlines[int] = Deadlines()
+    model = {key: float(key) for key in range(100)}
+    for key, at in model.items():
+        deadlines.set(key, at)
+    for _ in range(20_000):
+        key = random.randrange(100)
+        # Always later, so that stale entries never surface by themselves.
+        model[key] += random.random() + 1000
+        deadlines.set(key, model[key])
+        assert len(deadlines._heap) <= 2 * len(deadlines) + 64
+    assert deadlines.earliest() == min(model.values())
+    for key in range(99):
+        deadlines.discard(key)
+        assert len(deadlines._heap) <= 2 * len(deadlines) + 64
+    assert list(deadlines.pop_due(1e12)) == [(model[99], 99)]
+    assert deadlines._heap == []

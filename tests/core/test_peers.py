@@ -1,0 +1,321 @@
+"""Which peers may be relayed to (docs/protocol.md)."""
+
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.core.peers import DENIED_BY_DEFAULT, Address, Network, PeerPolicy, judged_addresses
+from tests.core.driver import peer_at
+
+OWN = "198.51.100.1"
+OWN6 = "2001:db8::1"
+INNER = "10.1.2.3"
+INNER6 = "fd12:3456::3"
+POLICY = PeerPolicy(
+    relay_addresses=frozenset({OWN, OWN6, INNER, INNER6}),
+    service_ports=frozenset({3478, 8080}),
+    relayed_ports=range(49152, 65536),
+    public_addresses=frozenset({OWN, OWN6}),
+)
+
+
+def networks(*texts: str) -> tuple[Network, ...]:
+    return tuple(ip_network(text) for text in texts)
+
+
+def embedding(host: str) -> dict[str, str]:
+    """Give each IPv6 address that stands for an IPv4 one."""
+    four = int(IPv4Address(host))
+    public = int(IPv4Address("8.8.4.4"))
+    forms = {
+        "mapped": 0xFFFF << 32 | four,
+        "compatible": four,
+        "translated": 0xFFFF << 48 | four,
+        "NAT64": 0x64_FF9B << 96 | four,
+        "6to4": 0x2002 << 112 | four << 80 | 1,
+        "Teredo server": 0x2001_0000 << 96 | four << 64 | ~public & 0xFFFFFFFF,
+        "Teredo client": 0x2001_0000 << 96 | public << 64 | ~four & 0xFFFFFFFF,
+    }
+    return {form: str(IPv6Address(number)) for form, number in forms.items()}
+
+
+FORMS = list(embedding("0.0.0.0"))
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "0.0.0.0",
+        "0.1.2.3",
+        "127.0.0.1",
+        "127.255.255.255",
+        "169.254.0.1",
+        "169.254.169.254",
+        "192.0.0.1",
+        "192.0.0.192",
+        "100.100.100.200",
+        "168.63.129.16",
+        "224.0.0.1",
+        "239.255.255.255",
+        "240.0.0.1",
+        "255.255.255.255",
+        "::",
+        "::1",
+        "64:ff9b:1::a9fe:a9fe",
+        "fe80::1",
+        "febf::1",
+        "fec0::1",
+        "fd00:ec2::254",
+        "fd20:ce::254",
+        "ff02::1",
+    ],
+)
+def test_what_only_the_operators_machines_may_reach_is_refused(host: str) -> None:
+    for policy in (PeerPolicy(), POLICY):
+        assert not policy.permits(peer_at(host, 5000))
+        assert not policy.permits_host(peer_at(host, 5000))
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "1.0.0.1",
+        "8.8.8.8",
+        "126.255.255.255",
+        "128.0.0.1",
+        "169.253.255.255",
+        "192.0.1.1",
+        "100.100.100.199",
+        "100.100.100.201",
+        "168.63.129.15",
+        "223.255.255.255",
+        "2001:4860:4860::8888",
+        "64:ff9b:2::1",
+        "fe7f::1",
+        "2001:1::1",
+    ],
+)
+def test_the_rest_of_the_internet_is_permitted(host: str) -> None:
+    for policy in (PeerPolicy(), POLICY):
+        assert policy.permits(peer_at(host, 3478))
+        assert policy.permits_host(peer_at(host, 3478))
+
+
+@pytest.mark.parametrize(
+    "host", ["10.0.0.1", "172.16.0.1", "172.31.255.255", "192.168.1.1", "100.64.0.1", "fc00::1", "fd00::1", "fdff::1"]
+)
+def test_private_addresses_are_permitted(host: str) -> None:
+    assert POLICY.permits(peer_at(host, 5000))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("host", ["127.0.0.1", "169.254.169.254", "0.0.0.2", "255.255.255.255", "224.0.0.251"])
+def test_an_embedded_address_is_refused_as_the_one_it_stands_for(form: str, host: str) -> None:
+    peer = peer_at(embedding(host)[form], 5000)
+    assert not POLICY.permits(peer)
+    assert not POLICY.permits_host(peer)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("host", ["8.8.8.8", "10.0.0.1"])
+def test_an_embedded_address_is_permitted_as_the_one_it_stands_for(form: str, host: str) -> None:
+    assert POLICY.permits(peer_at(embedding(host)[form], 5000))
+
+
+@pytest.mark.parametrize(
+    ("address", "judged"),
+    [
+        ("8.8.8.8", ["8.8.8.8"]),
+        ("2001:db8::1", ["2001:db8::1"]),
+        ("::", ["::"]),
+        ("::1", ["::1"]),
+        ("::2", ["0.0.0.2"]),
+        ("::127.0.0.1", ["127.0.0.1"]),
+        ("::ffff:127.0.0.1", ["127.0.0.1"]),
+        ("::ffff:0:127.0.0.1", ["127.0.0.1"]),
+        ("64:ff9b::127.0.0.1", ["127.0.0.1"]),
+        ("2002:7f00:1::", ["127.0.0.1"]),
+        ("2002:7f00:1:ffff:ffff:ffff:ffff:ffff", ["127.0.0.1"]),
+        # The example of RFC 4380 §4: server 65.54.227.120, client 192.0.2.45.
+        ("2001:0:4136:e378:8000:63bf:3fff:fdd2", ["65.54.227.120", "192.0.2.45"]),
+        ("2001:1::7f00:1", ["2001:1::7f00:1"]),
+        ("::1:0:7f00:1", ["::1:0:7f00:1"]),
+    ],
+)
+def test_an_address_is_judged_by_those_it_embeds(address: str, judged: list[str]) -> None:
+    assert [str(each) for each in judged_addresses(ip_address(address))] == judged
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rules_for_ipv4_hold_for_what_embeds_it(form: str) -> None:
+    allowed, denied = embedding("127.0.0.1")[form], embedding("8.8.8.8")[form]
+    assert PeerPolicy(allow=networks("127.0.0.0/8")).permits(peer_at(allowed, 5000))
+    assert not PeerPolicy(deny=networks("8.8.8.0/24")).permits(peer_at(denied, 5000))
+
+
+def test_a_range_that_embeds_ipv4_can_be_denied_as_such() -> None:
+    policy = PeerPolicy(deny=networks("64:ff9b::/96", "2002::/16"))
+    assert not policy.permits(peer_at("64:ff9b::8.8.8.8", 5000))
+    assert not policy.permits(peer_at("2002:808:808::", 5000))
+    assert policy.permits(peer_at("8.8.8.8", 5000))
+
+
+def test_a_range_that_embeds_ipv4_is_not_allowed_as_such() -> None:
+    policy = PeerPolicy(allow=networks("::ffff:0:0/96", "64:ff9b::/96"))
+    assert not policy.permits(peer_at("::ffff:127.0.0.1", 5000))
+    assert not policy.permits(peer_at("64:ff9b::127.0.0.1", 5000))
+
+
+def test_both_addresses_of_teredo_must_be_allowed() -> None:
+    loopback_twice = str(IPv6Address(0x2001_0000 << 96 | 0x7F000001 << 64 | ~0x7F000002 & 0xFFFFFFFF))
+    assert not PeerPolicy(allow=networks("127.0.0.1/32")).permits(peer_at(loopback_twice, 5000))
+    assert not PeerPolicy(allow=networks("127.0.0.2/32")).permits(peer_at(loopback_twice, 5000))
+    assert PeerPolicy(allow=networks("127.0.0.0/30")).permits(peer_at(loopback_twice, 5000))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "8.8.8.8", OWN, "::1", OWN6])
+def test_deny_beats_allow_and_allow_beats_the_defaults(host: str) -> None:
+    everything = networks("0.0.0.0/0", "::/0")
+    peer = peer_at(host, 5000)
+    assert replace(POLICY, allow=everything).permits(peer)
+    assert replace(POLICY, allow=everything).permits_host(peer)
+    assert not replace(POLICY, deny=everything).permits(peer)
+    assert not replace(POLICY, allow=everything, deny=everything).permits(peer)
+    assert not replace(POLICY, allow=everything, deny=everything).permits_host(peer)
+    assert not replace(POLICY, allow=everything, deny=networks(f"{host}/{ip_address(host).max_prefixlen}")).permits(peer)
+
+
+@pytest.mark.parametrize("port", [3478, 8080])
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1",
+        "127.8.8.8",
+        "::1",
+        "0.0.0.0",
+        "::",
+        OWN,
+        OWN6,
+        INNER,
+        INNER6,
+        *embedding("127.0.0.1").values(),
+        *embedding("0.0.0.0").values(),
+        *embedding(OWN).values(),
+        *embedding(INNER).values(),
+    ],
+)
+def test_a_service_port_of_the_relay_is_refused_even_if_allowed(host: str, port: int) -> None:
+    policy = replace(POLICY, allow=networks("0.0.0.0/0", "::/0"))
+    assert not policy.permits(peer_at(host, port))
+    # It is the port that stands against it.
+    assert policy.permits(peer_at(host, 5000))
+    assert policy.permits_host(peer_at(host, port))
+
+
+def test_a_service_port_in_the_relayed_range_is_refused() -> None:
+    policy = replace(POLICY, service_ports=frozenset({50000}))
+    assert not policy.permits(peer_at(OWN, 50000))
+    assert policy.permits(peer_at(OWN, 50001))
+
+
+def test_service_ports_of_other_machines_are_permitted() -> None:
+    assert POLICY.permits(peer_at("8.8.8.8", 3478))
+    assert POLICY.permits(peer_at("10.1.2.4", 8080))
+
+
+@pytest.mark.parametrize("host", [OWN, OWN6, *embedding(OWN).values()])
+@pytest.mark.parametrize(
+    ("port", "permitted"), [(1, False), (3478, False), (49151, False), (49152, True), (60000, True), (65535, True)]
+)
+def test_the_relays_public_address_is_a_peer_where_allocations_are(
+    host: str,
+    port: int,
+    permitted: bool,  # noqa: FBT001
+) -> None:
+    assert POLICY.permits(peer_at(host, port)) is permitted
+    assert POLICY.permits_host(peer_at(host, port))
+
+
+@pytest.mark.parametrize("host", [INNER, INNER6, *embedding(INNER).values()])
+@pytest.mark.parametrize("port", [22, 50000])
+def test_an_address_of_the_relay_that_is_not_public_is_refused(host: str, port: int) -> None:
+    assert not POLICY.permits(peer_at(host, port))
+    assert not POLICY.permits_host(peer_at(host, port))
+
+
+def test_a_public_address_that_is_no_address_of_this_machine_is_like_any_other() -> None:
+    # Behind NAT the public address is another machine's, whose ports are not this one's to open or to close.
+    policy = replace(POLICY, relay_addresses=frozenset({INNER}))
+    assert policy.permits(peer_at(OWN, 1))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "8.8.8.8", OWN, INNER, "::1", OWN6, *embedding(OWN).values()])
+def test_permits_host_ignores_the_port(host: str) -> None:
+    decisions = {POLICY.permits_host(peer_at(host, port)) for port in (0, 22, 3478, 8080, 50000, 65535)}
+    assert len(decisions) == 1
+    assert decisions == {any(POLICY.permits(peer_at(host, port)) for port in (22, 50000))}
+
+
+# An independent reading of the table: bits of the address rather than `ipaddress`.
+def embedded(address: Address) -> list[int] | None:
+    """Give the IPv4 addresses that an IPv6 one embeds, as integers; None if it embeds none."""
+    if isinstance(address, IPv4Address):
+        return None
+    packed = address.packed
+    if packed[:15] == bytes(15) and packed[15] <= 1:
+        return None
+    prefixes = (bytes(12), bytes(10) + b"\xff\xff", bytes(8) + b"\xff\xff\0\0", b"\0\x64\xff\x9b" + bytes(8))
+    if packed[:12] in prefixes:
+        return [int.from_bytes(packed[12:], "big")]
+    if packed[:2] == b"\x20\x02":
+        return [int.from_bytes(packed[2:6], "big")]
+    if packed[:4] == b"\x20\x01\0\0":
+        return [int.from_bytes(packed[4:8], "big"), int.from_bytes(bytes(b ^ 0xFF for b in packed[12:]), "big")]
+    return None
+
+
+def in_network(number: int, network: Network) -> bool:
+    width = network.max_prefixlen - network.prefixlen
+    return number >> width == int(network.network_address) >> width
+
+
+def is_denied(address: Address) -> bool:
+    four = [n for n in DENIED_BY_DEFAULT if isinstance(n, IPv4Network)]
+    six = [n for n in DENIED_BY_DEFAULT if isinstance(n, IPv6Network)]
+    inner = embedded(address)
+    if inner is not None:
+        return any(in_network(each, network) for each in inner for network in four)
+    return any(in_network(int(address), network) for network in (four if isinstance(address, IPv4Address) else six))
+
+
+def inside(network: Network) -> st.SearchStrategy[Address]:
+    first, last = int(network.network_address), int(network.broadcast_address)
+    make = IPv4Address if isinstance(network, IPv4Network) else IPv6Address
+    return st.integers(first, last).map(make)
+
+
+anywhere = st.ip_addresses()
+in_denied = st.sampled_from(DENIED_BY_DEFAULT).flatmap(inside)
+denied_v4 = st.sampled_from([n for n in DENIED_BY_DEFAULT if isinstance(n, IPv4Network)]).flatmap(inside)
+embedding_something = st.builds(
+    lambda host, form: IPv6Address(embedding(str(host))[form]),
+    denied_v4 | st.ip_addresses(v=4),
+    st.sampled_from(FORMS),
+)
+
+
+@given(anywhere | in_denied | embedding_something, st.integers(0, 0xFFFF))
+def test_whatever_stands_for_a_denied_address_is_refused_and_nothing_else(address: Address, port: int) -> None:
+    peer = peer_at(str(address), port)
+    assert PeerPolicy().permits(peer) is not is_denied(address)
+    assert PeerPolicy().permits_host(peer) is not is_denied(address)
+
+
+@given(denied_v4, st.sampled_from(FORMS), st.integers(1, 0xFFFF))
+def test_no_way_to_write_a_denied_ipv4_address_is_permitted(address: Address, form: str, port: int) -> None:
+    for policy in (PeerPolicy(), POLICY, replace(POLICY, allow=networks("8.8.0.0/16", "2001::/16", "::ffff:0:0/96"))):
+        assert not policy.permits(peer_at(str(address), port))
+        assert not policy.permits(peer_at(embedding(str(address))[form], port))
