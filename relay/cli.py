@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import queue
 import secrets
 import signal
 import sys
@@ -14,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from relay import __version__
-from relay.actors.system import Request, System
+from relay.actors.system import News, Request, System
 from relay.config import HIGHEST_PORT, LOWEST_PORT, BadUseError, Config, LogFormat
 from relay.core.credentials import Credential, RelaySecret, mint
 from relay.core.peers import Network
@@ -218,7 +219,7 @@ def _run(
     if not standalone:
         raise BadUseError(
             "this version can't join a Firezone network yet: give --standalone"
-            if os.environ.get("FIREZONE_TOKEN")
+            if os.environ.get("FIREZONE_TOKEN", "").strip()
             else "neither FIREZONE_TOKEN nor --standalone: set the token of a Firezone network, or give --standalone"
         )
     config = Config(
@@ -227,17 +228,26 @@ def _run(
         deny_peers=tuple(itertools.chain(*deny_peers)),
         **settings,
     )
-    logs.configure(LogFormat(log_format))
-    system = System(config)
-    signals.listen(lambda: system.news.put(Request.STOP), lambda: system.news.put(Request.DUMP))
-    with system:
-        if config.secret is None:
-            _introduce(system)
-        return system.run(lambda: dump(system.summary(), sys.stderr))
+    news: News = queue.SimpleQueue()
+    signals.listen(lambda: news.put(Request.STOP), lambda: news.put(Request.DUMP))
+    log = logs.LogWriter(sys.stderr)
+    logs.configure(LogFormat(log_format), log)
+    try:
+        with System(config, news=news) as system:
+            if config.secret is None:
+                _introduce(system)
+            return system.run(lambda: dump(system.summary(), log))
+    finally:
+        log.close()
 
 
 def _mint(secret: RelaySecret, expiry: int) -> Credential:
     return mint(secret, expiry, secrets.token_urlsafe(SALT_BYTES))
+
+
+def _program() -> str:
+    """Give the words by which this program was called."""
+    return f"{sys.executable} -m relay" if sys.argv[0].endswith("__main__.py") else sys.argv[0]
 
 
 def _introduce(system: System) -> None:
@@ -253,7 +263,12 @@ def _introduce(system: System) -> None:
         "",
         "Try it from another terminal:",
         "",
-        f"  {sys.argv[0]} probe {hosts[0]} --username {credential.username} --password {credential.password}",
+        f"  {_program()} probe {hosts[0]} --username {credential.username} --password {credential.password}",
         "",
     ]
-    click.echo("\n".join(lines))
+    try:
+        click.echo("\n".join(lines))
+    except OSError as error:
+        raise BadUseError(
+            f"can't print the credential ({error.strerror}): give --relay-secret-file, or mend the output"
+        ) from error

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
 
 from relay.core.addresses import Family
 from relay.core.credentials import RelaySecret
@@ -18,6 +18,7 @@ HIGHEST_PORT = 65535
 UNPRIVILEGED = 1024
 
 _BROADCAST = IPv4Address("255.255.255.255")
+_NO_HOST = IPv4Network("0.0.0.0/8")
 
 
 class BadUseError(Exception):
@@ -37,6 +38,12 @@ class Endpoint:
 
     host: str
     port: int
+
+    def overlaps(self, other: "Endpoint") -> bool:
+        """Tell whether the two can't be listened on at once; port 0 is any that is free."""
+        hosts = (ip_address(self.host), ip_address(other.host))
+        same_host = hosts[0] == hosts[1] or any(host.is_unspecified for host in hosts)
+        return self.port == other.port != 0 and hosts[0].version == hosts[1].version and same_host
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -79,6 +86,10 @@ class Config:
             raise BadUseError(f"--lowest-port {self.lowest_port} is above --highest-port {self.highest_port}: swap them")
         if self.service_port in self.ports:
             raise BadUseError(f"--lowest-port and --highest-port enclose {self.service_port}, where clients are answered")
+        if self.health.overlaps(self.control):
+            raise BadUseError(
+                f"--health-address {self.health} and --control-address {self.control} are the same: give one another port"
+            )
 
     @property
     def ports(self) -> range:
@@ -99,7 +110,7 @@ class Config:
 
 def _check_addresses(version: str, public: IPv4Address | IPv6Address | None, bind: IPv4Address | IPv6Address | None) -> None:
     if public is not None:
-        wrong = _fault(public) or ("the unspecified address" if public.is_unspecified else None)
+        wrong = _public_fault(public)
         if wrong is not None:
             raise BadUseError(
                 f"--public-ip{version}-addr {public} is {wrong}: give the address at which clients reach this relay"
@@ -109,6 +120,19 @@ def _check_addresses(version: str, public: IPv4Address | IPv6Address | None, bin
             raise BadUseError(f"--bind-ip{version}-addr does nothing without --public-ip{version}-addr: give both or none")
         if _fault(bind) is not None:
             raise BadUseError(f"--bind-ip{version}-addr {bind} is {_fault(bind)}: give an address of this machine")
+
+
+def _public_fault(address: IPv4Address | IPv6Address) -> str | None:
+    """Say why an address is none that others could send to."""
+    if address.is_unspecified:
+        return "the unspecified address"
+    if isinstance(address, IPv4Address):
+        return "an address of no host" if address in _NO_HOST else _fault(address)
+    if address.ipv4_mapped is not None:
+        return "an IPv4 address in disguise"
+    if address.is_link_local or address.scope_id is not None:
+        return "link-local"
+    return _fault(address)
 
 
 def _fault(address: IPv4Address | IPv6Address) -> str | None:

@@ -11,6 +11,7 @@ from relay.config import Endpoint
 from relay.core.credentials import RelaySecret
 from relay.core.peers import Network
 
+_LONGEST_SECRET = 4096
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
@@ -24,7 +25,7 @@ class IpAddressType(click.ParamType[IPv4Address | IPv6Address]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> IPv4Address | IPv6Address:  # noqa: ANN401
         """Read an address."""
         try:
-            address = ip_address(str(value))
+            address = ip_address(str(value).strip())
         except ValueError:
             self.fail(f"{str(value)!r} is no IP address", param, ctx)
         if address.version != self.version:
@@ -41,7 +42,7 @@ class EndpointType(click.ParamType[Endpoint]):
         """Read ``192.0.2.1:80`` or ``[2001:db8::1]:80``."""
         if isinstance(value, Endpoint):
             return value
-        host, _, port = str(value).rpartition(":")
+        host, _, port = str(value).strip().rpartition(":")
         try:
             address = IPv6Address(host[1:-1]) if host.startswith("[") and host.endswith("]") else IPv4Address(host)
             port_number = int(port)
@@ -92,11 +93,16 @@ def read_secret(path: Path) -> RelaySecret:
         click.UsageError: the file can't be read, or there is no text in it.
     """
     try:
-        text = path.read_text(encoding="utf-8").strip()
+        if not path.is_file() and path.exists():
+            raise click.UsageError(f"can't read the relay secret from {path}: it is no regular file")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_LONGEST_SECRET + 1).strip()
     except OSError as error:
         raise click.UsageError(f"can't read the relay secret from {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise click.UsageError(f"the relay secret in {path} is no text: write it in hexadecimal, say") from error
+    if len(text) > _LONGEST_SECRET:
+        raise click.UsageError(f"{path} is no relay secret: it is longer than {_LONGEST_SECRET} characters")
     if not text:
         raise click.UsageError(f"{path} is empty: put the relay secret into it (openssl rand -hex 32 makes one)")
     return RelaySecret(text)

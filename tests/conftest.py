@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -43,7 +44,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 5) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_actor_outlives_its_test() -> Iterator[None]:
-    logs.configure(LogFormat.HUMAN)
+    logs.configure(LogFormat.HUMAN, sys.stderr)
     yield
     left = pykka.ActorRegistry.get_all()
     pykka.ActorRegistry.stop_all(timeout=5)

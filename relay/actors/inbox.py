@@ -2,14 +2,19 @@
 
 import queue
 import threading
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from relay.actors.clock import Clock
-from relay.actors.messages import Tick
+from relay.actors.messages import FromClients, FromPeers, Tick
+from relay.net.udp import Datagram
 
-CAPACITY = 1024
-"""Messages that may wait before what arrives is dropped. Queues only add delay: at 10 µs a packet and 32 packets a message,
-this is a third of a second."""
+CAPACITY = 4 * 1024 * 1024
+"""Bytes of datagrams that may wait before what arrives is dropped. Queues only add delay: of small packets, at 30 µs each,
+this is a fifth of a second."""
+
+OVERHEAD = 512
+"""Bytes that a datagram takes beside its own, about."""
 
 
 class Envelope(Protocol):
@@ -27,6 +32,12 @@ class _Ticked:
 
 
 _TICKED = _Ticked()
+_DATAGRAMS = (FromClients, FromPeers)
+
+
+def size_of(batch: Sequence[Datagram]) -> int:
+    """Give the bytes that a batch takes while it waits."""
+    return sum(len(data) for data, _ in batch) + OVERHEAD * len(batch)
 
 
 class ServerInbox:
@@ -40,21 +51,35 @@ class ServerInbox:
         self._queue: queue.SimpleQueue[Envelope] = queue.SimpleQueue()
         self._clock: Clock | None = None
         self._deadline: float | None = None
-        self._drop_lock = threading.Lock()
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._closing = False
         self.dropped = 0
         """Datagrams dropped because it was full."""
 
     def __len__(self) -> int:
         return self._queue.qsize()
 
-    def is_full(self) -> bool:
-        """Tell whether what arrives should be dropped."""
-        return self._queue.qsize() >= CAPACITY
+    def admit(self, batch: Sequence[Datagram]) -> bool:
+        """Make room for a batch that is to be told; False if there is none, and the batch is counted as dropped."""
+        size = size_of(batch)
+        # Many threads come here: an addition to an attribute is no single step.
+        with self._lock:
+            if self._closing or self._waiting + size > CAPACITY:
+                self.dropped += len(batch)
+                return False
+            self._waiting += size
+        return True
 
-    def count_dropped(self, datagrams: int) -> None:
-        """Count datagrams that were dropped. Many threads may, and only under overload: so a lock keeps the count exact."""
-        with self._drop_lock:
-            self.dropped += datagrams
+    def release(self, batch: Sequence[Datagram]) -> None:
+        """Give back the room of a batch that was taken out."""
+        with self._lock:
+            self._waiting -= size_of(batch)
+
+    def close(self) -> None:
+        """Let in no more datagrams, and drop those that wait, so that whoever says stop need not wait for them."""
+        with self._lock:
+            self._closing = True
 
     def wake_at(self, deadline: float | None, clock: Clock) -> None:
         """Set when `get` is to give a Tick, in monotonic seconds of ``clock``; only for the thread that gets."""
@@ -67,13 +92,19 @@ class ServerInbox:
 
     def get(self) -> Envelope:
         """Wait for a message or for the deadline."""
+        while True:
+            envelope = self._next()
+            if not (self._closing and isinstance(envelope.message, _DATAGRAMS)):
+                return envelope
+
+    def empty(self) -> bool:
+        """Tell whether nothing waits."""
+        return self._queue.empty()
+
+    def _next(self) -> Envelope:
         if self._deadline is None or self._clock is None:
             return self._queue.get()
         try:
             return self._queue.get(timeout=max(0.0, self._deadline - self._clock.now().monotonic))
         except queue.Empty:
             return _TICKED
-
-    def empty(self) -> bool:
-        """Tell whether nothing waits."""
-        return self._queue.empty()

@@ -1,5 +1,6 @@
 """What actors tell the server actor."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from relay.core.addresses import AllocationId, RelayedPort
@@ -9,14 +10,14 @@ from relay.net.udp import Datagram
 class FromClients(NamedTuple):
     """Datagrams that arrived on the port that clients talk to."""
 
-    datagrams: list[Datagram]
+    datagrams: Sequence[Datagram]
 
 
 class FromPeers(NamedTuple):
     """Datagrams that arrived on an allocation's relayed addresses."""
 
     allocation: AllocationId
-    datagrams: list[Datagram]
+    datagrams: Sequence[Datagram]
 
 
 class Tick(NamedTuple):

@@ -39,7 +39,5 @@ class ReceivingActor(Actor):
         raise NotImplementedError
 
     def _hand_over(self, batch: list[Datagram]) -> None:
-        if self._inbox.is_full():
-            self._inbox.count_dropped(len(batch))
-        else:
+        if self._inbox.admit(batch):
             self._server.tell(self.message(batch))

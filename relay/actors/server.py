@@ -31,7 +31,8 @@ CLOSE_TIMEOUT = 0.5
 
 _log = structlog.get_logger("relay.actors.server")
 
-_PORT_REFUSALS = frozenset((errno.EADDRINUSE, errno.EACCES, errno.EPERM))
+# Not EACCES and EPERM: what forbids one port of the range forbids them all, and trying each would hold everybody up.
+_PORT_REFUSALS = frozenset((errno.EADDRINUSE,))
 
 
 @dataclass(slots=True)
@@ -135,6 +136,7 @@ class ServerActor(Actor):
                 return
 
     def _take_from_clients(self, message: FromClients) -> None:
+        self.inbox.release(message.datagrams)
         now = self._clock.now()
         take = self.core.handle_client_datagram
         for data, client in message.datagrams:
@@ -144,6 +146,7 @@ class ServerActor(Actor):
                 self._note_fault()
 
     def _take_from_peers(self, message: FromPeers) -> None:
+        self.inbox.release(message.datagrams)
         now = self._clock.now()
         take = self.core.handle_peer_datagram
         for data, peer in message.datagrams:

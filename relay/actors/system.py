@@ -5,11 +5,12 @@ import dataclasses
 import queue
 import random
 import socket
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Self, cast
+from typing import Any, Self, TypeAlias, cast
 
 import pykka
 import structlog
@@ -28,6 +29,11 @@ from relay.core.server import Server
 from relay.net.udp import RECEIVE_BUFFER, Receiver, is_receive_buffer_capped
 from relay.ops.http import HttpEndpoint, health_pages
 from relay.ops.machine import bind_hosts, open_service_socket, own_addresses, raise_descriptor_limit
+
+SWITCH_INTERVAL = 0.5
+"""Seconds for which a thread may keep the interpreter while others wait for it. Threads here give it up at every read and
+send; taking it from them by force, as CPython does after 5 ms, lets a thousand threads with a packet each fight over it.
+With 1,000 busy allocations at 20,000 packets/s this doubled what was relayed, and a stop took 0.6 s instead of 7."""
 
 LISTENER_STOP_TIMEOUT = 0.5
 """Seconds. A listener is woken from its read at once; it may be telling the server actor something."""
@@ -53,6 +59,10 @@ class Failure:
     error: BaseException
 
 
+News: TypeAlias = queue.SimpleQueue[Request | Failure]
+"""What happens to a system. Safe to put to from a signal handler."""
+
+
 class System:
     """One relay in one process.
 
@@ -61,15 +71,15 @@ class System:
     Args:
         config: what was asked for.
         clock: stamps what reaches the core.
+        news: what `run` waits for, if someone has begun to put to it before.
 
     Raises:
         BadUseError: on entering, if this machine can't give what the config asks for.
     """
 
-    def __init__(self, config: Config, clock: Clock | None = None) -> None:
+    def __init__(self, config: Config, clock: Clock | None = None, news: News | None = None) -> None:
         self.config = config
-        self.news: queue.SimpleQueue[Request | Failure] = queue.SimpleQueue()
-        """What `run` waits for. Safe to put to from a signal handler."""
+        self.news: News = news or queue.SimpleQueue()
         source = random.SystemRandom() if config.rng_seed is None else random.Random(config.rng_seed)  # noqa: S311 - asked for
         self.secret = config.secret or RelaySecret(source.randbytes(SECRET_LENGTH).hex())
         self.hosts = bind_hosts(config)
@@ -106,8 +116,11 @@ class System:
             if news is Request.STOP:
                 return 0
             if news is Request.DUMP:
-                dump()
-            elif isinstance(news, Failure):
+                try:
+                    dump()
+                except Exception:  # noqa: BLE001 - looking at the relay must not end it
+                    _log.exception("the dump failed; the relay goes on")
+            if isinstance(news, Failure):
                 _log.critical(
                     "an actor failed and the relay can't go on",
                     actor=news.actor,
@@ -138,6 +151,8 @@ class System:
 
     def _start(self, stack: contextlib.ExitStack) -> None:
         """Start all there is; what was started is undone by ``stack``, in reverse order."""
+        stack.callback(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(SWITCH_INTERVAL)
         raise_descriptor_limit(self.config)
         for family, host in self.hosts.items():
             opened = open_service_socket(family, host, self.config.service_port)
@@ -153,8 +168,9 @@ class System:
             stack.callback(http.stop)
             self.http_ports.append(http.port)
         server = ServerActor.start(self.core, self.listening, self.hosts, self._clock, self.socket_counters, self._failed)
-        stack.callback(_stop, server, SERVER_STOP_TIMEOUT)
+        stack.callback(_stop, "server", server, SERVER_STOP_TIMEOUT)
         self._inbox = cast(ServerInbox, server.actor_inbox)
+        stack.callback(self._inbox.close)
         # Where a portal will have its say: this is what its `init` lets happen.
         self._begin(stack, server, self._inbox)
 
@@ -162,8 +178,9 @@ class System:
         """Answer clients from now on."""
         for family, opened in self.listening.items():
             receiver = Receiver((opened,))
-            listener = ListenerActor.start(f"listener-{family.name.lower()}", receiver, server, inbox, self._failed)
-            stack.callback(_stop, listener, LISTENER_STOP_TIMEOUT)
+            name = f"listener-{family.name.lower()}"
+            listener = ListenerActor.start(name, receiver, server, inbox, self._failed)
+            stack.callback(_stop, name, listener, LISTENER_STOP_TIMEOUT)
             stack.callback(receiver.stop)
         self.is_ready = True
         _log.info(
@@ -178,11 +195,11 @@ class System:
         self.news.put(Failure(actor, error))
 
 
-def _stop(actor: pykka.ActorRef[Any], timeout: float) -> None:
+def _stop(name: str, actor: pykka.ActorRef[Any], timeout: float) -> None:
     try:
         actor.stop(timeout=timeout)
     except pykka.Timeout:
-        _log.warning("did not stop in time", actor=str(actor), seconds=timeout)
+        _log.warning("did not stop in time", actor=name, seconds=timeout)
 
 
 def _server_config(config: Config, secret: RelaySecret, hosts: dict[Family, str]) -> ServerConfig:

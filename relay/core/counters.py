@@ -13,6 +13,7 @@ class DropReason(StrEnum):
     UNKNOWN_PROTOCOL = "unknown_protocol"
     """The first byte is neither STUN's nor ChannelData's."""
     SOURCE_PORT_ZERO = "source_port_zero"
+    STUN_TOO_LONG = "stun_too_long"
     MALFORMED_HEADER = "malformed_header"
     MALFORMED_COOKIE = "malformed_cookie"
     MALFORMED_LENGTH = "malformed_length"

@@ -74,17 +74,21 @@ class Lifecycle:
     def begin(self, request: AllocationRequest, now: float) -> ErrorCode | None:
         """Make an allocation, to be answered once its sockets are bound; or give the error that stands against it.
 
-        The allocation that its username had is freed first (roaming), so its port and its place count as free.
+        The allocation that its username had (roaming) is freed once nothing stands against the new one; its ports and its
+        place count as free.
         """
         replaced = self._tables.by_username.get(request.username)
+        regained = () if replaced is None else (replaced.port, *replaced.refused_ports)
+        if not self._ports.count(even=request.even_port) and not any(
+            port % 2 == 0 or not request.even_port for port in regained
+        ):
+            return ErrorCode.INSUFFICIENT_CAPACITY
+        if len(self._tables.by_id) - (replaced is not None) >= self._config.max_allocations:
+            return ErrorCode.ALLOCATION_QUOTA_REACHED
         if replaced is not None:
             self.free(replaced, FreeReason.REPLACED)
         port = self._ports.draw(self._random, even=request.even_port)
-        if port is None:
-            return ErrorCode.INSUFFICIENT_CAPACITY
-        if len(self._tables.by_id) >= self._config.max_allocations:
-            self._ports.give_back(port)
-            return ErrorCode.ALLOCATION_QUOTA_REACHED
+        assert port is not None, "one was counted above"  # noqa: S101
         allocation = Allocation(AllocationId(self._next_id), port=port, **request._asdict())
         self._next_id += 1
         self._tables.add(allocation, now + BIND_TIMEOUT)

@@ -22,10 +22,14 @@ class PortPool:
         even, odd = self._free
         return len(even) + len(odd)
 
+    def count(self, *, even: bool) -> int:
+        """Tell how many ports `draw` can choose from."""
+        return len(self._free[0]) if even else len(self)
+
     def draw(self, random: RandomSource, *, even: bool) -> RelayedPort | None:
         """Take a port out of the pool; None if there is none (or no even one, if ``even`` is asked for)."""
         evens, odds = self._free
-        count = len(evens) if even else len(self)
+        count = self.count(even=even)
         if count == 0:
             return None
         at = random.randrange(count)

@@ -58,6 +58,10 @@ _STUN_BELOW = 4
 _CHANNEL_DATA_FROM = 64
 _CHANNEL_DATA_BELOW = 128
 
+_LONGEST_STUN = 1500
+"""Bytes. A STUN message fits the path's MTU (RFC 8489 §6.1); one of 64 KiB could name 5,000 peers, each to be judged, and
+held up everybody's packets for 130 ms."""
+
 _REQUESTS = frozenset((Method.BINDING, Method.ALLOCATE, Method.REFRESH, Method.CREATE_PERMISSION, Method.CHANNEL_BIND))
 _DROPPED_INDICATIONS: dict[int, DropReason] = {
     Method.SEND: DropReason.SEND_INDICATION,
@@ -176,6 +180,9 @@ class Server:
         if client[1] == 0:
             # No answer could reach it.
             self.counters.drops[DropReason.SOURCE_PORT_ZERO] += 1
+            return
+        if len(data) > _LONGEST_STUN:
+            self.counters.drops[DropReason.STUN_TOO_LONG] += 1
             return
         message = decode(data)
         if isinstance(message, Malformed):

@@ -9,7 +9,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping
-from typing import TextIO
+
+from relay.ops.logs import Stream
 
 
 def register_wedged_dump() -> None:
@@ -17,10 +18,13 @@ def register_wedged_dump() -> None:
 
     It is written by a signal handler in C, which knows no names of threads and stops after a hundred of them.
     """
+    if sys.stderr is None:
+        # It was closed before the start: there is nowhere to write to.
+        return
     faulthandler.register(signal.SIGQUIT, file=sys.stderr, all_threads=True, chain=False)
 
 
-def dump(summary: Mapping[str, object], stream: TextIO) -> None:
+def dump(summary: Mapping[str, object], stream: Stream) -> None:
     """Write the summary and the stack of each thread, by name, in one piece."""
     lines = ["--- relay state", *(f"{name}: {_show(value)}" for name, value in summary.items())]
     names = {thread.ident: thread.name for thread in threading.enumerate()}
@@ -37,7 +41,8 @@ def dump(summary: Mapping[str, object], stream: TextIO) -> None:
 def _show(value: object) -> str:
     """Write a number, or a table of counts without its zeros."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{_name(key)}={count}" for key, count in value.items() if count) or "none"
+        # A copy, made in one go: its owner goes on counting.
+        return ", ".join(f"{_name(key)}={count}" for key, count in dict(value).items() if count) or "none"
     return str(value)
 
 

@@ -1,7 +1,8 @@
 """The pages of the health and the control address.
 
 They are served by waitress, in threads of its own: it limits how many connect, how much they send and how long they take,
-so that a slow or hostile client costs the relay a few descriptors and no more.
+so that a slow or hostile client costs the relay some descriptors, and never a packet. Enough of them, trickling a byte now
+and then, do keep others from these pages: so whoever can reach the address should be trusted with that.
 """
 
 import errno
@@ -105,7 +106,8 @@ class HttpEndpoint:
         else:
             answer = page()
         body = json.dumps(answer.body).encode() + b"\n"
-        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Cache-Control", "no-store")]
+        headers = [("Allow", "GET, HEAD")] if answer.status is HTTPStatus.METHOD_NOT_ALLOWED else []
+        headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Cache-Control", "no-store")]
         start_response(f"{answer.status.value} {answer.status.phrase}", headers)
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 

@@ -1,6 +1,7 @@
 """What the relay needs to know of the machine that it runs on, and to have of it."""
 
 import errno
+import os
 import resource
 import socket
 
@@ -78,6 +79,8 @@ def holder(kind: str, port: int) -> str:
     try:
         for connection in psutil.net_connections(kind):
             if connection.laddr and connection.laddr.port == port and connection.pid is not None:
+                if connection.pid == os.getpid():
+                    return "this relay itself"
                 return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
     except (psutil.Error, OSError):
         pass

@@ -3,10 +3,10 @@
 import time
 
 from relay.actors.clock import SystemClock
-from relay.actors.inbox import CAPACITY, ServerInbox
+from relay.actors.inbox import CAPACITY, OVERHEAD, ServerInbox
 from relay.actors.listener import ListenerActor
-from relay.actors.messages import Tick
-from relay.core.addresses import Family
+from relay.actors.messages import FromClients, FromPeers, Tick
+from relay.core.addresses import AllocationId, Family
 from relay.core.instant import Instant
 from relay.net.udp import Receiver, open_socket
 from tests.conftest import wait_until
@@ -55,8 +55,8 @@ def test_the_deadline_is_measured_on_the_clock_that_was_handed_in() -> None:
 
 def test_what_arrives_while_the_inbox_is_full_is_dropped_and_counted() -> None:
     inbox = ServerInbox()
-    for number in range(CAPACITY):
-        inbox.put(Letter(number))
+    waiting = [(bytes(CAPACITY - OVERHEAD), ("127.0.0.1", 1))]
+    assert inbox.admit(waiting)
     with open_socket(Family.IPV4, "127.0.0.1", 0) as listening, udp_socket("127.0.0.1") as client:
         receiver = Receiver((listening,))
         failures: list[object] = []
@@ -67,5 +67,16 @@ def test_what_arrives_while_the_inbox_is_full_is_dropped_and_counted() -> None:
         wait_until(lambda: inbox.dropped == 5)
         receiver.stop()
         started.stop(timeout=5)
-    assert len(inbox) == CAPACITY
     assert failures == []
+    inbox.release(waiting)
+    assert inbox.admit(waiting)
+
+
+def test_a_closed_inbox_gives_up_its_datagrams_and_keeps_the_rest() -> None:
+    inbox = ServerInbox()
+    batch = [(b"x", ("127.0.0.1", 1))]
+    for message in (FromClients(batch), "stop", FromPeers(AllocationId(1), batch), "and wait"):
+        inbox.put(Letter(message))
+    inbox.close()
+    assert not inbox.admit(batch)
+    assert [inbox.get().message for _ in range(2)] == ["stop", "and wait"]

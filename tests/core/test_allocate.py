@@ -484,3 +484,21 @@ def test_ports_are_drawn_at_random() -> None:
     assert drawn != sorted(drawn)
     assert drawn == ports(1)
     assert drawn != ports(2)
+
+
+def test_an_allocate_that_is_refused_leaves_the_allocation_it_would_have_replaced() -> None:
+    """A client that roams must not lose what it has to a request that gives it nothing."""
+    relay = relay_with(ports=range(50001, 50002))
+    old = Client(relay)
+    old.allocate()
+    moved = Client(relay, OTHER_CLIENT)
+    assert refused(moved, UDP, (EVEN_PORT, False)) == 508
+    assert old.address in relay.server.allocations.by_client
+
+
+def test_a_client_that_roams_gets_the_port_and_the_place_of_its_old_allocation() -> None:
+    relay = relay_with(ports=range(50000, 50001), max_allocations=1)
+    Client(relay).allocate()
+    moved = Client(relay, OTHER_CLIENT)
+    moved.allocate()
+    assert list(relay.server.allocations.by_client) == [moved.address]

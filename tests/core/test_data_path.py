@@ -22,6 +22,7 @@ from tests.core.driver import (
     Relay,
     answer_in,
     channel_data,
+    opaque,
 )
 
 
@@ -217,3 +218,13 @@ def test_what_is_due_comes_before_what_arrives(relay: Relay, client: Client, all
     assert not isinstance(freed, SendToClient)
     assert answer_in([sent]).code is None
     assert allocation not in relay.server.allocations.by_id
+
+
+@pytest.mark.parametrize(("length", "drops"), [(1500, 0), (1504, 1)])
+def test_a_stun_message_that_no_path_carries_is_dropped_unread(relay: Relay, length: int, drops: int) -> None:
+    """RFC 8489 §6.1; a datagram of 64 KiB could name thousands of peers to be judged."""
+    padding = (opaque(0x8FFF), bytes(length - 24))
+    data = encode(MessageClass.REQUEST, Method.BINDING, bytes(12), [padding])
+    assert len(data) == length
+    assert len(relay.receive(data, CLIENT)) == 1 - drops
+    assert relay.counters.drops[DropReason.STUN_TOO_LONG] == drops

@@ -26,7 +26,7 @@ _hosts = (f"127.{os.getpid() % 200 + 20}.{high}.{low}" for high, low in itertool
 class Program:
     """A ``firezone-relay --standalone``, started."""
 
-    def __init__(self, *options: str, hosts: tuple[str, ...] = ()) -> None:
+    def __init__(self, *options: str, hosts: tuple[str, ...] = (), reads_log: bool = True) -> None:
         self.host = next(_hosts) if not hosts else hosts[0]
         self.introduction = ""
         public = [
@@ -45,7 +45,11 @@ class Program:
         self._log: list[str] = []
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read_log)
-        self._reader.start()
+        if reads_log:
+            self._reader.start()
+        else:
+            # It prints its credential once it is ready, too.
+            self._ready.set()
 
     @property
     def credential(self) -> Credential:
@@ -81,9 +85,11 @@ class Program:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(STOP_SECONDS)
-        self._reader.join(STOP_SECONDS)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        if self._reader.ident is not None:
+            self._reader.join(STOP_SECONDS)
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream is not None
+            stream.close()
 
     def _read_log(self) -> None:
         assert self.process.stderr is not None
@@ -104,8 +110,8 @@ def start_program() -> Iterator[ProgramStarter]:
     """Start programs; they end with the test."""
     with contextlib.ExitStack() as stack:
 
-        def start(*options: str, hosts: tuple[str, ...] = ()) -> Program:
-            program = Program(*options, hosts=hosts)
+        def start(*options: str, hosts: tuple[str, ...] = (), reads_log: bool = True) -> Program:
+            program = Program(*options, hosts=hosts, reads_log=reads_log)
             stack.callback(program.close)
             program.wait_until_ready()
             return program

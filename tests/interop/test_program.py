@@ -1,15 +1,18 @@
 """The program as a whole: started, looked at, and ended the ways an operator does."""
 
+import contextlib
 import ctypes
 import json
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -172,6 +175,86 @@ def test_a_signal_ends_it_with_0_within_two_seconds_with_a_thousand_allocations(
     assert time.monotonic() - began < 2
     assert "Traceback" not in program.log
     assert "in time" not in program.log
+
+
+def test_it_stops_in_time_while_a_thousand_allocations_are_busy(start_program: ProgramStarter, tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_text("secret")
+    program = start_program("--relay-secret-file", str(path), "--allow-peer", "127.0.0.0/8")
+    with udp_socket("127.0.0.1") as peer, contextlib.ExitStack() as stack:
+        relayed = []
+        for salt in range(ALLOCATIONS):
+            credential = mint(RelaySecret("secret"), 1 << 33, str(salt))
+            client = stack.enter_context(TurnClient((program.host, 3478), credential, "127.0.0.1"))
+            relayed += client.allocate()
+            assert client.bind_channel(0x4000, peer.getsockname()) is None
+        ended = threading.Event()
+
+        def flood() -> None:
+            while not ended.is_set():
+                for address in relayed:
+                    peer.sendto(bytes(172), (address[0], address[1]))
+                # About 20,000 packets a second, which is about all that one core relays.
+                ended.wait(0.05)
+
+        flooding = threading.Thread(target=flood)
+        flooding.start()
+        try:
+            # The last client gets packets: so all allocations have their share by now.
+            assert client.receive() == (0x4000, bytes(172))
+            began = time.monotonic()
+            assert program.stop() == 0
+            assert time.monotonic() - began < 2
+        finally:
+            ended.set()
+            flooding.join()
+    assert "in time" not in program.log
+
+
+def test_a_log_that_nobody_reads_holds_nothing_up(start_program: ProgramStarter) -> None:
+    program = start_program("--allow-peer", "127.0.0.0/8", reads_log=False)
+    with TurnClient((program.host, 3478), program.credential, "127.0.0.1") as client, udp_socket("127.0.0.1") as peer:
+        client.allocate()
+        assert client.bind_channel(0x4000, peer.getsockname()) is None
+        for _ in range(30):
+            # Far more than a pipe takes.
+            program.process.send_signal(signal.SIGUSR1)
+            client.send(0x4000, b"still relayed")
+            assert peer.recv(100) == b"still relayed"
+    assert program.stop() == 0
+
+
+def test_a_log_that_can_not_be_written_ends_nothing(start_program: ProgramStarter) -> None:
+    program = start_program(reads_log=False)
+    assert program.process.stderr is not None
+    program.process.stderr.close()
+    program.process.send_signal(signal.SIGUSR1)
+    with TurnClient((program.host, 3478), program.credential, "127.0.0.1") as client:
+        client.allocate()
+    assert program.stop() == 0
+
+
+def test_it_runs_with_standard_error_closed() -> None:
+    command = [sys.executable, "-m", "relay", "--standalone", "--public-ip4-addr", HOST, "--max-allocations", "10"]
+    command += ["--health-address", f"{HOST}:0", "--control-address", f"{HOST}:0"]
+    shell = f"exec {shlex.join(command)} 2>&-"
+    with subprocess.Popen(["sh", "-c", shell], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert "This credential is valid" in process.stdout.readline()
+        finally:
+            process.terminate()
+        assert process.wait(10) == 0
+
+
+def test_a_credential_that_can_not_be_printed_is_bad_use() -> None:
+    command = [sys.executable, "-m", "relay", "--standalone", "--public-ip4-addr", HOST, "--max-allocations", "10"]
+    command += ["--health-address", f"{HOST}:0", "--control-address", f"{HOST}:0"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=20, check=False)
+    assert done.returncode == 2
+    assert "can't print the credential" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 def test_sigusr1_shows_every_thread_by_name_and_the_state_while_packets_flow(program: Program) -> None:
