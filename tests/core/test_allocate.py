@@ -46,16 +46,6 @@ ONLY_IPV4 = {IPV4: HOSTS[IPV4]}
 ONLY_IPV6 = {IPV6: HOSTS[IPV6]}
 
 
-@pytest.fixture
-def relay() -> Relay:
-    return Relay()
-
-
-@pytest.fixture
-def client(relay: Relay) -> Client:
-    return Client(relay)
-
-
 def refused(client: Client, *attributes: AttributeValue) -> int | None:
     return client.ask(Method.ALLOCATE, *attributes).code
 

@@ -50,16 +50,6 @@ BODIES: dict[Method, list[AttributeValue]] = {
 }
 
 
-@pytest.fixture
-def relay() -> Relay:
-    return Relay()
-
-
-@pytest.fixture
-def client(relay: Relay) -> Client:
-    return Client(relay)
-
-
 def types_of(answer: Answer) -> set[int]:
     return {type_ for type_, _ in answer.message.attributes}
 

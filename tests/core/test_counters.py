@@ -1,7 +1,5 @@
 """What is counted, exactly."""
 
-import pytest
-
 from relay.core.attributes import ADDITIONAL_ADDRESS_FAMILY, REQUESTED_ADDRESS_FAMILY
 from relay.core.counters import Counters, DropReason, FreeReason
 from relay.core.lifecycle import BindRefusal
@@ -18,16 +16,6 @@ from tests.core.driver import (
     Relay,
     channel_data,
 )
-
-
-@pytest.fixture
-def relay() -> Relay:
-    return Relay()
-
-
-@pytest.fixture
-def client(relay: Relay) -> Client:
-    return Client(relay)
 
 
 def freed(relay: Relay) -> dict[FreeReason, int]:

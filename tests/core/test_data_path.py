@@ -27,16 +27,6 @@ from tests.core.driver import (
 
 
 @pytest.fixture
-def relay() -> Relay:
-    return Relay()
-
-
-@pytest.fixture
-def client(relay: Relay) -> Client:
-    return Client(relay)
-
-
-@pytest.fixture
 def allocation(client: Client) -> AllocationId:
     """An allocation with one channel, bound to `PEER`."""
     allocation = client.allocate().id

@@ -257,12 +257,16 @@ class ServerMachine(RuleBasedStateMachine):
             return None if self.repeats(existing, request) else 437
         if request.reserve:
             return 508
-        for each in tuple(self.allocations.values()):
-            if each.username == request.user.credential.username:
-                self.free(each)
-        if not any(port % 2 == 0 or not request.even for port in self.free_ports()):
+        username = request.user.credential.username
+        replaced = [each for each in self.allocations.values() if each.username == username]
+        ports = self.free_ports().union(*(each.ports for each in replaced))
+        if not any(port % 2 == 0 or not request.even for port in ports):
             return 508
-        return 486 if len(self.allocations) >= QUOTA else None
+        if len(self.allocations) - len(replaced) >= QUOTA:
+            return 486
+        for each in replaced:
+            self.free(each)
+        return None
 
     def repeats(self, existing: ModelAllocation, request: Sent) -> bool:
         same_transaction = existing.request.transaction_id == request.transaction_id
@@ -459,6 +463,22 @@ class ServerMachine(RuleBasedStateMachine):
     def request_channel(self, who: User, address: SocketAddress, number: int, peer: PeerAddress) -> None:
         attributes: list[AttributeValue] = [(CHANNEL_NUMBER, number), (XOR_PEER_ADDRESS, peer)]
         self.make(Method.CHANNEL_BIND, who, address, attributes, number=number, peer=peer)
+
+    @precondition(lambda self: self.allocations)
+    @rule(data=st.data(), to=st.sampled_from(ADDRESSES), port=st.sampled_from(["any", "even", "even"]))
+    def roam(self, data: st.DataObject, to: SocketAddress, port: str) -> None:
+        """Come back from another address, where there may be no port to be had."""
+        who = self.any_of(data, self.allocations.values()).request.user
+        for _ in range(2):
+            self.allocate(who, to, "default", port, None)
+
+    @precondition(lambda self: self.allocations)
+    @rule(data=st.data(), who=st.sampled_from(USERS), lifetime=st.sampled_from([0, 0, 600]))
+    def refresh_with_new_credentials(self, data: st.DataObject, who: User, lifetime: int) -> None:
+        """Act on an allocation that stands in the way of new credentials."""
+        address = self.any_of(data, self.allocations.values()).request.address
+        for _ in range(2):
+            self.make(Method.REFRESH, who, address, [(LIFETIME, lifetime)], lifetime=lifetime)
 
     def any_of(self, data: st.DataObject, allocations: Iterable[ModelAllocation]) -> ModelAllocation:
         """Choose by address, which is all that a report on a failure then needs to show."""

@@ -8,16 +8,6 @@ from relay.core.stun import Method
 from tests.core.driver import FORBIDDEN_PEER, OTHER_PEER, PEER, PEER6, AttributeValue, Client, Relay, opaque, peer_at
 
 
-@pytest.fixture
-def relay() -> Relay:
-    return Relay()
-
-
-@pytest.fixture
-def client(relay: Relay) -> Client:
-    return Client(relay)
-
-
 def test_a_permission_is_granted_and_lets_nothing_through(relay: Relay, client: Client) -> None:
     allocation = client.allocate()
     answer = client.create_permission(PEER, OTHER_PEER)

@@ -28,16 +28,6 @@ OF_IPV4: AttributeValue = (REQUESTED_ADDRESS_FAMILY, 1)
 OF_IPV6: AttributeValue = (REQUESTED_ADDRESS_FAMILY, 2)
 
 
-@pytest.fixture
-def relay() -> Relay:
-    return Relay()
-
-
-@pytest.fixture
-def client(relay: Relay) -> Client:
-    return Client(relay)
-
-
 @pytest.mark.parametrize(
     ("asked", "granted"), [(1, 600), (599, 600), (600, 600), (601, 601), (3600, 3600), (3601, 3600), (0xFFFFFFFF, 3600)]
 )
