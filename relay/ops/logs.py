@@ -1,6 +1,8 @@
 """The log: events with fields, one a line, to standard error."""
 
+import contextlib
 import logging
+import os
 import queue
 import threading
 from typing import Protocol, TextIO
@@ -35,11 +37,13 @@ class LogWriter:
     A log collector that hangs, a full disk or a closed standard error is no reason to hold up a packet, let alone to end.
 
     Args:
-        target: where lines go in the end; None if there is nowhere.
+        target: the file that lines go to in the end; None if there is nowhere.
     """
 
     def __init__(self, target: TextIO | None) -> None:
-        self._target = target
+        # Written to beneath the file's own buffer and lock: a thread that is stuck in a write would keep that lock, and the
+        # interpreter would wait for it at its end.
+        self._descriptor = None if target is None else target.fileno()
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._drop_lock = threading.Lock()
         self._dropped = 0
@@ -60,10 +64,7 @@ class LogWriter:
 
     def isatty(self) -> bool:
         """Tell whether people watch."""
-        try:
-            return self._target is not None and self._target.isatty()
-        except ValueError:
-            return False
+        return self._descriptor is not None and os.isatty(self._descriptor)
 
     def close(self) -> None:
         """Write what waits, if that can be done in time."""
@@ -76,13 +77,13 @@ class LogWriter:
                 dropped, self._dropped = self._dropped, 0
             if dropped:
                 text = f"{dropped} lines of the log were dropped: nobody read them in time\n{text}"
-            try:
-                if self._target is not None:
-                    self._target.write(text)
-                    self._target.flush()
-            except (OSError, ValueError):
-                # Nobody is there to be told: this is where it would be said.
-                continue
+            # If that fails, there is nobody to be told: this is where it would be said.
+            with contextlib.suppress(OSError):
+                self._write(text.encode(errors="backslashreplace"))
+
+    def _write(self, line: bytes) -> None:
+        while line and self._descriptor is not None:
+            line = line[os.write(self._descriptor, line) :]
 
 
 def configure(log_format: LogFormat, stream: Stream) -> None:
