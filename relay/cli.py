@@ -269,6 +269,8 @@ def _introduce(system: System) -> None:
     try:
         click.echo("\n".join(lines))
     except OSError as error:
+        # What could not be written would be tried again at the end, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise BadUseError(
             f"can't print the credential ({error.strerror}): give --relay-secret-file, or mend the output"
         ) from error
