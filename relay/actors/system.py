@@ -153,6 +153,8 @@ class System:
         """Start all there is; what was started is undone by ``stack``, in reverse order."""
         stack.callback(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(SWITCH_INTERVAL)
+        if self.config.rng_seed is not None:
+            _log.warning("random numbers are seeded: whoever knows the seed knows the secret; for tests only")
         raise_descriptor_limit(self.config)
         for family, host in self.hosts.items():
             opened = open_service_socket(family, host, self.config.service_port)

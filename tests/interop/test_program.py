@@ -139,6 +139,7 @@ def test_the_same_seed_makes_the_same_secret(start_program: ProgramStarter) -> N
         expiry, _, salt = program.credential.username.partition(":")
         passwords.add(program.credential.password == mint(seeded_secret(7), int(expiry), salt).password)
     assert passwords == {True}
+    assert "for tests only" in program.log
 
 
 def seeded_secret(seed: int) -> RelaySecret:
