@@ -47,7 +47,7 @@ from tests.core.driver import (
     the,
 )
 
-PORTS = range(50000, 50005)
+PORTS = range(50001, 50006)
 QUOTA = 4
 BIND_WAIT = 5
 CHANNEL_LIVES = 600
