@@ -70,6 +70,7 @@ class Counters:
     allocations_made: int = 0
     allocations_freed: dict[FreeReason, int] = field(default_factory=lambda: dict.fromkeys(FreeReason, 0))
     channels_bound: int = 0
+    """With those that were refreshed."""
     ports_refused: int = 0
     successes: dict[Method, int] = field(default_factory=dict)
     errors: dict[tuple[Method, int], int] = field(default_factory=dict)

@@ -9,6 +9,9 @@ import hashlib
 from typing import NamedTuple
 
 FIREZONE_REALM = "firezone"
+_LONGEST = 508
+"""Characters in a username (RFC 8489 §14.3 has bytes); a number of many thousand digits is one that Python won't read."""
+
 SECRET_LENGTH = 32
 """Random bytes in a relay secret that the relay makes itself."""
 
@@ -51,7 +54,7 @@ class Credential(NamedTuple):
 def parse_username(text: str) -> Username | None:
     """Take a username apart; None if it is not a decimal expiry and a salt with one colon between them."""
     expiry, colon, salt = text.partition(":")
-    if not colon or ":" in salt or not (expiry.isascii() and expiry.isdigit()):
+    if not colon or ":" in salt or not (expiry.isascii() and expiry.isdigit()) or len(expiry) > _LONGEST:
         return None
     return Username(text, int(expiry))
 

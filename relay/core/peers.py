@@ -101,7 +101,8 @@ class PeerPolicy:
         return self._decide(ip_address(peer[0]), None)
 
     def _decide(self, address: Address, port: int | None) -> bool:
-        judged = judged_addresses(address)
+        # A relay may itself have an address that embeds IPv4; then that address is what counts.
+        judged = (address,) if self._is_this_machine(address) else judged_addresses(address)
         if port in self.service_ports and any(self._is_this_machine(each) for each in judged):
             return False
         # An operator may mean an IPv6 range that embeds IPv4 as such; so deny looks at both forms, and allow does not.

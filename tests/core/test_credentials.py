@@ -201,3 +201,7 @@ def test_a_wall_clock_that_is_set_moves_no_deadline() -> None:
     # Set right again, the clock makes the credential valid again.
     relay.now = Instant(START.monotonic + 599, START.unix)
     assert client.refresh(600).code is None
+
+
+def test_an_expiry_beyond_any_username_is_refused_not_computed() -> None:
+    assert parse_username("1" * 5000 + ":salt") is None

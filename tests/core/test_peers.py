@@ -319,3 +319,16 @@ def test_no_way_to_write_a_denied_ipv4_address_is_permitted(address: Address, fo
     for policy in (PeerPolicy(), POLICY, replace(POLICY, allow=networks("8.8.0.0/16", "2001::/16", "::ffff:0:0/96"))):
         assert not policy.permits(peer_at(str(address), port))
         assert not policy.permits(peer_at(embedding(str(address))[form], port))
+
+
+@pytest.mark.parametrize("own", ["2002:c000:201::1", "64:ff9b::c000:201", "2001:0:4136:e378:8000:63bf:3fff:fdd2"])
+def test_a_relay_whose_own_address_embeds_ipv4_protects_it_like_any_other(own: str) -> None:
+    policy = PeerPolicy(
+        relay_addresses=frozenset({own}),
+        service_ports=frozenset({3478}),
+        relayed_ports=range(49152, 65536),
+        public_addresses=frozenset({own}),
+    )
+    assert not policy.permits(peer_at(own, 3478))
+    assert not policy.permits(peer_at(own, 22))
+    assert policy.permits(peer_at(own, 50000))
