@@ -27,6 +27,9 @@ def has_ipv6() -> bool:
 
 HAS_IPV6 = has_ipv6()
 
+# Containers often have no IPv6 at all: then there is nothing to be tested.
+needs_ipv6 = pytest.mark.skipif(not HAS_IPV6, reason="this machine has no IPv6")
+
 # People's runs search at random, and find more over time; CI's repeat themselves, so that a red one is about the change.
 settings.register_profile("ci", derandomize=True, print_blob=True)
 if os.environ.get("CI"):

@@ -39,7 +39,7 @@ LISTENER_STOP_TIMEOUT = 0.5
 """Seconds. A listener is woken from its read at once; it may be telling the server actor something."""
 
 SERVER_STOP_TIMEOUT = 2.0
-"""Seconds, in which the server actor works off its inbox and closes the allocations."""
+"""Seconds, in which the server actor finishes its message and closes the allocations; datagrams that wait are dropped."""
 
 _log = structlog.get_logger("relay.actors.system")
 
@@ -92,8 +92,7 @@ class System:
         self._stack = contextlib.ExitStack()
         self.listening: dict[Family, socket.socket] = {}
         self._inbox: ServerInbox | None = None
-        self.http_ports: list[int] = []
-        """On which the health and the control address listen, in this order."""
+        self._http: dict[str, Endpoint] = {}
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -168,7 +167,8 @@ class System:
         for name, endpoint in (("health", self.config.health), ("control", self.config.control)):
             http = HttpEndpoint(name, endpoint, pages)
             stack.callback(http.stop)
-            self.http_ports.append(http.port)
+            # Port 0 was any that is free: this is the one.
+            self._http[name] = Endpoint(endpoint.host, http.port)
         server = ServerActor.start(self.core, self.listening, self.hosts, self._clock, self.socket_counters, self._failed)
         stack.callback(_stop, "server", server, SERVER_STOP_TIMEOUT)
         self._inbox = cast(ServerInbox, server.actor_inbox)
@@ -191,6 +191,7 @@ class System:
             clients=[str(self.address_of(family)) for family in self.listening],
             relayed=[str(host) for host in self.config.public_hosts.values()],
             ports=f"{self.config.lowest_port}-{self.config.highest_port}",
+            **{name: str(endpoint) for name, endpoint in self._http.items()},
         )
 
     def _failed(self, actor: str, error: BaseException) -> None:

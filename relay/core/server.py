@@ -5,7 +5,8 @@ How it works
 
 Inputs are datagrams (from clients, and from peers by way of an allocation's sockets), reports on sockets, and the passing
 of time; each comes with the `Instant` at which it happened. An input changes the tables once, and appends commands; whoever
-drives the server drains them after each input. `poll_timeout` says by when the server wants an input, at the latest.
+drives the server drains them after each input, or after a batch of datagrams: they keep their order. `poll_timeout` says by
+when the server wants an input, at the latest.
 
 Time can't pass unseen: every input first does what is due. So a channel relays nothing after its expiry even if the wake-up
 comes late, and inputs alone decide what comes out: the same inputs with the same seed give the same bytes.

@@ -5,13 +5,13 @@ import pytest
 from relay.core.addresses import Family, SocketAddress, socket_address
 from relay.core.stun import MessageClass, Method, decode, encode
 from tests.actors.conftest import Relay, RelayMaker
-from tests.conftest import HAS_IPV6
+from tests.conftest import needs_ipv6
 from tests.turn_client import TurnClient, udp_socket
 
 HOST = {Family.IPV4: "127.0.0.1", Family.IPV6: "::1"}
-PAIRS = [(client, peer) for client in Family for peer in Family]
-
-needs_ipv6 = pytest.mark.skipif(not HAS_IPV6, reason="this machine has no IPv6")
+PAIRS = [
+    pytest.param((one, other), marks=needs_ipv6 if Family.IPV6 in (one, other) else ()) for one in Family for other in Family
+]
 
 
 def exchange(client: TurnClient, relayed: SocketAddress, peer_host: str, number: int = 0x4000) -> None:
@@ -27,10 +27,9 @@ def exchange(client: TurnClient, relayed: SocketAddress, peer_host: str, number:
             assert client.receive() == (number, payload[::-1])
 
 
-@pytest.mark.parametrize(("client_family", "peer_family"), PAIRS)
-def test_packets_go_both_ways_between_any_two_families(relay: Relay, client_family: Family, peer_family: Family) -> None:
-    if Family.IPV6 in (client_family, peer_family) and not HAS_IPV6:
-        pytest.skip("this machine has no IPv6")
+@pytest.mark.parametrize("families", PAIRS)
+def test_packets_go_both_ways_between_any_two_families(relay: Relay, families: tuple[Family, Family]) -> None:
+    client_family, peer_family = families
     client = relay.client(client_family)
     (relayed,) = client.allocate(family=peer_family)
     exchange(client, relayed, HOST[peer_family])
@@ -50,8 +49,6 @@ def test_two_clients_of_one_relay_meet_at_their_relayed_addresses(
     make_relay: RelayMaker, families: tuple[Family, Family]
 ) -> None:
     """Without --allow-peer: the relay's own address is a peer in the allocation range."""
-    if Family.IPV6 in families and not HAS_IPV6:
-        pytest.skip("this machine has no IPv6")
     relay = make_relay(allow_peers=())
     one, other = relay.client(families[0]), relay.client(families[1])
     (relayed_one,), (relayed_other,) = one.allocate(), other.allocate()

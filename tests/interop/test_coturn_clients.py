@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.conftest import needs_ipv6
 from tests.interop.conftest import Program, ProgramStarter
 from tests.turn_client import udp_socket
 
@@ -57,6 +58,7 @@ def test_uclient_relays_every_packet(program: Program, peer_port: str, length: s
     assert "tot_send_msgs=50, tot_recv_msgs=50" in said, said
 
 
+@needs_ipv6
 def test_uclient_relays_to_ipv6_peers(start_program: ProgramStarter, peer_port: str) -> None:
     program = start_program("--allow-peer", "::1/128", "--public-ip6-addr", "::1")
     said = run(

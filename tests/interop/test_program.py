@@ -23,7 +23,7 @@ import pytest
 
 from relay import __version__
 from relay.core.credentials import RelaySecret, mint
-from tests.conftest import HAS_IPV6
+from tests.conftest import HAS_IPV6, needs_ipv6
 from tests.interop.conftest import Program, ProgramStarter
 from tests.turn_client import TurnClient, udp_socket
 
@@ -291,9 +291,8 @@ def test_sigquit_shows_all_stacks_and_ends_nothing(program: Program) -> None:
     assert program.stop() == 0
 
 
+@needs_ipv6
 def test_it_serves_ipv6_alone(start_program: ProgramStarter) -> None:
-    if not HAS_IPV6:
-        pytest.skip("this machine has no IPv6")
     program = start_program(hosts=("::1",))
     with TurnClient(("::1", 3478), program.credential) as client:
         (relayed,) = client.allocate(family=2)

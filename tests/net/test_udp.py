@@ -10,11 +10,11 @@ import pytest
 
 from relay.core.addresses import Family
 from relay.net import udp
-from tests.conftest import HAS_IPV6
+from tests.conftest import needs_ipv6
 
 HOSTS = [
     (Family.IPV4, "127.0.0.1"),
-    pytest.param(Family.IPV6, "::1", marks=pytest.mark.skipif(not HAS_IPV6, reason="this machine has no IPv6")),
+    pytest.param(Family.IPV6, "::1", marks=needs_ipv6),
 ]
 
 
@@ -48,9 +48,8 @@ def test_datagrams_come_in_the_order_they_were_sent_empty_ones_too(open_socket: 
     assert {address for _, address in received} == {sending.getsockname()}
 
 
+@needs_ipv6
 def test_one_receiver_reads_sockets_of_both_families(open_socket: Opener) -> None:
-    if not HAS_IPV6:
-        pytest.skip("this machine has no IPv6")
     sockets = [open_socket(Family.IPV4, "127.0.0.1"), open_socket(Family.IPV6, "::1")]
     receiver = udp.Receiver(sockets)
     for family, host, receiving in ((Family.IPV4, "127.0.0.1", sockets[0]), (Family.IPV6, "::1", sockets[1])):
@@ -59,9 +58,8 @@ def test_one_receiver_reads_sockets_of_both_families(open_socket: Opener) -> Non
         assert receiver.receive() == [(host.encode(), sending.getsockname())]
 
 
+@needs_ipv6
 def test_an_ipv4_and_an_ipv6_socket_share_a_port() -> None:
-    if not HAS_IPV6:
-        pytest.skip("this machine has no IPv6")
     with udp.open_socket(Family.IPV6, "::", 0) as six, udp.open_socket(Family.IPV4, "0.0.0.0", six.getsockname()[1]) as four:
         assert four.getsockname()[1] == six.getsockname()[1]
 

@@ -20,7 +20,8 @@ from relay.probe.steps import Probe, Settings
 from relay.probe.target import Target
 from relay.probe.traffic import Pace
 from relay.probe.transaction import Patience, StunClient, open_socket
-from tests.probe.shell import HOSTS, SECRET, Shell, has_ipv6, open_udp
+from tests.conftest import HAS_IPV6
+from tests.probe.shell import HOSTS, SECRET, Shell, open_udp
 
 IMPATIENT = Patience(rto=0.1, total=1.0)
 QUICK = Pace(count=20, rate=500, settle=0.4, silence=0.4)
@@ -48,12 +49,12 @@ def credential() -> Credential:
 
 @pytest.fixture
 def families() -> tuple[Family, ...]:
-    return (Family.IPV4, Family.IPV6) if has_ipv6() else (Family.IPV4,)
+    return (Family.IPV4, Family.IPV6) if HAS_IPV6 else (Family.IPV4,)
 
 
 @pytest.fixture
 def ipv6() -> None:
-    if not has_ipv6():
+    if not HAS_IPV6:
         pytest.skip("this machine has no IPv6")
 
 

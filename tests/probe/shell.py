@@ -37,14 +37,6 @@ def open_udp(family: Family, port: int = 0) -> socket.socket:
     return opened
 
 
-def has_ipv6() -> bool:
-    try:
-        open_udp(Family.IPV6).close()
-    except OSError:
-        return False
-    return True
-
-
 class Shell:
     """Runs from ``with``; ``edit`` may drop, change or add to what the server sends."""
 
