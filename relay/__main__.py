@@ -1,5 +1,18 @@
-"""``python -m relay`` is ``firezone-relay``."""
+"""Where the process begins, by ``firezone-relay`` or ``python -m relay``."""
 
-from relay.cli import main
+from typing import NoReturn
 
-main()
+from relay.ops import signals
+
+
+def main() -> NoReturn:
+    """Run the command line."""
+    # First of all: the imports take a third of a second, and a signal that comes meanwhile shall not be lost.
+    signals.hold()
+    from relay import cli  # noqa: PLC0415 - see above
+
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -15,13 +15,26 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from relay import __version__
-from relay.actors.system import News, Request, System
-from relay.config import HIGHEST_PORT, LOWEST_PORT, BadUseError, Config, LogFormat
+from relay.actors.news import News, Request
+from relay.actors.system import System
+from relay.config import HIGHEST_PORT, LOWEST_PORT, BadUseError, Config, LogFormat, PortalAccess
 from relay.core.credentials import Credential, RelaySecret, mint
 from relay.core.peers import Network
+from relay.core.portal.endpoint import PortalUrl
+from relay.net.proxy import Proxy
 from relay.ops import logs, signals
-from relay.ops.dump import dump
-from relay.options import DurationType, EndpointType, IpAddressType, NetworksType, read_secret
+from relay.ops.dump import dump, register_wedged_dump
+from relay.ops.systemd import Systemd
+from relay.options import (
+    DurationType,
+    EndpointType,
+    IpAddressType,
+    NetworksType,
+    PortalUrlType,
+    read_secret,
+    read_token,
+    read_token_file,
+)
 from relay.probe.command import probe
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -33,13 +46,21 @@ BAD_USE = 2
 SALT_BYTES = 12
 
 _EPILOG = """\b
-Examples:
+In a Firezone network:
+  make a token for a relay in the portal, put it into a file, and
+  FIREZONE_TOKEN=/etc/firezone-relay/token firezone-relay --public-ip4-addr 203.0.113.7
+
+\b
+Without one:
   firezone-relay --standalone --public-ip4-addr 203.0.113.7
   firezone-relay credentials --relay-secret-file secret.txt --ttl 12h
   firezone-relay probe 203.0.113.7 --relay-secret-file secret.txt
 
-A relay that belongs to a Firezone network takes its token from the environment, as FIREZONE_TOKEN; a token is no option,
-since every user of a machine can read its command lines. This version can't join a network yet: it runs --standalone.
+FIREZONE_TOKEN is the token, or the path of a file with it. The token itself is no option, since every user of a machine can
+read its command lines. HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE are honoured on the way to the portal.
+
+Signals: SIGTERM leaves the portal, waits as --drain-timeout says, and ends; a second one, or SIGINT, ends at once. SIGUSR1
+writes what all threads do. Exit codes: 0 asked to end, 1 the relay can't go on, 2 it can't be run as asked.
 """
 
 
@@ -61,6 +82,34 @@ def _setting(
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110},
 )
 @click.version_option(__version__, message="%(version)s")
+@click.option(
+    "--token-file",
+    type=click.Path(path_type=Path),
+    help="The file with the token that the portal made for this relay; instead of FIREZONE_TOKEN.",
+)
+@_setting(
+    "--name",
+    "name",
+    "FIREZONE_NAME",
+    click.STRING,
+    "What the portal calls this relay. Unset: it has no name.",
+)
+@_setting(
+    "--api-url",
+    "api_url",
+    "FIREZONE_API_URL",
+    PortalUrlType(),
+    "Where the portal is.",
+    default="wss://api.firezone.dev",
+)
+@_setting(
+    "--drain-timeout",
+    "drain_timeout",
+    "DRAIN_TIMEOUT",
+    DurationType("SECONDS", least=0),
+    "After SIGTERM, go on relaying for so long, without new allocations, or until none is left.",
+    default="0",
+)
 @click.option("--standalone", is_flag=True, show_default=False, help="Run without a portal, with a secret of one's own.")
 @_setting(
     "--public-ip4-addr",
@@ -166,10 +215,12 @@ def _setting(
 def cli(context: click.Context, /, **options: Any) -> None:  # noqa: ANN401 - one for each option above
     """Relay packets between two peers that can't reach each other: STUN and TURN for Firezone networks.
 
-    Clients are answered on UDP port 3478; each allocation has a UDP port of its own.
+    Make a token for a relay in the Firezone portal, set it as FIREZONE_TOKEN, and start. Clients are answered on UDP port
+    3478 once the portal says so; each allocation has a UDP port of its own.
     """
     if context.invoked_subcommand is None:
         context.exit(_run(**options))
+    signals.let_go()
 
 
 cli.add_command(probe)
@@ -216,29 +267,59 @@ def _run(
     """Run the relay until it is stopped, and give the exit code."""
     if sys.platform != "linux":
         raise BadUseError(f"the relay runs on Linux only, not on {sys.platform}: try it in a Linux container")
-    if not standalone:
+    access = _portal_access(
+        standalone=standalone, **{each: settings.pop(each) for each in ("token_file", "api_url", "name")}
+    )
+    if access is not None and relay_secret_file is not None:
         raise BadUseError(
-            "this version can't join a Firezone network yet: give --standalone"
-            if os.environ.get("FIREZONE_TOKEN", "").strip()
-            else "neither FIREZONE_TOKEN nor --standalone: set the token of a Firezone network, or give --standalone"
+            "--relay-secret-file is for --standalone: in a network, the relay makes a secret and tells the portal"
         )
     config = Config(
+        portal=access,
         secret=None if relay_secret_file is None else read_secret(relay_secret_file),
         allow_peers=tuple(itertools.chain(*allow_peers)),
         deny_peers=tuple(itertools.chain(*deny_peers)),
         **settings,
     )
     news: News = queue.SimpleQueue()
-    signals.listen(lambda: news.put(Request.STOP), lambda: news.put(Request.DUMP))
+    signals.listen(
+        {
+            signal.SIGTERM: lambda: news.put(Request.LEAVE),
+            signal.SIGINT: lambda: news.put(Request.STOP),
+            signal.SIGUSR1: lambda: news.put(Request.DUMP),
+        }
+    )
+    register_wedged_dump()
     log = logs.LogWriter(sys.stderr)
     logs.configure(LogFormat(log_format), log)
     try:
-        with System(config, news=news) as system:
-            if config.secret is None:
+        with System(config, news=news, systemd=Systemd(os.environ)) as system:
+            if config.secret is None and config.portal is None:
                 _introduce(system)
             return system.run(lambda: dump(system.summary(), log))
     finally:
         log.close()
+
+
+def _portal_access(
+    *, standalone: bool, token_file: Path | None, api_url: PortalUrl, name: str | None
+) -> PortalAccess | None:
+    """Give how to join a network; None for a relay that stands alone."""
+    if standalone:
+        if token_file is not None:
+            raise BadUseError("--standalone is without a portal, --token-file is for one: give one of the two")
+        return None
+    variable = os.environ.get("FIREZONE_TOKEN", "").strip()
+    if token_file is None and not variable:
+        raise BadUseError(
+            "no token: make one for a relay in the Firezone portal and set it as FIREZONE_TOKEN, or give --standalone"
+        )
+    token = read_token(variable) if token_file is None else read_token_file(token_file)
+    try:
+        proxy = Proxy.from_environment(api_url.host, is_tls=api_url.is_tls)
+    except ValueError as error:
+        raise BadUseError(f"can't reach the portal through the proxy: {error}") from error
+    return PortalAccess(api_url, token, name or None, proxy)
 
 
 def _mint(secret: RelaySecret, expiry: int) -> Credential:

@@ -7,6 +7,8 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
 from relay.core.addresses import Family
 from relay.core.credentials import RelaySecret
 from relay.core.peers import Network
+from relay.core.portal.endpoint import PortalToken, PortalUrl
+from relay.net.proxy import Proxy
 
 SERVICE_PORT = 3478
 """Where clients talk to the relay (RFC 8656 §4). Not an option: every client knows it."""
@@ -50,6 +52,17 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class PortalAccess:
+    """How to join a Firezone network."""
+
+    url: PortalUrl
+    token: PortalToken
+    name: str | None = None
+    """What people call this relay, for the portal to show."""
+    proxy: Proxy | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """The settings of one relay process.
 
@@ -73,6 +86,10 @@ class Config:
     deny_peers: tuple[Network, ...] = ()
     max_allocations: int | None = None
     """Without it: as many as there are ports."""
+    portal: PortalAccess | None = None
+    """Without it, the relay stands alone."""
+    drain_timeout: float = 0
+    """Seconds for which allocations live on after SIGTERM."""
     service_port: int = SERVICE_PORT
 
     def __post_init__(self) -> None:

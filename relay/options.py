@@ -10,8 +10,9 @@ import click
 from relay.config import Endpoint
 from relay.core.credentials import RelaySecret
 from relay.core.peers import Network
+from relay.core.portal.endpoint import PortalToken, PortalUrl
 
-_LONGEST_SECRET = 4096
+_LONGEST_TEXT = 4096
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
@@ -72,18 +73,77 @@ class NetworksType(click.ParamType[tuple[Network, ...]]):
 
 
 class DurationType(click.ParamType[int]):
-    """A time in seconds, or with a unit."""
+    """A time in seconds, or with a unit.
 
-    name = "DURATION"
+    Args:
+        name: how it is called in the help.
+        least: seconds that it has to be, at least.
+    """
+
+    def __init__(self, name: str = "DURATION", least: int = 1) -> None:
+        self.name = name
+        self._least = least
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:  # noqa: ANN401
         """Read ``90``, ``90s``, ``15m``, ``12h``, ``1d`` or ``2w`` as seconds."""
         if isinstance(value, int):
             return value
         match = re.fullmatch(r"([0-9]{1,9})([smhdw]?)", str(value).strip())
-        if match is None or int(match[1]) == 0:
+        if match is None or int(match[1]) < self._least:
             self.fail(f"{str(value)!r} is no duration: write 90s, 15m, 12h or 1d", param, ctx)
         return int(match[1]) * _UNITS[match[2] or "s"]
+
+
+class PortalUrlType(click.ParamType[PortalUrl]):
+    """Where the portal is."""
+
+    name = "URL"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> PortalUrl:  # noqa: ANN401
+        """Read ``wss://api.example.com``."""
+        if isinstance(value, PortalUrl):
+            return value
+        try:
+            return PortalUrl.parse(str(value))
+        except ValueError as error:
+            # The URL is not repeated: what makes it wrong may be a password in it.
+            self.fail(f"no URL of a portal: {error}", param, ctx)
+
+
+def read_token(text: str) -> PortalToken:
+    """Read the portal's token from what FIREZONE_TOKEN has: the token, or the path of a file with it.
+
+    Raises:
+        click.UsageError: it is none, or the file can't be read. The message shows no token.
+    """
+    stripped = text.strip()
+    if stripped.startswith(("/", "./", "../")) or ("\0" not in stripped and _is_file(stripped)):
+        return read_token_file(Path(stripped))
+    try:
+        return PortalToken.parse(stripped)
+    except ValueError as error:
+        raise click.UsageError(f"FIREZONE_TOKEN is no token: {error}; copy it from the portal again") from error
+
+
+def read_token_file(path: Path) -> PortalToken:
+    """Read the portal's token from a file.
+
+    Raises:
+        click.UsageError: the file can't be read, or there is no token in it.
+    """
+    text = _read_text(path, "token", "copy it from the portal again")
+    try:
+        return PortalToken.parse(text)
+    except ValueError as error:
+        raise click.UsageError(f"{path} holds no token: {error}; copy it from the portal again") from error
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:
+        # Longer than a name may be, for instance.
+        return False
 
 
 def read_secret(path: Path) -> RelaySecret:
@@ -92,17 +152,26 @@ def read_secret(path: Path) -> RelaySecret:
     Raises:
         click.UsageError: the file can't be read, or there is no text in it.
     """
+    return RelaySecret(_read_text(path, "relay secret", "openssl rand -hex 32 makes one"))
+
+
+def _read_text(path: Path, what: str, advice: str) -> str:
+    """Read a short text from a file, white space around it left out.
+
+    Raises:
+        click.UsageError: the file can't be read, or there is no such text in it. The message does not show it.
+    """
     try:
         if not path.is_file() and path.exists():
-            raise click.UsageError(f"can't read the relay secret from {path}: it is no regular file")
+            raise click.UsageError(f"can't read the {what} from {path}: it is no regular file")
         with path.open(encoding="utf-8") as file:
-            text = file.read(_LONGEST_SECRET + 1).strip()
+            text = file.read(_LONGEST_TEXT + 1).strip()
     except OSError as error:
-        raise click.UsageError(f"can't read the relay secret from {path}: {error.strerror}") from error
+        raise click.UsageError(f"can't read the {what} from {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise click.UsageError(f"the relay secret in {path} is no text: write it in hexadecimal, say") from error
-    if len(text) > _LONGEST_SECRET:
-        raise click.UsageError(f"{path} is no relay secret: it is longer than {_LONGEST_SECRET} characters")
+        raise click.UsageError(f"the {what} in {path} is no text ({advice})") from error
+    if len(text) > _LONGEST_TEXT:
+        raise click.UsageError(f"{path} is no {what}: it is longer than {_LONGEST_TEXT} characters")
     if not text:
-        raise click.UsageError(f"{path} is empty: put the relay secret into it (openssl rand -hex 32 makes one)")
-    return RelaySecret(text)
+        raise click.UsageError(f"{path} is empty: put the {what} into it ({advice})")
+    return text

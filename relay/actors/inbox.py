@@ -1,4 +1,4 @@
-"""The inbox of the server actor: it wakes its reader when the core's next deadline comes, and is bounded."""
+"""Inboxes that wake their reader when the next deadline of a core comes; that of the server actor is bounded, too."""
 
 import queue
 import threading
@@ -40,25 +40,54 @@ def size_of(batch: Sequence[Datagram]) -> int:
     return sum(len(data) for data, _ in batch) + OVERHEAD * len(batch)
 
 
-class ServerInbox:
+class TimedInbox:
     """A queue that gives a `Tick` when the deadline passes while it is empty.
 
     So the thread that waits for messages is the timer too: there is no second one to wake, and nothing polls. While
-    messages do come, no Tick is needed, since each input of the core does first what is due.
+    messages do come, no Tick is needed, since each input of a core does first what is due.
     """
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Envelope] = queue.SimpleQueue()
         self._clock: Clock | None = None
         self._deadline: float | None = None
+
+    def __len__(self) -> int:
+        return self._queue.qsize()
+
+    def wake_at(self, deadline: float | None, clock: Clock) -> None:
+        """Set when `get` is to give a Tick, in monotonic seconds of ``clock``; only for the thread that gets."""
+        self._deadline = deadline
+        self._clock = clock
+
+    def put(self, envelope: Envelope, /) -> None:
+        """Add a message; never waits."""
+        self._queue.put(envelope)
+
+    def get(self) -> Envelope:
+        """Wait for a message or for the deadline."""
+        if self._deadline is None or self._clock is None:
+            return self._queue.get()
+        try:
+            return self._queue.get(timeout=max(0.0, self._deadline - self._clock.now().monotonic))
+        except queue.Empty:
+            return _TICKED
+
+    def empty(self) -> bool:
+        """Tell whether nothing waits."""
+        return self._queue.empty()
+
+
+class ServerInbox(TimedInbox):
+    """The server actor's: datagrams that wait in it are bounded, all else is not, since only the relay itself tells that."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self._lock = threading.Lock()
         self._waiting = 0
         self._closing = False
         self.dropped = 0
         """Datagrams dropped because it was full."""
-
-    def __len__(self) -> int:
-        return self._queue.qsize()
 
     def admit(self, batch: Sequence[Datagram]) -> bool:
         """Make room for a batch that is to be told; False if there is none, and the batch is counted as dropped."""
@@ -81,30 +110,9 @@ class ServerInbox:
         with self._lock:
             self._closing = True
 
-    def wake_at(self, deadline: float | None, clock: Clock) -> None:
-        """Set when `get` is to give a Tick, in monotonic seconds of ``clock``; only for the thread that gets."""
-        self._deadline = deadline
-        self._clock = clock
-
-    def put(self, envelope: Envelope, /) -> None:
-        """Add a message; never waits."""
-        self._queue.put(envelope)
-
     def get(self) -> Envelope:
         """Wait for a message or for the deadline."""
         while True:
-            envelope = self._next()
+            envelope = super().get()
             if not (self._closing and isinstance(envelope.message, _DATAGRAMS)):
                 return envelope
-
-    def empty(self) -> bool:
-        """Tell whether nothing waits."""
-        return self._queue.empty()
-
-    def _next(self) -> Envelope:
-        if self._deadline is None or self._clock is None:
-            return self._queue.get()
-        try:
-            return self._queue.get(timeout=max(0.0, self._deadline - self._clock.now().monotonic))
-        except queue.Empty:
-            return _TICKED

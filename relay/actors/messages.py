@@ -1,9 +1,11 @@
-"""What actors tell the server actor."""
+"""What actors are told."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from relay.core.addresses import AllocationId, RelayedPort
+from relay.core.portal.commands import ConnectionId
+from relay.core.portal.refusal import Refusal
 from relay.net.udp import Datagram
 
 
@@ -36,3 +38,49 @@ class AllocationClosed(NamedTuple):
 
     allocation: AllocationId
     port: RelayedPort
+
+
+class Drain(NamedTuple):
+    """Take on no new allocation."""
+
+
+class AreYouThere(NamedTuple):
+    """Whoever asks wants to know whether messages are still worked off."""
+
+
+class PortalConnected(NamedTuple):
+    """The portal answered the upgrade with 101."""
+
+    connection: ConnectionId
+
+
+class PortalRefused(NamedTuple):
+    """The portal answered the upgrade with something else."""
+
+    connection: ConnectionId
+    refusal: Refusal
+
+
+class PortalSaid(NamedTuple):
+    """The portal sent a text message."""
+
+    connection: ConnectionId
+    text: str
+
+
+class PortalSentOther(NamedTuple):
+    """The portal sent a message or frame of another kind."""
+
+    connection: ConnectionId
+    kind: str
+
+
+class PortalLost(NamedTuple):
+    """There is no connection to the portal, or none any more."""
+
+    connection: ConnectionId
+    reason: str
+
+
+class LeavePortal(NamedTuple):
+    """Leave the portal's channel."""

@@ -16,9 +16,17 @@ from relay.actors.actor import Actor, FailureListener
 from relay.actors.allocation import AllocationActor, RelayedSockets
 from relay.actors.clock import Clock
 from relay.actors.inbox import ServerInbox
-from relay.actors.messages import AllocationClosed, AllocationFailed, FromClients, FromPeers, Tick
+from relay.actors.messages import (
+    AllocationClosed,
+    AllocationFailed,
+    AreYouThere,
+    Drain,
+    FromClients,
+    FromPeers,
+    Tick,
+)
 from relay.core.addresses import AllocationId, ClientAddress, Family, PeerAddress, RelayedPort, family_of
-from relay.core.commands import BindPort, FreeAllocation, SendToClient, SendToPeer
+from relay.core.commands import BindPort, Drained, FreeAllocation, SendToClient, SendToPeer
 from relay.core.lifecycle import BindRefusal
 from relay.core.server import Server
 from relay.net.udp import Receiver, is_broken, send
@@ -49,6 +57,15 @@ class SocketCounters:
     """Datagrams that the core failed on: each is a bug."""
 
 
+class ServiceSockets(NamedTuple):
+    """What is open from the start, and where to open more."""
+
+    listening: dict[Family, socket.socket]
+    """Of the port that clients talk to, by family; lent to the server actor, which does not close them."""
+    bind_hosts: dict[Family, str]
+    """Where the sockets of allocations are bound, by family."""
+
+
 class Serving(NamedTuple):
     """What serves one allocation."""
 
@@ -69,21 +86,21 @@ class ServerActor(Actor):
 
     Args:
         core: the relay.
-        listening: the sockets of the port that clients talk to, by family; lent, and not closed here.
-        bind_hosts: where the sockets of allocations are bound, by family.
+        sockets: what it sends from.
         clock: stamps every input.
         counters: what it counts in.
         failed: hears of its failure.
+        news: hears what matters to others.
     """
 
     def __init__(
         self,
         core: Server,
-        listening: dict[Family, socket.socket],
-        bind_hosts: dict[Family, str],
+        sockets: ServiceSockets,
         clock: Clock,
         counters: SocketCounters,
         failed: FailureListener,
+        news: Callable[[Drained], None],
     ) -> None:
         super().__init__("server", failed)
         self.core = core
@@ -91,8 +108,8 @@ class ServerActor(Actor):
         self.inbox = cast(ServerInbox, self.actor_inbox)
         self.serving: dict[AllocationId, Serving] = {}
         self._closing: dict[RelayedPort, Closing] = {}
-        self._listening = listening
-        self._bind_hosts = bind_hosts
+        self._listening = sockets.listening
+        self._bind_hosts = sockets.bind_hosts
         self._clock = clock
         self._inputs: dict[type, Callable[[Any], None]] = {
             FromClients: self._take_from_clients,
@@ -100,12 +117,16 @@ class ServerActor(Actor):
             Tick: self._tick,
             AllocationFailed: self._take_failure,
             AllocationClosed: self._forget_closed,
+            Drain: lambda _: core.handle_drain(clock.now()),
+            # That the message is worked off is the answer.
+            AreYouThere: lambda _: None,
         }
         self._outputs: dict[type, Callable[[Any], None]] = {
             SendToClient: self._send_to_client,
             SendToPeer: self._send_to_peer,
             BindPort: self._bind_port,
             FreeAllocation: self._free_allocation,
+            Drained: news,
         }
 
     @staticmethod

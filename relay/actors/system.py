@@ -9,8 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any, Self, TypeAlias, cast
+from typing import Any, Self, cast
 
 import pykka
 import structlog
@@ -19,16 +18,33 @@ from relay import __version__
 from relay.actors.clock import Clock, SystemClock
 from relay.actors.inbox import ServerInbox
 from relay.actors.listener import ListenerActor
-from relay.actors.server import ServerActor, SocketCounters
-from relay.config import Config, Endpoint
+from relay.actors.messages import AreYouThere, Drain, LeavePortal
+from relay.actors.news import Event, Failure, News, Request
+from relay.actors.portal import PortalActor
+from relay.actors.server import ServerActor, ServiceSockets, SocketCounters
+from relay.config import Config, Endpoint, PortalAccess
 from relay.core.addresses import Family
+from relay.core.commands import Drained
 from relay.core.config import ServerConfig
 from relay.core.credentials import SECRET_LENGTH, RelaySecret
 from relay.core.peers import PeerPolicy
+from relay.core.portal import limits
+from relay.core.portal.channel import PortalChannel
+from relay.core.portal.commands import Begin, Fatal, Left
+from relay.core.portal.endpoint import PortalConfig
 from relay.core.server import Server
-from relay.net.udp import RECEIVE_BUFFER, Receiver, is_receive_buffer_capped
+from relay.net.dial import Dialer
+from relay.net.udp import RECEIVE_BUFFER, Receiver, discard_waiting, is_receive_buffer_capped
 from relay.ops.http import HttpEndpoint, health_pages
-from relay.ops.machine import bind_hosts, open_service_socket, own_addresses, raise_descriptor_limit
+from relay.ops.machine import (
+    bind_hosts,
+    open_service_socket,
+    own_addresses,
+    raise_descriptor_limit,
+    trusted_authorities,
+    user_agent,
+)
+from relay.ops.systemd import Systemd
 
 SWITCH_INTERVAL = 0.5
 """Seconds for which a thread may keep the interpreter while others wait for it. Threads here give it up at every read and
@@ -38,95 +54,158 @@ With 1,000 busy allocations at 20,000 packets/s this doubled what was relayed, a
 LISTENER_STOP_TIMEOUT = 0.5
 """Seconds. A listener is woken from its read at once; it may be telling the server actor something."""
 
+PORTAL_STOP_TIMEOUT = 1.0
+"""Seconds. The portal actor waits for nothing, so this is for a machine that is slow."""
+
+LEAVE_TIMEOUT = limits.LEAVE_TIMEOUT + limits.CLOSE_TIMEOUT + 1.0
+"""Seconds until the portal is left at the latest; it takes care of that itself, so this is for a machine that is slow."""
+
 SERVER_STOP_TIMEOUT = 2.0
 """Seconds, in which the server actor finishes its message and closes the allocations; datagrams that wait are dropped."""
+
+STOP_TIMEOUT = LEAVE_TIMEOUT + PORTAL_STOP_TIMEOUT + SERVER_STOP_TIMEOUT + 5.0
+"""Seconds for all of it, and what else may take its time, as told to systemd."""
 
 _log = structlog.get_logger("relay.actors.system")
 
 
-class Request(Enum):
-    """What someone outside wants of the running system."""
+@dataclass(slots=True)
+class Departure:
+    """What is still waited for before the end."""
 
-    STOP = "stop"
-    DUMP = "dump"
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """An actor failed, and the system can't go on without it."""
-
-    actor: str
-    error: BaseException
-
-
-News: TypeAlias = queue.SimpleQueue[Request | Failure]
-"""What happens to a system. Safe to put to from a signal handler."""
+    until: float
+    """Monotonic time at which it is no longer waited for."""
+    awaited: set[type[Left | Drained]]
 
 
 class System:
     """One relay in one process.
 
-    Use it as a context: entering starts it, leaving stops it, whatever happened in between.
+    Use it as a context: entering starts it, leaving stops it, whatever happened in between. Without a portal it answers
+    clients from the start; with one, `run` has to hear first that the portal says so.
 
     Args:
         config: what was asked for.
         clock: stamps what reaches the core.
         news: what `run` waits for, if someone has begun to put to it before.
+        systemd: is told how far it is.
 
     Raises:
         BadUseError: on entering, if this machine can't give what the config asks for.
     """
 
-    def __init__(self, config: Config, clock: Clock | None = None, news: News | None = None) -> None:
+    def __init__(
+        self, config: Config, clock: Clock | None = None, news: News | None = None, systemd: Systemd | None = None
+    ) -> None:
         self.config = config
         self.news: News = news or queue.SimpleQueue()
-        source = random.SystemRandom() if config.rng_seed is None else random.Random(config.rng_seed)  # noqa: S311 - asked for
+        source = _random_source(config.rng_seed)
         self.secret = config.secret or RelaySecret(source.randbytes(SECRET_LENGTH).hex())
         self.hosts = bind_hosts(config)
         self.core = Server(_server_config(config, self.secret, self.hosts), source)
         self.socket_counters = SocketCounters()
-        self.is_ready = False
-        """Whether it answers on the port for clients."""
+        self.portal: PortalChannel | None = None
+        self.listening: dict[Family, socket.socket] = {}
         self._clock = clock or SystemClock()
+        self._systemd = systemd or Systemd({})
         self._started_at = time.monotonic()
         self._stack = contextlib.ExitStack()
-        self.listening: dict[Family, socket.socket] = {}
+        self._has_begun = False
+        self._departure: Departure | None = None
+        self._server: pykka.ActorRef[ServerActor] | None = None
+        self._portal_actor: pykka.ActorRef[PortalActor] | None = None
         self._inbox: ServerInbox | None = None
         self._http: dict[str, Endpoint] = {}
 
     def __enter__(self) -> Self:
-        with contextlib.ExitStack() as stack:
-            self._start(stack)
-            self._stack = stack.pop_all()
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.is_ready = False
+        self._has_begun = False
+        # Before the server actor, whose end would look like a death to the watchdog.
+        self._systemd.close()
         self._stack.close()
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether new clients should be sent here: it answers them, its portal knows it, and it is not about to end."""
+        return self._has_begun and self._departure is None and (self.portal is None or self.portal.is_joined)
+
     def run(self, dump: Callable[[], None]) -> int:
-        """Wait until the end, and give the exit code: 0 if it was asked for, 1 if an actor failed.
+        """Wait until the end, and give the exit code: 0 if it was asked for, 1 if it had to be.
 
         Args:
             dump: is called when someone asks to see what all threads do.
         """
         while True:
-            news = self.news.get()
-            if news is Request.STOP:
+            try:
+                event = self.news.get(timeout=self._patience())
+            except queue.Empty:
+                _log.warning("not waiting any longer", allocations=len(self.core.allocations.by_id))
                 return 0
-            if news is Request.DUMP:
-                try:
-                    dump()
-                except Exception:  # noqa: BLE001 - looking at the relay must not end it
-                    _log.exception("the dump failed; the relay goes on")
-            if isinstance(news, Failure):
+            code = self._hear(event, dump)
+            if code is not None:
+                return code
+
+    def _patience(self) -> float | None:
+        """Give the seconds for which news may be waited for."""
+        return None if self._departure is None else max(0.0, self._departure.until - time.monotonic())
+
+    def _hear(self, event: Event, dump: Callable[[], None]) -> int | None:
+        """Act on news; give the exit code if it is the end."""
+        match event:
+            case Request.DUMP:
+                _dump(dump)
+            case Request.STOP:
+                return 0
+            case Request.LEAVE:
+                return self._leave()
+            case Begin():
+                self._begin()
+            case Left() | Drained():
+                return self._note_done(event)
+            case Fatal():
+                _log.critical(event.reason)
+                return 1
+            case Failure():
                 _log.critical(
                     "an actor failed and the relay can't go on",
-                    actor=news.actor,
-                    error=f"{type(news.error).__name__}: {news.error}",
-                    exc_info=news.error,
+                    actor=event.actor,
+                    error=f"{type(event.error).__name__}: {event.error}",
+                    exc_info=event.error,
                 )
                 return 1
+        return None
+
+    def _leave(self) -> int | None:
+        """Leave the portal, and let allocations live on for a while, if that is wanted."""
+        if self._departure is not None:
+            _log.info("asked to end for the second time: ending at once")
+            return 0
+        patience = self.config.drain_timeout
+        departure = self._departure = Departure(time.monotonic() + patience, set())
+        if self._portal_actor is not None:
+            departure.awaited.add(Left)
+            departure.until = max(departure.until, time.monotonic() + LEAVE_TIMEOUT)
+            self._portal_actor.tell(LeavePortal())
+        if patience and self._server is not None:
+            departure.awaited.add(Drained)
+            self._server.tell(Drain())
+            _log.info("draining: no new allocations", seconds=patience, allocations=len(self.core.allocations.by_id))
+        self._systemd.stopping("draining" if patience else "stopping", patience + STOP_TIMEOUT)
+        return None if departure.awaited else 0
+
+    def _note_done(self, event: Left | Drained) -> int | None:
+        if self._departure is None:
+            return None
+        self._departure.awaited.discard(type(event))
+        _log.info("left the portal" if isinstance(event, Left) else "no allocation is left")
+        return None if self._departure.awaited else 0
 
     def address_of(self, family: Family) -> Endpoint:
         """Give where clients of a family are listened to."""
@@ -140,6 +219,7 @@ class System:
             "version": __version__,
             "uptime_seconds": round(time.monotonic() - self._started_at, 1),
             "ready": self.is_ready,
+            **self._portal_summary(),
             "allocations": len(allocations.by_id),
             "live_channels": len(allocations.live_channels),
             "server_inbox": 0 if self._inbox is None else len(self._inbox),
@@ -148,43 +228,77 @@ class System:
             **{name.name: getattr(self.socket_counters, name.name) for name in dataclasses.fields(self.socket_counters)},
         }
 
-    def _start(self, stack: contextlib.ExitStack) -> None:
-        """Start all there is; what was started is undone by ``stack``, in reverse order."""
-        stack.callback(sys.setswitchinterval, sys.getswitchinterval())
+    def _start(self) -> None:
+        """Start all there is but the listeners; what was started is undone by leaving the context, in reverse order."""
+        self._stack.callback(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(SWITCH_INTERVAL)
         if self.config.rng_seed is not None:
             _log.warning("random numbers are seeded: whoever knows the seed knows the secret; for tests only")
         raise_descriptor_limit(self.config)
+        self._open_sockets()
+        self._start_pages()
+        sockets = ServiceSockets(self.listening, self.hosts)
+        server = ServerActor.start(self.core, sockets, self._clock, self.socket_counters, self._failed, self.news.put)
+        self._stack.callback(_stop, "server", server, SERVER_STOP_TIMEOUT)
+        self._server = server
+        self._inbox = cast(ServerInbox, server.actor_inbox)
+        self._stack.callback(self._inbox.close)
+        if self.config.portal is None:
+            self._begin()
+        else:
+            self._join(self.config.portal)
+
+    def _open_sockets(self) -> None:
+        """Take the port that clients talk to, so that a port that is in use is known of at once; nobody is answered yet."""
         for family, host in self.hosts.items():
             opened = open_service_socket(family, host, self.config.service_port)
-            stack.callback(opened.close)
+            self._stack.callback(opened.close)
             self.listening[family] = opened
             if is_receive_buffer_capped(opened):
                 _log.warning(
                     "receive buffers are small: bursts will lose packets", want=f"net.core.rmem_max={RECEIVE_BUFFER}"
                 )
+
+    def _start_pages(self) -> None:
         pages = health_pages(lambda: self.is_ready)
         for name, endpoint in (("health", self.config.health), ("control", self.config.control)):
             http = HttpEndpoint(name, endpoint, pages)
-            stack.callback(http.stop)
+            self._stack.callback(http.stop)
             # Port 0 was any that is free: this is the one.
             self._http[name] = Endpoint(endpoint.host, http.port)
-        server = ServerActor.start(self.core, self.listening, self.hosts, self._clock, self.socket_counters, self._failed)
-        stack.callback(_stop, "server", server, SERVER_STOP_TIMEOUT)
-        self._inbox = cast(ServerInbox, server.actor_inbox)
-        stack.callback(self._inbox.close)
-        # Where a portal will have its say: this is what its `init` lets happen.
-        self._begin(stack, server, self._inbox)
 
-    def _begin(self, stack: contextlib.ExitStack, server: pykka.ActorRef[ServerActor], inbox: ServerInbox) -> None:
-        """Answer clients from now on."""
+    def _join(self, access: PortalAccess) -> None:
+        """Begin to join the portal, whose `init` is the word to begin."""
+        port = next(iter(self.listening.values())).getsockname()[1]
+        config = PortalConfig(
+            access.url, access.token, self.secret, access.name, self.config.public_hosts, port, user_agent()
+        )
+        # Its own source: the server actor draws from the other one in another thread.
+        self.portal = PortalChannel(config, _random_source(self.config.rng_seed))
+        tls = trusted_authorities() if access.url.is_tls else None
+        if tls is None:
+            _log.warning("the portal is talked to without TLS: whoever listens sees the token and the secret")
+        dialer = Dialer(access.url.host, access.url.port, tls, access.proxy)
+        _log.info(
+            "joining the portal", url=access.url.text, proxy=access.proxy and f"{access.proxy.host}:{access.proxy.port}"
+        )
+        self._systemd.status("joining the portal")
+        self._portal_actor = PortalActor.start(self.portal, dialer, self._clock, self.news.put, self._failed)
+        self._stack.callback(_stop, "portal", self._portal_actor, PORTAL_STOP_TIMEOUT)
+
+    def _begin(self) -> None:
+        """Answer clients from now on: the gate is open."""
+        assert self._server is not None  # noqa: S101 - it is started before
+        assert self._inbox is not None  # noqa: S101
         for family, opened in self.listening.items():
+            # What came before was for nobody, and its senders have long tried again.
+            discard_waiting(opened)
             receiver = Receiver((opened,))
             name = f"listener-{family.name.lower()}"
-            listener = ListenerActor.start(name, receiver, server, inbox, self._failed)
-            stack.callback(_stop, name, listener, LISTENER_STOP_TIMEOUT)
-            stack.callback(receiver.stop)
-        self.is_ready = True
+            listener = ListenerActor.start(name, receiver, self._server, self._inbox, self._failed)
+            self._stack.callback(_stop, name, listener, LISTENER_STOP_TIMEOUT)
+            self._stack.callback(receiver.stop)
+        self._has_begun = True
         _log.info(
             "ready",
             version=__version__,
@@ -193,6 +307,26 @@ class System:
             ports=f"{self.config.lowest_port}-{self.config.highest_port}",
             **{name: str(endpoint) for name, endpoint in self._http.items()},
         )
+        self._systemd.ready("answering clients")
+        self._systemd.watch(self._is_alive)
+
+    def _is_alive(self, timeout: float) -> bool:
+        """Tell whether the server actor works off its messages, within some seconds."""
+        try:
+            if self._server is not None:
+                self._server.ask(AreYouThere(), timeout=timeout)
+        except (pykka.Timeout, pykka.ActorDeadError):
+            return False
+        return True
+
+    def _portal_summary(self) -> dict[str, object]:
+        if self.portal is None:
+            return {}
+        return {
+            "portal": self.portal.state.value,
+            "portal_joins": self.portal.joins,
+            "portal_oddities": self.portal.oddities,
+        }
 
     def _failed(self, actor: str, error: BaseException) -> None:
         self.news.put(Failure(actor, error))
@@ -203,6 +337,17 @@ def _stop(name: str, actor: pykka.ActorRef[Any], timeout: float) -> None:
         actor.stop(timeout=timeout)
     except pykka.Timeout:
         _log.warning("did not stop in time", actor=name, seconds=timeout)
+
+
+def _random_source(seed: int | None) -> random.Random:
+    return random.SystemRandom() if seed is None else random.Random(seed)  # noqa: S311 - for tests, and asked for
+
+
+def _dump(dump: Callable[[], None]) -> None:
+    try:
+        dump()
+    except Exception:  # noqa: BLE001 - looking at the relay must not end it
+        _log.exception("the dump failed; the relay goes on")
 
 
 def _server_config(config: Config, secret: RelaySecret, hosts: dict[Family, str]) -> ServerConfig:

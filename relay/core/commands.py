@@ -46,4 +46,9 @@ class FreeAllocation:
     reason: FreeReason
 
 
-Command: TypeAlias = SendToClient | SendToPeer | BindPort | FreeAllocation
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """No allocation is left, and none will be made: comes once, after `Server.handle_drain`."""
+
+
+Command: TypeAlias = SendToClient | SendToPeer | BindPort | FreeAllocation | Drained

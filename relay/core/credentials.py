@@ -8,6 +8,8 @@ import base64
 import hashlib
 from typing import NamedTuple
 
+from relay.core.concealed import Concealed
+
 FIREZONE_REALM = "firezone"
 _LONGEST = 508
 """Characters in a username (RFC 8489 §14.3 has bytes); a number of many thousand digits is one that Python won't read."""
@@ -16,20 +18,10 @@ SECRET_LENGTH = 32
 """Random bytes in a relay secret that the relay makes itself."""
 
 
-class RelaySecret:
-    """The secret that passwords are derived from; only `reveal` shows it, so that no repr or traceback does."""
+class RelaySecret(Concealed):
+    """The secret that passwords are derived from; the portal is told it, since it mints them."""
 
-    __slots__ = ("_text",)
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    def reveal(self) -> str:
-        """Give the text: for deriving a password, or for the portal, which mints them."""
-        return self._text
-
-    def __repr__(self) -> str:
-        return "RelaySecret(...)"
+    __slots__ = ()
 
 
 class Username(NamedTuple):

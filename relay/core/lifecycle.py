@@ -16,7 +16,7 @@ from relay.core.attributes import (
     Attribute,
 )
 from relay.core.authentication import ErrorCode
-from relay.core.commands import BindPort, Command, FreeAllocation
+from relay.core.commands import BindPort, Command, Drained, FreeAllocation
 from relay.core.config import ServerConfig
 from relay.core.counters import Counters, FreeReason
 from relay.core.credentials import integrity_key, parse_username, password_of
@@ -70,6 +70,7 @@ class Lifecycle:
         self._random = random
         self._ports = PortPool(config.ports)
         self._next_id = 1
+        self._draining = False
 
     def begin(self, request: AllocationRequest, now: float) -> ErrorCode | None:
         """Make an allocation, to be answered once its sockets are bound; or give the error that stands against it.
@@ -77,6 +78,8 @@ class Lifecycle:
         The allocation that its username had (roaming) is freed once nothing stands against the new one; its ports and its
         place count as free.
         """
+        if self._draining:
+            return ErrorCode.INSUFFICIENT_CAPACITY
         replaced = self._tables.by_username.get(request.username)
         regained = () if replaced is None else (replaced.port, *replaced.refused_ports)
         if not self._ports.count(even=request.even_port) and not any(
@@ -123,6 +126,13 @@ class Lifecycle:
         self._commands.append(FreeAllocation(allocation.id, reason))
         if allocation.state is AllocationState.BINDING and reason in (FreeReason.REFUSED, FreeReason.FAILED):
             self._answers.refuse(self._recipient(allocation), ErrorCode.INSUFFICIENT_CAPACITY)
+        self._note_if_drained()
+
+    def drain(self) -> None:
+        """Make no allocation any more, and say when the last one is gone; told again, do nothing."""
+        if not self._draining:
+            self._draining = True
+            self._note_if_drained()
 
     def expire(self, now: float) -> None:
         """Do all that is due at ``now``."""
@@ -135,6 +145,10 @@ class Lifecycle:
                 self._tables.cool_channel(allocation.channels[number], at)
             else:
                 self._tables.unbind_channel(allocation, allocation.channels[number])
+
+    def _note_if_drained(self) -> None:
+        if self._draining and not self._tables.by_id:
+            self._commands.append(Drained())
 
     def _give_back_refused_ports(self, allocation: Allocation) -> None:
         for port in allocation.refused_ports:

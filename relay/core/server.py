@@ -3,10 +3,10 @@
 How it works
 ============
 
-Inputs are datagrams (from clients, and from peers by way of an allocation's sockets), reports on sockets, and the passing
-of time; each comes with the `Instant` at which it happened. An input changes the tables once, and appends commands; whoever
-drives the server drains them after each input, or after a batch of datagrams: they keep their order. `poll_timeout` says by
-when the server wants an input, at the latest.
+Inputs are datagrams (from clients, and from peers by way of an allocation's sockets), reports on sockets, the wish to end,
+and the passing of time; each comes with the `Instant` at which it happened. An input changes the tables once, and appends
+commands; whoever drives the server drains them after each input, or after a batch of datagrams: they keep their order.
+`poll_timeout` says by when the server wants an input, at the latest.
 
 Time can't pass unseen: every input first does what is due. So a channel relays nothing after its expiry even if the wake-up
 comes late, and inputs alone decide what comes out: the same inputs with the same seed give the same bytes.
@@ -26,6 +26,7 @@ ESTABLISHED           lifetime passes             freed
 BINDING, ESTABLISHED  Refresh with LIFETIME 0     success answer; freed
 BINDING, ESTABLISHED  same username, new address  freed; the new one goes to BINDING
 BINDING, ESTABLISHED  its sockets failed          (508 if BINDING); freed
+(none)                Allocate, while draining    508
 ====================  ==========================  ==============================================
 
 Three modules act on the tables of `relay.core.allocations`: this one (packets, reports, time), `relay.core.requests` (what
@@ -157,6 +158,11 @@ class Server:
         if failed is not None:
             self._lifecycle.free(failed, FreeReason.FAILED)
             self._set_wake_up()
+
+    def handle_drain(self, now: Instant) -> None:
+        """Take the wish to end: no allocation is made any more, those there are go on; `Drained` says when none is left."""
+        self.handle_timeout(now)
+        self._lifecycle.drain()
 
     def _relay_to_peer(self, data: bytes, client: ClientAddress) -> None:
         """Relay ChannelData (RFC 8656 §12.6); what follows the length it states is padding."""

@@ -1,5 +1,6 @@
 """Blocking UDP sockets, read by one thread and sent from by another."""
 
+import contextlib
 import errno
 import select
 import socket
@@ -27,6 +28,9 @@ datagram, or if this many wake-ups have passed."""
 
 _READ_ERRORS_IN_A_ROW = 32
 """A socket that gives nothing but errors is broken; a few are an ICMP message or a moment without memory."""
+
+_MOST_WAITING = 65536
+"""Datagrams that fit a receive buffer, at the least: the kernel counts some 700 bytes for the smallest."""
 
 _BROKEN = frozenset((errno.EBADF, errno.ENOTSOCK, errno.EPIPE))
 _READABLE = select.POLLIN | select.POLLRDHUP
@@ -71,6 +75,16 @@ def send(sock: socket.socket, data: bytes, address: SocketAddress) -> OSError | 
     except OSError as error:
         return error
     return None
+
+
+def discard_waiting(sock: socket.socket) -> int:
+    """Throw away the datagrams that wait to be read; give how many. Those that go on arriving may be left over."""
+    discarded = 0
+    with contextlib.suppress(OSError):
+        while discarded < _MOST_WAITING:
+            sock.recv(1, socket.MSG_DONTWAIT)
+            discarded += 1
+    return discarded
 
 
 def is_broken(error: OSError) -> bool:

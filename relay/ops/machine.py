@@ -2,11 +2,15 @@
 
 import errno
 import os
+import platform
 import resource
 import socket
+import ssl
+from pathlib import Path
 
 import psutil
 
+from relay import __version__
 from relay.config import BadUseError, Config, Endpoint
 from relay.core.addresses import Family
 from relay.net.udp import ADDRESS_FAMILIES, open_socket
@@ -108,3 +112,47 @@ def raise_descriptor_limit(config: Config) -> None:
             f"{config.capacity} allocations need {needed} descriptors and this process may have {hard}: "
             f"{advice}; or raise the limit (ulimit -Hn {needed}, or LimitNOFILE={needed} in the unit)"
         ) from error
+
+
+def trusted_authorities() -> ssl.SSLContext:
+    """Give what TLS connections verify certificates with: the system's authorities, or those of SSL_CERT_FILE.
+
+    Raises:
+        BadUseError: SSL_CERT_FILE can't be read, or has no certificate in it.
+    """
+    context = ssl.create_default_context()
+    named = os.environ.get("SSL_CERT_FILE")
+    if named is not None:
+        # OpenSSL has looked there already, but says nothing if it found nothing.
+        try:
+            context.load_verify_locations(named)
+        except ssl.SSLError as error:
+            raise BadUseError(f"SSL_CERT_FILE {named} has no certificate in it: give a file of PEM certificates") from error
+        except OSError as error:
+            raise BadUseError(f"can't read SSL_CERT_FILE {named}: {error.strerror}") from error
+    elif not _has_authorities(ssl.get_default_verify_paths()):
+        raise BadUseError("this machine has no certificate authorities: install ca-certificates, or set SSL_CERT_FILE")
+    return context
+
+
+def _has_authorities(paths: ssl.DefaultVerifyPaths) -> bool:
+    """Tell whether there is anything where OpenSSL looks; it gives no path that does not exist."""
+    # typeshed does not know that either may be None.
+    return any(path and Path(path).exists() and (Path(path).is_file() or any(Path(path).iterdir())) for path in paths[:2])
+
+
+def user_agent() -> str:
+    """Say what runs here, as ``Debian/12 relay/1.0.0 (x86_64; 6.1.0)``."""
+    try:
+        release = platform.freedesktop_os_release()
+    except OSError:
+        release = {}
+    system = _product(release.get("ID", "linux").capitalize())
+    version = _product(release.get("VERSION_ID", "") or platform.release())
+    return f"{system}/{version} relay/{__version__} ({_product(platform.machine())}; {_product(platform.release())})"
+
+
+def _product(text: str) -> str:
+    """Leave out what may not stand in a product of a User-Agent (RFC 9110 §10.1.5)."""
+    kept = "".join(character for character in text if character.isascii() and (character.isalnum() or character in "._+-"))
+    return kept or "unknown"

@@ -1,26 +1,37 @@
-"""Signals: what an operator or a supervisor can tell a running relay."""
+"""Signals: what an operator or a supervisor can tell a running relay.
+
+They are blocked in every thread, and one thread waits for them. A handler would run in the main thread only, which does not
+notice a signal that comes in the moment before it begins to wait; and before there is a handler, a signal ends the process,
+or is lost on one that is the first of its container.
+"""
 
 import signal
-from collections.abc import Callable
-from types import FrameType
+import threading
+from collections.abc import Callable, Mapping
 
-from relay.ops.dump import register_wedged_dump
+_HELD = frozenset((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
 
 
-def listen(stop: Callable[[], None], dump: Callable[[], None]) -> None:
-    """Have SIGINT and SIGTERM call one function, SIGUSR1 another; register SIGQUIT's dump.
+def hold() -> None:
+    """Let signals wait for `listen`; to be called before any thread is started."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
 
-    The functions run in a signal handler, thus between any two bytecodes of the main thread: all they may do is leave word
-    somewhere, with the `put` of a `SimpleQueue` for instance, which is made for that.
+
+def let_go() -> None:
+    """Let signals do what they do by default: nobody is going to listen."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
+
+
+def listen(actions: Mapping[signal.Signals, Callable[[], None]]) -> None:
+    """Have each signal call a function, in a thread of its own.
+
+    Args:
+        actions: for SIGINT, SIGTERM and SIGUSR1.
     """
+    hold()
 
-    def on_stop(_: int, __: FrameType | None) -> None:
-        stop()
+    def wait() -> None:
+        while True:
+            actions[signal.Signals(signal.sigwait(_HELD))]()
 
-    def on_dump(_: int, __: FrameType | None) -> None:
-        dump()
-
-    signal.signal(signal.SIGINT, on_stop)
-    signal.signal(signal.SIGTERM, on_stop)
-    signal.signal(signal.SIGUSR1, on_dump)
-    register_wedged_dump()
+    threading.Thread(target=wait, name="signals", daemon=True).start()

@@ -11,8 +11,8 @@ import pytest
 import structlog
 
 from relay.actors.messages import FromClients
-from relay.actors.server import ServerActor, SocketCounters
-from relay.actors.system import Failure, Request
+from relay.actors.server import ServerActor, ServiceSockets, SocketCounters
+from relay.actors.news import Failure, Request
 from relay.core.addresses import ClientAddress, Family
 from relay.core.counters import FreeReason
 from relay.core.instant import Instant
@@ -136,7 +136,12 @@ def test_a_datagram_that_the_core_fails_on_is_counted_and_ends_nobodys_session(
     failures: list[object] = []
     with udp_socket("127.0.0.1") as listening, udp_socket("127.0.0.1") as client:
         server = ServerActor.start(
-            core, {Family.IPV4: listening}, {}, JumpingClock(), counters, lambda *failure: failures.append(failure)
+            core,
+            ServiceSockets({Family.IPV4: listening}, {}),
+            JumpingClock(),
+            counters,
+            lambda *failure: failures.append(failure),
+            failures.append,
         )
         request.addfinalizer(server.stop)
         binding = encode(MessageClass.REQUEST, Method.BINDING, bytes(12), [])

@@ -15,7 +15,11 @@ STANDALONE = ("--standalone", *PUBLIC, "--health-address", f"{HOST}:0", "--contr
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("FIREZONE_TOKEN", "PUBLIC_IP4_ADDR", "PUBLIC_IP6_ADDR", "LOWEST_PORT", "HIGHEST_PORT", "RELAY_SECRET_FILE"):
+    for name in (
+        *("FIREZONE_TOKEN", "FIREZONE_NAME", "FIREZONE_API_URL", "DRAIN_TIMEOUT", "RELAY_SECRET_FILE", "SSL_CERT_FILE"),
+        *("PUBLIC_IP4_ADDR", "PUBLIC_IP6_ADDR", "LOWEST_PORT", "HIGHEST_PORT"),
+        *("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "NO_PROXY", "no_proxy"),
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -40,7 +44,13 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "set the token of a Firezone network, or give --standalone"),
+        ((), "no token: make one for a relay in the Firezone portal and set it as FIREZONE_TOKEN, or give --standalone"),
+        (("--standalone", *PUBLIC, "--token-file", "/etc/hostname"), "give one of the two"),
+        ((*PUBLIC, "--token-file", "/nowhere"), "can't read the token from /nowhere: No such file"),
+        ((*PUBLIC, "--token-file", "/dev/null"), "is no regular file"),
+        ((*PUBLIC, "--api-url", "ftp://portal.example"), "begin with wss://"),
+        ((*PUBLIC, "--api-url", "wss://"), "names no host"),
+        (("--standalone", *PUBLIC, "--drain-timeout", "-1"), "is no duration"),
         (("--standalone",), "no public address: give --public-ip4-addr or --public-ip6-addr"),
         (("--standalone", "--public-ip4-addr", "2001:db8::1"), "is an IPv6 address: give an IPv4 address"),
         (("--standalone", "--public-ip6-addr", "192.0.2.1"), "is an IPv4 address: give an IPv6 address"),
@@ -103,11 +113,79 @@ def test_a_secret_file_without_a_secret_is_refused(
     assert says in refusal(monkeypatch, capsys, *STANDALONE, "--relay-secret-file", str(path))
 
 
-def test_a_token_alone_is_not_enough_yet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def token(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A token, set."""
     monkeypatch.setenv("FIREZONE_TOKEN", "very-secret-token")
+    return "very-secret-token"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "is empty"),
+        ("\n", "is empty"),
+        ("two words", "white space"),
+        ("caf\u00e9", "no token has"),
+        ("a\0b", "no token has"),
+    ],
+)
+def test_a_token_file_without_a_token_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str, says: str
+) -> None:
+    path = tmp_path / "token"
+    path.write_text(content)
+    assert says in refusal(monkeypatch, capsys, *PUBLIC, "--token-file", str(path))
+    monkeypatch.setenv("FIREZONE_TOKEN", str(path))
+    assert says in refusal(monkeypatch, capsys, *PUBLIC)
+
+
+def test_a_token_that_is_none_is_refused_without_being_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a line break in it, it could begin another header."""
+    monkeypatch.setenv("FIREZONE_TOKEN", "very-secret\r\nX-Other: token")
     line = refusal(monkeypatch, capsys, *PUBLIC)
-    assert "give --standalone" in line
-    assert "very-secret-token" not in line
+    assert "FIREZONE_TOKEN is no token" in line
+    assert "very-secret" not in line
+
+
+def test_a_token_that_looks_like_a_path_has_to_be_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FIREZONE_TOKEN", "/run/secrets/nowhere")
+    assert "can't read the token from /run/secrets/nowhere" in refusal(monkeypatch, capsys, *PUBLIC)
+
+
+@pytest.mark.usefixtures("token")
+def test_a_portal_takes_no_secret_of_ones_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "secret"
+    path.write_text("s")
+    assert "is for --standalone" in refusal(monkeypatch, capsys, *PUBLIC, "--relay-secret-file", str(path))
+
+
+@pytest.mark.usefixtures("token")
+def test_a_url_with_a_password_is_refused_without_being_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(monkeypatch, capsys, *PUBLIC, "--api-url", "wss://user:hunter2@portal.example")
+    assert "has a user or a password in it" in line
+    assert "hunter2" not in line
+
+
+@pytest.mark.usefixtures("token")
+@pytest.mark.parametrize(
+    "proxy", ["socks5://user:hunter2@proxy.example:1080", "http://user:hunter2@:80", "http://user:hunter2@h:port"]
+)
+def test_a_proxy_that_is_none_is_refused_without_its_password_being_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], proxy: str
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    line = refusal(monkeypatch, capsys, *PUBLIC)
+    assert "HTTPS_PROXY" in line
+    assert "hunter2" not in line
 
 
 def test_another_system_than_linux_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,10 +201,12 @@ def test_help_names_each_environment_variable_and_default(
     for text in (
         *("PUBLIC_IP4_ADDR", "PUBLIC_IP6_ADDR", "BIND_IP4_ADDR", "BIND_IP6_ADDR", "LOWEST_PORT", "HIGHEST_PORT"),
         *("HEALTH_CHECK_ADDR", "CONTROL_ENDPOINT", "LOG_FORMAT", "RNG_SEED", "ALLOW_PEER", "DENY_PEER", "MAX_ALLOCATIONS"),
-        *("49152", "65535", "0.0.0.0:8080", "127.0.0.1:9999", "human", "FIREZONE_TOKEN"),
+        *("49152", "65535", "0.0.0.0:8080", "127.0.0.1:9999", "human"),
+        *("FIREZONE_TOKEN", "FIREZONE_NAME", "FIREZONE_API_URL", "wss://api.firezone.dev", "DRAIN_TIMEOUT"),
     ):
         assert text in said
-    assert "--token" not in said
+    # It would be seen by every user of the machine.
+    assert "--token " not in said
 
 
 def test_the_version_is_that_of_the_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

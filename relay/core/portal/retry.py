@@ -1,0 +1,68 @@
+"""When to try again, and when to give up."""
+
+import math
+
+from relay.core.portal.limits import (
+    BACKOFF_CAP,
+    BACKOFF_FACTOR,
+    BACKOFF_START,
+    FIRST_RETRY_INTERVAL,
+    FIRST_RETRY_LIMIT,
+    JITTER_PERCENT,
+    RETRY_LIMIT,
+)
+from relay.core.randomness import RandomSource
+
+
+class Retry:
+    """How long to wait between attempts, and until when at all.
+
+    Args:
+        random: shortens intervals.
+    """
+
+    def __init__(self, random: RandomSource) -> None:
+        self._random = random
+        self._has_joined = False
+        self._interval: float = BACKOFF_START
+        self._outage_since = 0.0
+        self.give_up_at = math.inf
+        """Monotonic time at which it is enough; infinite while joined."""
+
+    @property
+    def limit(self) -> int:
+        """Seconds without a join after which it is enough."""
+        return RETRY_LIMIT if self._has_joined else FIRST_RETRY_LIMIT
+
+    def note_outage(self, now: float) -> None:
+        """There is no channel, from now on; may be told again while that lasts."""
+        if self.give_up_at == math.inf:
+            self._outage_since = now
+            self.give_up_at = now + self.limit
+
+    def note_joined(self) -> None:
+        """The channel is joined."""
+        self._has_joined = True
+        self.give_up_at = math.inf
+
+    def note_stable(self) -> None:
+        """A connection has proven itself: intervals begin small again.
+
+        A join alone does not do: a portal that falls over whenever a relay joins would be joined every second.
+        """
+        self._interval = BACKOFF_START
+
+    def cease(self) -> None:
+        """It is over: nothing is tried any more, so nothing is given up."""
+        self.give_up_at = math.inf
+
+    def next_wait(self) -> float:
+        """Give the seconds to wait before the next attempt."""
+        if not self._has_joined:
+            return FIRST_RETRY_INTERVAL
+        interval, self._interval = self._interval, min(self._interval * BACKOFF_FACTOR, BACKOFF_CAP)
+        return interval * (1 - self._random.randrange(JITTER_PERCENT * 10 + 1) / 1000)
+
+    def allow_wait(self, seconds: float) -> None:
+        """Don't count a wait that the portal asked for; but all in all, a day is enough."""
+        self.give_up_at = min(self.give_up_at + seconds, self._outage_since + RETRY_LIMIT)
