@@ -1,0 +1,58 @@
+# The relay as an image: docker build --tag firezone-relay .
+#
+# It is meant for the host's network:
+#
+#   docker run --detach --name firezone-relay --restart on-failure \
+#       --network host --read-only --cap-drop ALL --security-opt no-new-privileges \
+#       --ulimit nofile=65536:65536 --pids-limit 20000 --stop-timeout 15 \
+#       --volume /etc/firezone-relay/token:/run/secrets/firezone-token:ro \
+#       --env FIREZONE_TOKEN=/run/secrets/firezone-token --env PUBLIC_IP4_ADDR=203.0.113.7 \
+#       firezone-relay
+#
+# - Without `--network host`, 16,384 ports have to be published, each to the same number, and every packet goes through
+#   Docker's NAT or its proxy. The proxy hides the addresses of clients and peers, which are what a relay answers, checks and
+#   tells; and a NAT forgets who has been silent for two minutes, an allocation doesn't for ten.
+# - `net.core.rmem_max` is the host's to set, for all containers: deploy/firezone-relay.sysctl.conf has the value and why.
+# - `nofile`: 2 descriptors for each of 16,384 allocations, and 128 others. `--pids-limit`: a thread for each, and some 20.
+#   Docker has no limit on them unless told, other engines do.
+# - `--stop-timeout`: seconds until Docker kills a relay that was asked to end. DRAIN_TIMEOUT and 15 more; unset, it is 10.
+# - The token is a file that user 65532 can read, so that `docker inspect` doesn't show it: a variable would be shown.
+#
+# docs/deployment.md has the rest.
+
+FROM python:3.13-slim AS builder
+WORKDIR /source
+# The build asks for these, and for nothing else.
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY relay relay
+# At its final place: the programs of a virtual environment have its path in them. Without a pip of its own: nothing is ever
+# installed there again.
+RUN python -m venv --without-pip /opt/firezone-relay \
+    && pip --python /opt/firezone-relay/bin/python --no-cache-dir --disable-pip-version-check \
+        install --constraint constraints.txt .
+
+FROM python:3.13-slim
+COPY --from=builder /opt/firezone-relay /opt/firezone-relay
+
+# A number, so that an orchestrator can see that it isn't root; no name is needed. It owns nothing and writes nothing: the
+# bytecode has been made by pip. Ports are above 1023, so no capability is needed either.
+USER 65532:65532
+WORKDIR /
+
+# Clients, health. The ports of allocations (49152-65535/udp) are left out: `docker run --publish-all` would publish each of
+# them, and to another number.
+EXPOSE 3478/udp 8080/tcp
+
+# Whether the process lives, not whether it answers clients: a relay that waits for its portal is well (/readyz tells the
+# rest). http.client, since there is no curl here, and urllib would ask the proxy of HTTP_PROXY. On Linux, a connection to
+# 0.0.0.0 or :: is one to this machine.
+HEALTHCHECK --interval=30s --timeout=5s --start-period=10s CMD ["/opt/firezone-relay/bin/python", "-I", "-c", \
+    "import http.client, os; \
+    page = http.client.HTTPConnection(os.environ.get('HEALTH_CHECK_ADDR', '127.0.0.1:8080'), timeout=4); \
+    page.request('GET', '/healthz'); \
+    raise SystemExit(page.getresponse().status != 200)"]
+
+# As a list, without a shell in between: the relay is process 1 itself, and gets the signal. By default process 1 gets none;
+# the relay waits for this one from its first moment, and ends with exit code 0.
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["/opt/firezone-relay/bin/firezone-relay"]
