@@ -58,7 +58,12 @@ class Dialer:
                 return self._connect(address, max(share, 0.1), watch)
             except OSError as failure:
                 error = failure
-        raise error
+        try:
+            raise error
+        finally:
+            # Its traceback has this frame, and this frame has it: a ring, which would keep what hangs on it until it is
+            # collected. CPython 3.11 leaves a socket there if the other side resets the connection before TLS begins.
+            del error
 
     def _connect(self, to: HostAddress, timeout: float, watch: Watch) -> socket.socket:
         with contextlib.ExitStack() as on_failure:

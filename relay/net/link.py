@@ -192,9 +192,6 @@ class WebSocketLink:
         if opcode == websocket.ABNF.OPCODE_CLOSE:
             code = int.from_bytes(frame.data[:2], "big") if len(frame.data) > 1 else "none"
             return f"it closed the connection (code {code})"
-        if frame.mask:
-            # RFC 6455 §5.1; websocket-client takes it.
-            return "it sent a masked frame"
         self._credit.acquire()
         if self._abandoned:
             return "abandoned"

@@ -151,12 +151,15 @@ class PortalChannel:
 
     def handle_timeout(self, now: Instant) -> None:
         """Do what is due."""
+        if now.monotonic >= self._deadline and self.state is not State.WAITING:
+            # Before giving up, which tells what failed last.
+            self._handle_deadline(now)
         if now.monotonic >= self._retry.give_up_at:
             self._give_up()
         if now.monotonic >= self._heartbeat_at:
             self._beat(now)
-        if now.monotonic >= self._deadline:
-            self._handle_deadline(now)
+        if now.monotonic >= self._deadline and self.state is State.WAITING:
+            self._connect(now)
 
     def handle_connected(self, connection: ConnectionId, now: Instant) -> None:
         """Take the report that the upgrade was answered with 101."""
@@ -180,12 +183,13 @@ class PortalChannel:
 
     def handle_lost(self, connection: ConnectionId, reason: str, now: Instant) -> None:
         """Take the report that there is no connection, or none any more; in words, of whoever it is told by."""
-        if not self._is_current(connection, now):
-            return
-        if self.state in {State.LEAVING, State.CLOSING}:
-            self._end(Left())
-        else:
-            self._retry_later(self._quote(reason), now)
+        # What is due comes second here: nothing can be sent or closed on a connection that is lost.
+        if self._is_about_current(connection):
+            if self.state in {State.LEAVING, State.CLOSING}:
+                self._end(Left())
+            else:
+                self._retry_later(self._quote(reason), now)
+        self.handle_timeout(now)
 
     def handle_text(self, connection: ConnectionId, text: str, now: Instant) -> None:
         """Take a text frame."""
@@ -196,8 +200,8 @@ class PortalChannel:
         except UnreadableFrameError as error:
             self._note_oddity("the portal sent what is no frame", why=str(error))
             return
-        for key in frame.unknown_keys:
-            self._note_oddity("the portal sent an unknown key", key=self._quote(key))
+        if frame.unknown_keys:
+            self._note_oddity("the portal sent unknown keys", keys=self._quote(", ".join(frame.unknown_keys)))
         handler = self._events.get((frame.topic, frame.event))
         if handler is None:
             self._note_oddity(
@@ -245,6 +249,8 @@ class PortalChannel:
     def _take_init(self, _: Frame, __: Instant) -> None:
         if not self.has_begun and self.state is not State.LEAVING:
             self.has_begun = True
+            if self.state is State.JOINED:
+                self._deadline = math.inf
             self._commands.append(Begin())
 
     def _take_end(self, frame: Frame, now: Instant) -> None:
@@ -305,9 +311,7 @@ class PortalChannel:
         self._heartbeat_at = now.monotonic + limits.HEARTBEAT_INTERVAL
 
     def _handle_deadline(self, now: Instant) -> None:
-        if self.state is State.WAITING:
-            self._connect(now)
-        elif self.state is State.LEAVING:
+        if self.state is State.LEAVING:
             self._close(now)
         elif self.state is State.CLOSING:
             self._abandon()
@@ -319,7 +323,7 @@ class PortalChannel:
             self._abandon()
             limit = limits.JOIN_TIMEOUT if self.state is State.JOINING else limits.ATTEMPT_TIMEOUT
             self._retry_later(
-                f"{'the join' if self.state is State.JOINING else 'it'} was not answered within {limit} s", now
+                f"the {'join' if self.state is State.JOINING else 'attempt'} was not answered within {limit} s", now
             )
 
     def _close(self, now: Instant) -> None:
@@ -328,10 +332,9 @@ class PortalChannel:
 
     def _give_up(self) -> None:
         self._abandon()
-        duration = f"{self._retry.limit // 3600} hours" if self._retry.limit >= 3600 else f"{self._retry.limit} s"  # noqa: PLR2004
         self._end(
             Fatal(
-                f"no channel of the portal {self._config.url.host} could be joined for {duration} (last: "
+                f"no channel of the portal {self._config.url.host} could be joined for {self._retry.patience} (last: "
                 f"{self._last_failure}): check FIREZONE_API_URL, the network, and whether the portal is up"
             )
         )
@@ -368,6 +371,9 @@ class PortalChannel:
     def _is_current(self, connection: ConnectionId, now: Instant) -> bool:
         """Do what is due, then tell whether a report is about the connection there is."""
         self.handle_timeout(now)
+        return self._is_about_current(connection)
+
+    def _is_about_current(self, connection: ConnectionId) -> bool:
         return connection == self._conversation.connection and self.state not in {State.IDLE, State.WAITING, State.OVER}
 
     def _enter(self, state: State, now: Instant, seconds: float = math.inf) -> None:

@@ -59,7 +59,9 @@ class PortalUrl:
             raise ValueError("it has a query or a fragment, which only the relay adds")
         if not parts.hostname or any(ord(character) not in _PRINTABLE for character in parts.netloc + parts.path):
             raise ValueError("it names no host")
-        port = parts.port or (443 if scheme == "wss" else 80)
+        port = parts.port if parts.port is not None else 443 if scheme == "wss" else 80
+        if port == 0:
+            raise ValueError("its port is 0")
         path = parts.path.rstrip("/") + _PATH
         return cls(urlunsplit((scheme, parts.netloc, path, "", "")), parts.hostname, port, scheme == "wss")
 

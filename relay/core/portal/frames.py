@@ -36,7 +36,7 @@ class Frame(NamedTuple):
         """Why, of an error reply or a ``disconnect``: in words, as far as it gives any."""
         response = self.payload.get("response", self.payload)
         reason = response.get("reason") if isinstance(response, dict) else response
-        return reason if isinstance(reason, str) else json.dumps(response)
+        return reason if isinstance(reason, str) else json.dumps(response, ensure_ascii=False)
 
 
 class UnreadableFrameError(Exception):

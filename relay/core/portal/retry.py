@@ -30,15 +30,19 @@ class Retry:
         """Monotonic time at which it is enough; infinite while joined."""
 
     @property
-    def limit(self) -> int:
-        """Seconds without a join after which it is enough."""
-        return RETRY_LIMIT if self._has_joined else FIRST_RETRY_LIMIT
+    def patience(self) -> str:
+        """For how long it is tried, in words."""
+        seconds = self.give_up_at - self._outage_since
+        for unit, length in (("hours", 3600), ("minutes", 60)):
+            if seconds >= 2 * length:
+                return f"{seconds / length:.0f} {unit}"
+        return f"{seconds:.0f} s"
 
     def note_outage(self, now: float) -> None:
         """There is no channel, from now on; may be told again while that lasts."""
         if self.give_up_at == math.inf:
             self._outage_since = now
-            self.give_up_at = now + self.limit
+            self.give_up_at = now + (RETRY_LIMIT if self._has_joined else FIRST_RETRY_LIMIT)
 
     def note_joined(self) -> None:
         """The channel is joined."""
