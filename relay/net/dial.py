@@ -77,10 +77,20 @@ class Dialer:
                 open_tunnel(opened, self.host, self.port, self.proxy)
             if self.tls is not None:
                 # Shown before the handshake, not after: else nobody could end one that hangs.
-                opened = on_failure.enter_context(
-                    self.tls.wrap_socket(opened, server_hostname=self.host, do_handshake_on_connect=False)
-                )
+                opened = on_failure.enter_context(_wrap(opened, self.tls, self.host))
                 watch(opened)
                 opened.do_handshake()
             on_failure.pop_all()
         return opened
+
+
+def _wrap(opened: socket.socket, tls: ssl.SSLContext, host: str) -> ssl.SSLSocket:
+    """Prepare a connection for TLS.
+
+    Raises:
+        OSError: it is closed by now, or the host can't be a name: one that goes through a proxy was not looked up here.
+    """
+    try:
+        return tls.wrap_socket(opened, server_hostname=host, do_handshake_on_connect=False)
+    except ValueError as error:
+        raise OSError(f"{host} can't be a name") from error

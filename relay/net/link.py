@@ -148,6 +148,8 @@ class WebSocketLink:
         answer = upgrade(self._url, self._headers, metered)
         if isinstance(answer, Refusal):
             return answer
+        if self._abandoned:
+            return "abandoned"
         metered.renew()
         metered.settimeout(STALL_TIMEOUT)
         self._listener.connected()
@@ -183,12 +185,15 @@ class WebSocketLink:
 
     def _receive(self, connection: websocket.WebSocket, metered: MeteredSocket) -> str | None:
         """Read one message and report it; give how the connection ended, if it did."""
+        metered.pause_after(STALL_TIMEOUT)
         try:
             opcode, frame = connection.recv_data_frame(control_frame=True)
         except websocket.WebSocketTimeoutException:
             # What has come of the frame is kept; there may be something to send in the meantime.
             return None
-        metered.renew()
+        if opcode in {websocket.ABNF.OPCODE_TEXT, websocket.ABNF.OPCODE_BINARY}:
+            # A ping may come in the middle of a message.
+            metered.renew()
         if opcode == websocket.ABNF.OPCODE_CLOSE:
             code = int.from_bytes(frame.data[:2], "big") if len(frame.data) > 1 else "none"
             return f"it closed the connection (code {code})"

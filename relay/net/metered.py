@@ -1,7 +1,9 @@
 """A socket for a library that trusts the other side: it reads no more than it may, and no send of its own waits for long."""
 
+import math
 import socket
 import ssl
+import time
 
 MESSAGE_LIMIT = 64 * 1024
 """Bytes of a message, or of an answer to the upgrade, with all headers. A portal's messages have some hundred."""
@@ -23,6 +25,11 @@ class MeteredSocket:
     def __init__(self, opened: socket.socket) -> None:
         self._opened = opened
         self._left = MESSAGE_LIMIT
+        self._pause_at = math.inf
+
+    def pause_after(self, seconds: float) -> None:
+        """Let reads end with a timeout after some seconds, even if each of them gets something."""
+        self._pause_at = time.monotonic() + seconds
 
     def renew(self) -> None:
         """Allow another message."""
@@ -33,7 +40,10 @@ class MeteredSocket:
 
         Raises:
             LimitError: nothing more is allowed.
+            TimeoutError: nothing came, or it is time for a pause.
         """
+        if time.monotonic() >= self._pause_at:
+            raise TimeoutError
         if self._left <= 0:
             raise LimitError(f"it sent a message of more than {MESSAGE_LIMIT} bytes")
         data = self._opened.recv(min(size, self._left))

@@ -49,7 +49,11 @@ def look_up(host: str, port: int, timeout: float) -> list[HostAddress]:
         finally:
             _pending.release()
 
-    threading.Thread(target=ask, name="name-lookup", daemon=True).start()
+    try:
+        threading.Thread(target=ask, name="name-lookup", daemon=True).start()
+    except RuntimeError as error:
+        _pending.release()
+        raise OSError(str(error)) from error
     try:
         answer = outcome.get(timeout=timeout)
     except queue.Empty:

@@ -1,7 +1,9 @@
 """HTTP proxies: which one is to be used, and a tunnel through it (RFC 9110 §9.3.6)."""
 
 import base64
+import math
 import socket
+import time
 import urllib.request
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -39,13 +41,14 @@ class Proxy:
         if not url or urllib.request.proxy_bypass(host, proxies):
             return None
         variable = "HTTPS_PROXY" if is_tls else "HTTP_PROXY"
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme != "http" or not parts.hostname:
-            raise ValueError(f"{variable} is no http:// URL with a host: other proxies are not supported")
         try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
             port = parts.port or _DEFAULT_PORT
         except ValueError:
-            raise ValueError(f"{variable} has a port that is none") from None
+            # Without what it says, which may have the password in it.
+            raise ValueError(f"{variable} is no URL") from None
+        if parts.scheme != "http" or not parts.hostname:
+            raise ValueError(f"{variable} is no http:// URL with a host: other proxies are not supported")
         return cls(parts.hostname, port, _credentials(parts.username, parts.password))
 
 
@@ -57,7 +60,7 @@ def _credentials(user: str | None, password: str | None) -> ProxyCredentials | N
 
 
 def open_tunnel(through: socket.socket, host: str, port: int, proxy: Proxy) -> None:
-    """Have a proxy connect to a host; ``through`` then leads there.
+    """Have a proxy connect to a host, within the timeout of ``through``, which then leads there.
 
     Raises:
         OSError: it did not.
@@ -77,7 +80,11 @@ def open_tunnel(through: socket.socket, host: str, port: int, proxy: Proxy) -> N
 def _read_head(through: socket.socket) -> bytes:
     """Read up to the empty line, byte by byte: what follows it is not the proxy's."""
     head = bytearray()
+    timeout = through.gettimeout()
+    until = math.inf if timeout is None else time.monotonic() + timeout
     while not head.endswith(b"\r\n\r\n"):
+        if time.monotonic() >= until:
+            raise TimeoutError("the proxy takes too long to answer")
         byte = through.recv(1)
         if not byte:
             raise ConnectionError("the proxy closed the connection")

@@ -17,6 +17,17 @@ BODY_TIMEOUT = 1.0
 """Seconds that each read of a body may take whose end nothing tells."""
 
 
+class StrictWebSocket(websocket.WebSocket):
+    """A WebSocket that takes no masked frame from a server (RFC 6455 §5.1), as the library does."""
+
+    def recv_frame(self) -> websocket.ABNF:
+        """Read a frame."""
+        frame: websocket.ABNF = super().recv_frame()  # type: ignore[no-untyped-call]
+        if frame.mask_value:
+            raise websocket.WebSocketProtocolException("a masked frame")
+        return frame
+
+
 def upgrade(url: str, headers: tuple[tuple[str, str], ...], through: MeteredSocket) -> websocket.WebSocket | Refusal:
     """Ask for the upgrade; give the WebSocket, or the answer that is none.
 
@@ -30,7 +41,7 @@ def upgrade(url: str, headers: tuple[tuple[str, str], ...], through: MeteredSock
         OSError: there was none.
         LimitError: it was too long.
     """
-    connection = websocket.WebSocket()
+    connection = StrictWebSocket()
     # Whatever cookies an earlier connection was given would be sent, and kept for the life of the process.
     CookieJar.jar.clear()
     lines = [f"{name}: {value}" for name, value in headers]
@@ -39,6 +50,8 @@ def upgrade(url: str, headers: tuple[tuple[str, str], ...], through: MeteredSock
             url, header=lines, socket=through, redirect_limit=0, suppress_origin=True, timeout=through.gettimeout()
         )
     except websocket.WebSocketBadStatusException as error:
+        if error.status_code is None:
+            raise websocket.WebSocketException("its answer to the upgrade has no status") from error
         found = error.resp_headers or {}
         body = error.resp_body if error.resp_body is not None else _body_without_length(found, through)
         return Refusal(error.status_code, found.get("retry-after"), body)
@@ -79,5 +92,6 @@ def _body_without_length(headers: Mapping[str, str], metered: MeteredSocket) -> 
         return response.read()
     except http.client.IncompleteRead as error:
         return error.partial
-    except http.client.HTTPException:
+    except (http.client.HTTPException, ValueError, OverflowError):
+        # A length that is no number, or one that no memory has.
         return b""

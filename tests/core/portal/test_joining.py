@@ -1,0 +1,529 @@
+"""From the start to a joined channel, and what the portal may say on it."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from relay.core.portal.channel import State
+from relay.core.portal.commands import Abandon, Begin, Close, Connect, ConnectionId, Fatal, Left, Note
+from tests.core.portal.driver import (
+    CONFIG,
+    HOUR,
+    INIT,
+    SECRET,
+    TICK,
+    TOKEN_EXPIRED,
+    UNMATCHED_TOPIC,
+    Driver,
+    deeds,
+    of_kind,
+    reply,
+    said,
+    the,
+    well,
+    write,
+)
+
+FIRST, SECOND = ConnectionId(1), ConnectionId(2)
+
+
+# Connecting.
+
+
+def test_nothing_happens_before_the_start(driver: Driver) -> None:
+    assert driver.channel.poll_timeout() is None
+    assert driver.wake() == []
+    assert driver.is_in(State.IDLE)
+    assert not driver.channel.is_joined
+
+
+def test_the_start_asks_for_a_connection(driver: Driver) -> None:
+    assert driver.start() == [Connect(FIRST, CONFIG.request_url, CONFIG.request_headers, 15)]
+    assert driver.is_in(State.CONNECTING)
+
+
+def test_an_attempt_takes_at_most_15_s(joined: Driver) -> None:
+    joined.report_lost()
+    connect = the(Connect, joined.pass_time(joined.seconds_left))
+    assert connect.timeout == 15
+    assert joined.pass_time(15 - TICK) == []
+    over = joined.pass_time(TICK)
+    assert deeds(over) == [Abandon(SECOND)]
+    assert the(Note, over).fields["reason"] == "the attempt was not answered within 15 s"
+    assert joined.is_in(State.WAITING)
+
+
+def test_an_upgrade_that_takes_just_less_than_15_s_counts(joined: Driver) -> None:
+    joined.report_lost()
+    joined.pass_time(joined.seconds_left)
+    joined.pass_time(15 - TICK)
+    assert [frame["event"] for frame in said(joined.report_connected())] == ["phx_join"]
+
+
+# The join.
+
+
+def test_the_join_tells_the_secret(driver: Driver) -> None:
+    driver.start()
+    assert said(driver.report_connected()) == [
+        {"topic": "relay", "event": "phx_join", "payload": {"stamp_secret": SECRET}, "ref": 0}
+    ]
+    assert driver.is_in(State.JOINING)
+    assert not driver.channel.is_joined
+
+
+def test_a_connection_is_joined_once(driver: Driver) -> None:
+    driver.open()
+    assert driver.report_connected() == []
+
+
+@pytest.mark.parametrize("ref", [0, "0"])
+def test_the_answer_to_a_join_has_its_ref_as_a_number_or_a_string(driver: Driver, ref: object) -> None:
+    driver.open()
+    assert deeds(driver.receive(reply(ref))) == []
+    assert driver.is_in(State.JOINED)
+    assert driver.channel.joins == 1
+
+
+@pytest.mark.parametrize("ref", [None, 1, "1", -1, "-0", 0.0, False, "", " 0", "٠", "0" * 19, [], [0], {}, 10**400])
+@pytest.mark.parametrize("status", ["ok", "error"])
+def test_an_answer_with_another_ref_is_not_the_joins(driver: Driver, ref: object, status: str) -> None:
+    driver.open()
+    assert deeds(driver.receive(reply(ref, status))) == []
+    assert driver.is_in(State.JOINING)
+
+
+def test_an_answer_on_another_topic_is_not_the_joins(driver: Driver) -> None:
+    driver.open()
+    assert deeds(driver.receive(reply(0, topic="phoenix"))) == []
+    assert deeds(driver.receive(reply(0, topic="relay:1"))) == []
+    assert driver.is_in(State.JOINING)
+
+
+def test_a_join_takes_at_most_5_s(driver: Driver) -> None:
+    driver.open()
+    assert driver.pass_time(5 - TICK) == []
+    over = driver.pass_time(TICK)
+    assert deeds(over) == [Abandon(FIRST)]
+    assert the(Note, over).fields["reason"] == "the join was not answered within 5 s"
+    assert driver.is_in(State.WAITING)
+
+
+def test_a_join_may_be_answered_until_just_before_5_s(driver: Driver) -> None:
+    driver.open()
+    driver.pass_time(5 - TICK)
+    driver.receive(reply(0))
+    assert driver.is_in(State.JOINED)
+    assert deeds(driver.pass_time(2)) == []
+
+
+def test_an_answer_to_a_join_that_is_5_s_late_is_too_late_even_if_nobody_woke(driver: Driver) -> None:
+    driver.open()
+    driver.oversleep(5)
+    assert deeds(driver.receive(reply(0))) == [Abandon(FIRST)]
+    assert driver.is_in(State.WAITING)
+
+
+@pytest.mark.parametrize(
+    ("response", "shown"),
+    [
+        ({"reason": "invalid ipv4"}, "(invalid ipv4)"),
+        ("no room", "(no room)"),
+        ({"ipv4": ["is invalid"]}, '({"ipv4": ["is invalid"]})'),
+        ({"reason": ["a", 1]}, '({"reason": ["a", 1]})'),
+        (None, "({})"),
+    ],
+)
+def test_a_refused_join_is_fatal_and_says_why(driver: Driver, response: object, shown: str) -> None:
+    driver.open()
+    close, fatal = driver.receive(reply(0, "error", response))
+    assert close == Close(FIRST)
+    assert isinstance(fatal, Fatal)
+    assert shown in fatal.reason
+    assert driver.is_in(State.OVER)
+
+
+@pytest.mark.parametrize("status", ["", "OK", "timeout", None, 0, [], {}, ["ok"]])
+def test_an_answer_that_is_neither_ok_nor_error_is_none(driver: Driver, status: object) -> None:
+    driver.open()
+    assert deeds(driver.receive(write("relay", "phx_reply", {"status": status}, 0))) == []
+    assert driver.is_in(State.JOINING)
+    assert driver.channel.oddities == 1
+    driver.receive(reply(0))
+    assert driver.is_in(State.JOINED)
+
+
+# init.
+
+
+def test_the_first_init_begins(driver: Driver) -> None:
+    driver.open()
+    driver.receive(reply(0))
+    assert not driver.channel.has_begun
+    assert driver.receive(INIT) == [Begin()]
+    assert driver.channel.has_begun
+
+
+def test_an_init_that_overtakes_the_answer_to_the_join_begins(driver: Driver) -> None:
+    driver.open()
+    assert driver.receive(INIT) == [Begin()]
+    assert not driver.channel.is_joined
+    driver.receive(reply(0))
+    assert driver.channel.is_joined
+
+
+def test_an_init_does_not_stand_in_for_the_answer_to_the_join(driver: Driver) -> None:
+    driver.open()
+    driver.pass_time(2)
+    driver.receive(INIT)
+    assert driver.pass_time(3 - TICK) == []
+    assert deeds(driver.pass_time(TICK)) == [Abandon(FIRST)]
+
+
+def test_an_answered_join_alone_does_not_begin(driver: Driver) -> None:
+    driver.open()
+    assert deeds(driver.receive(reply(0))) == []
+    assert not driver.channel.is_joined
+
+
+def test_only_the_first_init_begins(joined: Driver) -> None:
+    assert joined.receive(INIT) == []
+    joined.report_lost()
+    joined.join_again()
+    assert joined.receive(INIT) == []
+    assert len(of_kind(Begin, [command for _, command in joined.log])) == 1
+
+
+def test_a_channel_that_is_joined_again_needs_no_init(joined: Driver) -> None:
+    joined.report_lost()
+    joined.join_again()
+    assert joined.channel.is_joined
+
+
+def test_an_init_that_is_missing_for_30_s_is_told_once(driver: Driver) -> None:
+    driver.open()
+    driver.pass_time(2)
+    driver.receive(reply(0))
+    driver.portal = well
+    assert of_kind(Note, driver.pass_time(30 - TICK)) == []
+    assert "init" in the(Note, driver.pass_time(TICK)).event
+    assert of_kind(Note, driver.pass_time(HOUR)) == []
+    assert driver.is_in(State.JOINED)
+    assert driver.receive(INIT) == [Begin()]
+
+
+@pytest.mark.parametrize("seconds", [0, 29])
+def test_nothing_is_told_of_an_init_that_came_in_time(driver: Driver, seconds: int) -> None:
+    driver.open()
+    driver.receive(reply(0))
+    driver.portal = well
+    driver.pass_time(seconds)
+    driver.receive(INIT)
+    assert of_kind(Note, driver.pass_time(HOUR)) == []
+
+
+def test_nothing_is_told_of_init_on_later_connections(joined: Driver) -> None:
+    joined.report_lost()
+    joined.join_again()
+    joined.portal = well
+    assert of_kind(Note, joined.pass_time(HOUR)) == []
+
+
+# What ends a connection, and what ends the relay.
+
+OPEN: dict[str, Callable[[], Driver]] = {"joining": lambda: Driver().open(), "joined": lambda: Driver().join()}
+open_in_each_state = pytest.mark.parametrize("make", OPEN.values(), ids=OPEN.keys())
+
+
+@open_in_each_state
+@pytest.mark.parametrize("event", ["phx_close", "phx_error"])
+def test_the_end_of_the_channel_is_the_end_of_the_connection(make: Callable[[], Driver], event: str) -> None:
+    driver = make()
+    assert deeds(driver.receive(write("relay", event))) == [Abandon(FIRST)]
+    assert driver.is_in(State.WAITING)
+
+
+@pytest.mark.parametrize("topic", ["phoenix", "relay:2", "", "RELAY"])
+@pytest.mark.parametrize("event", ["phx_close", "phx_error"])
+def test_the_end_of_another_channel_means_nothing(joined: Driver, topic: str, event: str) -> None:
+    assert deeds(joined.receive(write(topic, event))) == []
+    assert joined.channel.is_joined
+
+
+@open_in_each_state
+def test_a_lost_connection_is_made_again(make: Callable[[], Driver]) -> None:
+    driver = make()
+    lost = driver.report_lost("close frame 1001")
+    assert deeds(lost) == []
+    assert the(Note, lost).fields["reason"] == "close frame 1001"
+    assert driver.is_in(State.WAITING)
+    assert not driver.channel.is_joined
+    assert of_kind(Connect, driver.pass_time(1)) == [Connect(SECOND, CONFIG.request_url, CONFIG.request_headers, 15)]
+
+
+def test_refs_count_from_0_on_each_connection_and_the_secret_stays(joined: Driver) -> None:
+    joined.pass_time(10)
+    joined.report_lost()
+    joined.pass_time(1)
+    assert said(joined.report_connected()) == [
+        {"topic": "relay", "event": "phx_join", "payload": {"stamp_secret": SECRET}, "ref": 0}
+    ]
+
+
+@open_in_each_state
+@pytest.mark.parametrize("topic", ["relay", "phoenix"])
+def test_an_expired_token_is_fatal(make: Callable[[], Driver], topic: str) -> None:
+    driver = make()
+    close, fatal = driver.receive(write(topic, "disconnect", {"reason": "token_expired"}))
+    assert close == Close(FIRST)
+    assert isinstance(fatal, Fatal)
+    assert "expired" in fatal.reason
+    assert driver.is_in(State.OVER)
+
+
+@pytest.mark.parametrize(
+    "payload", [None, {}, {"reason": "draining"}, {"reason": None}, {"reason": ["token_expired"]}, {"x": "token_expired"}]
+)
+def test_a_disconnect_for_any_other_reason_is_only_told(joined: Driver, payload: object) -> None:
+    told = joined.receive(write("relay", "disconnect", payload))
+    assert deeds(told) == []
+    assert len(told) == 1
+    assert joined.channel.is_joined
+
+
+# A channel that the portal has lost, on a connection that it has not.
+
+
+def test_a_channel_that_the_portal_lost_is_joined_again(joined: Driver) -> None:
+    joined.answer_heartbeat(joined.pass_time(10))
+    again = joined.receive(UNMATCHED_TOPIC)
+    assert said(again) == [{"topic": "relay", "event": "phx_join", "payload": {"stamp_secret": SECRET}, "ref": 2}]
+    assert of_kind(Abandon, again) == []
+    assert joined.is_in(State.JOINING)
+    assert deeds(joined.receive(reply(2))) == []
+    assert joined.channel.is_joined
+    assert joined.channel.joins == 2
+
+
+def test_the_answer_to_the_first_join_does_not_answer_the_second(joined: Driver) -> None:
+    joined.pass_time(10)
+    joined.receive(UNMATCHED_TOPIC)
+    joined.receive(reply(0))
+    assert joined.is_in(State.JOINING)
+
+
+def test_a_second_join_takes_at_most_5_s_too(joined: Driver) -> None:
+    joined.pass_time(11)
+    joined.receive(UNMATCHED_TOPIC)
+    assert joined.pass_time(5 - TICK) == []
+    assert deeds(joined.pass_time(TICK)) == [Abandon(FIRST)]
+
+
+def test_a_second_join_that_is_refused_is_fatal(joined: Driver) -> None:
+    joined.pass_time(10)
+    joined.receive(UNMATCHED_TOPIC)
+    assert of_kind(Fatal, joined.receive(reply(2, "error", {"reason": "no"})))
+
+
+def test_a_portal_that_has_lost_the_channel_says_so_only_once(joined: Driver) -> None:
+    joined.pass_time(10)
+    joined.receive(UNMATCHED_TOPIC)
+    assert deeds(joined.receive(UNMATCHED_TOPIC)) == []
+    assert joined.is_in(State.JOINING)
+
+
+def test_a_channel_that_is_lost_within_10_s_of_its_join_costs_the_connection(driver: Driver) -> None:
+    driver.open()
+    driver.pass_time(3)
+    driver.receive(reply(0))
+    driver.pass_time(10 - TICK)
+    assert deeds(driver.receive(UNMATCHED_TOPIC)) == [Abandon(FIRST)]
+    assert driver.is_in(State.WAITING)
+
+
+def test_10_s_after_a_join_the_channel_may_be_lost(driver: Driver) -> None:
+    driver.open()
+    driver.pass_time(3)
+    driver.receive(reply(0))
+    driver.pass_time(10)
+    assert [frame["event"] for frame in said(driver.receive(UNMATCHED_TOPIC))] == ["phx_join"]
+
+
+def test_each_join_counts_for_how_soon_the_channel_is_lost(joined: Driver) -> None:
+    joined.pass_time(10)
+    joined.receive(UNMATCHED_TOPIC)
+    joined.receive(reply(2))
+    joined.pass_time(9)
+    assert deeds(joined.receive(UNMATCHED_TOPIC)) == [Abandon(FIRST)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        reply(0, "error", {"reason": "unmatched"}),
+        reply(0, "error"),
+        reply(0, "ok", {"reason": "unmatched topic"}),
+        reply(0, "error", {"reason": "unmatched topic"}, topic="phoenix"),
+        reply(0, "error", {"reason": "unmatched topic"}, topic="relay:2"),
+    ],
+)
+def test_no_other_answer_means_that_the_channel_is_lost(joined: Driver, text: str) -> None:
+    joined.pass_time(10)
+    assert deeds(joined.receive(text)) == []
+    assert joined.channel.is_joined
+
+
+# Who is meant.
+
+
+def reports(driver: Driver, connection: int) -> dict[str, Callable[[], object]]:
+    return {
+        "connected": lambda: driver.report_connected(connection),
+        "refused": lambda: driver.report_refused(401, connection=connection),
+        "lost": lambda: driver.report_lost(connection=connection),
+        "text": lambda: driver.receive(TOKEN_EXPIRED, connection=connection),
+        "nonsense": lambda: driver.receive("{", connection=connection),
+        "binary": lambda: driver.receive_other("binary", connection=connection),
+    }
+
+
+REPORTS = list(reports(Driver(), 0))
+
+
+def second_attempt() -> Driver:
+    driver = Driver()
+    driver.start()
+    driver.report_lost()
+    driver.pass_time(1)
+    return driver
+
+
+def second_connection() -> Driver:
+    driver = second_attempt()
+    driver.report_connected()
+    return driver
+
+
+def second_channel() -> Driver:
+    driver = second_connection()
+    driver.receive(reply(0))
+    driver.receive(INIT)
+    return driver
+
+
+def leaving() -> Driver:
+    driver = second_channel()
+    driver.leave()
+    return driver
+
+
+def closing() -> Driver:
+    driver = leaving()
+    driver.pass_time(1)
+    return driver
+
+
+SECONDS = [second_attempt, second_connection, second_channel, leaving, closing]
+
+
+@pytest.mark.parametrize("report", REPORTS)
+@pytest.mark.parametrize("make", SECONDS)
+def test_reports_on_any_other_connection_are_void(make: Callable[[], Driver], report: str) -> None:
+    driver = make()
+    state, timeout = driver.channel.state, driver.channel.poll_timeout()
+    for connection in (0, 1, 3, -1, 10**9):
+        assert reports(driver, connection)[report]() == []
+        assert (driver.channel.state, driver.channel.poll_timeout()) == (state, timeout)
+
+
+@pytest.mark.parametrize("report", REPORTS)
+def test_reports_before_the_start_are_void(driver: Driver, report: str) -> None:
+    assert reports(driver, 0)[report]() == []
+    assert driver.is_in(State.IDLE)
+    assert driver.channel.poll_timeout() is None
+
+
+@pytest.mark.parametrize("report", REPORTS)
+@pytest.mark.parametrize("abandoned", [True, False])
+def test_reports_on_a_connection_that_is_over_are_void(driver: Driver, report: str, abandoned: bool) -> None:  # noqa: FBT001
+    driver.open()
+    if abandoned:
+        driver.pass_time(5)
+    else:
+        driver.report_lost()
+    assert driver.is_in(State.WAITING)
+    timeout = driver.channel.poll_timeout()
+    assert reports(driver, 1)[report]() == []
+    assert driver.is_in(State.WAITING)
+    assert driver.channel.poll_timeout() == timeout
+
+
+@pytest.mark.parametrize("report", REPORTS)
+@pytest.mark.parametrize("end", [TOKEN_EXPIRED, reply(0, "error")])
+def test_nothing_follows_a_fatal_error(driver: Driver, end: str, report: str) -> None:
+    driver.open()
+    assert of_kind(Fatal, driver.receive(end))
+    assert reports(driver, 1)[report]() == []
+    assert driver.leave() == []
+    assert driver.channel.poll_timeout() is None
+    assert driver.pass_time(48 * HOUR) == []
+
+
+def test_frames_before_the_upgrade_is_answered_are_void(driver: Driver) -> None:
+    driver.start()
+    assert driver.receive(INIT) == []
+    assert driver.receive(TOKEN_EXPIRED) == []
+    assert driver.receive("{") == []
+    assert driver.channel.oddities == 0
+
+
+@pytest.mark.parametrize("make", [second_connection, second_channel])
+def test_a_refusal_after_the_upgrade_means_nothing(make: Callable[[], Driver]) -> None:
+    driver = make()
+    assert driver.report_refused(401) == []
+    assert driver.is_in(State.JOINING, State.JOINED)
+
+
+def test_no_heartbeat_is_sent_on_a_connection_that_is_reported_lost_when_one_is_due(joined: Driver) -> None:
+    joined.oversleep(10)
+    assert deeds(joined.report_lost()) == []
+
+
+def test_no_connection_is_closed_that_is_reported_lost_when_that_is_due(joined: Driver) -> None:
+    joined.leave()
+    joined.oversleep(1)
+    assert deeds(joined.report_lost()) == [Left()]
+
+
+# What others see.
+
+
+def test_the_relay_is_joined_in_one_state_only() -> None:
+    driver = Driver()
+    seen = {driver.channel.state: driver.channel.is_joined}
+
+    def look(driver: Driver, _: object) -> None:
+        seen[driver.channel.state] = driver.channel.is_joined
+
+    driver.portal = look
+    driver.join()
+    look(driver, None)
+    driver.report_lost()
+    driver.join_again()
+    driver.leave()
+    driver.pass_time(1)
+    driver.report_lost()
+    look(driver, None)
+    assert seen == {state: state is State.JOINED for state in State}
+
+
+def test_commands_are_given_once(driver: Driver) -> None:
+    driver.start()
+    assert driver.channel.drain() == []
+
+
+def test_a_note_of_a_join_names_the_portal(driver: Driver) -> None:
+    driver.open()
+    note = the(Note, driver.receive(reply(0)))
+    assert json.loads(json.dumps(note.fields)) == {"url": CONFIG.url.text}

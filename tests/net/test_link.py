@@ -1,0 +1,1115 @@
+"""A connection to a portal that may do anything: it ends in one report in words, or is survived; nobody waits for it."""
+
+import base64
+import contextlib
+import dataclasses
+import hashlib
+import queue
+import select
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+import pytest
+
+from relay.core.portal.refusal import Refusal
+from relay.net import link, metered, upgrade
+from relay.net.dial import Dialer
+from relay.net.link import STALL_TIMEOUT, UNREAD_MESSAGES, WebSocketLink
+from relay.net.metered import MESSAGE_LIMIT
+from relay.net.names import HostAddress, LookUp, look_up
+from relay.net.proxy import Proxy
+from tests import scripted_portal
+from tests.conftest import wait_until
+from tests.connect_proxy import ConnectProxy
+from tests.raw_server import (
+    CONTINUATION,
+    DRIP_SECONDS,
+    DRIPPING_FRAME,
+    DRIPPING_HANDSHAKE,
+    ENDLESS_EVENTS,
+    ENDLESS_FRAGMENTS,
+    ENDLESS_HEADERS,
+    ENDLESS_PINGS,
+    ENDLESS_REFUSAL,
+    HUGE_FRAME,
+    INVALID_UTF8,
+    MASKED_FRAME,
+    NO_UPGRADE_HEADERS,
+    PING,
+    RESERVED_BITS,
+    SILENCE,
+    TEXT,
+    Behaviour,
+    Peer,
+    RawServer,
+    Recital,
+    frame,
+    redirect_to,
+    upgraded,
+)
+from tests.scripted_portal import Authority, ScriptedPortal
+
+BINARY, CLOSE, PONG = 0x2, 0x8, 0xA
+
+LONG = 30.0
+"""Seconds that no test takes."""
+
+PROMPTLY = 0.9 * STALL_TIMEOUT
+"""Seconds in which what was abandoned has ended: it is woken, and not found out at the next look."""
+
+SOCKET_BUFFERS = 1024 * 1024
+"""Bytes that the two kernels may hold, of which the relay has seen nothing, where the sender's is made small."""
+
+TLS_OR_NOT = pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "TLS"])
+
+
+def connection_threads() -> list[threading.Thread]:
+    return [each for each in threading.enumerate() if each.name == "portal-connection"]
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind() -> Iterator[None]:
+    descriptors = open_descriptors()
+    yield
+    wait_until(lambda: not connection_threads())
+    # Whatever an earlier test has left in a cycle may be gone, too.
+    assert open_descriptors() <= descriptors
+
+
+class Session:
+    """A connection and what is heard of it.
+
+    Args:
+        takes: whether each message is dealt with at once.
+    """
+
+    def __init__(self, *, takes: bool = True) -> None:
+        self.link: WebSocketLink
+        self.threads: set[threading.Thread] = set()
+        """Those in which something was heard."""
+        self._takes = takes
+        self._reports: list[tuple[str, object]] = []
+        self._changed = threading.Condition()
+
+    # What is heard.
+
+    def connected(self) -> None:
+        self._note("connected", None)
+
+    def refused(self, refusal: Refusal) -> None:
+        self._note("refused", refusal)
+
+    def text(self, text: str) -> None:
+        self._note("text", text)
+        self._take()
+
+    def other(self, kind: str) -> None:
+        self._note("other", kind)
+        self._take()
+
+    def lost(self, reason: str) -> None:
+        self._note("lost", reason)
+
+    # What is asked.
+
+    @property
+    def reports(self) -> list[tuple[str, object]]:
+        with self._changed:
+            return self._reports.copy()
+
+    @property
+    def messages(self) -> list[object]:
+        return [what for kind, what in self.reports if kind in {"text", "other"}]
+
+    @property
+    def is_over(self) -> bool:
+        return any(kind in {"refused", "lost"} for kind, _ in self.reports)
+
+    def wait_for(self, kind: str, n: int = 1, seconds: float = 10) -> object:
+        """Wait for the n-th report of a kind, and give what it says."""
+
+        def found() -> list[object]:
+            return [what for each, what in self._reports if each == kind]
+
+        with self._changed:
+            came = self._changed.wait_for(lambda: len(found()) >= n, seconds)
+            assert came, f"{len(found())} instead of {n} {kind} within {seconds} s: {self._reports[-5:]}"
+            return found()[n - 1]
+
+    def wait_for_end(self) -> tuple[str, object]:
+        """Wait until nothing more can be heard; give how it ended."""
+        wait_until(lambda: self.is_over, 10)
+        self.wait_for_thread()
+        ends = [report for report in self.reports if report[0] in {"refused", "lost"}]
+        assert ends == self.reports[-1:], "an end is told once, and last"
+        return ends[0]
+
+    def wait_until_lost(self) -> str:
+        kind, reason = self.wait_for_end()
+        assert kind == "lost", reason
+        assert isinstance(reason, str)
+        assert reason.strip()
+        return reason
+
+    def wait_until_refused(self) -> Refusal:
+        kind, refusal = self.wait_for_end()
+        assert kind == "refused", refusal
+        assert isinstance(refusal, Refusal)
+        return refusal
+
+    def wait_for_thread(self, seconds: float = 10) -> None:
+        thread = self.link._thread
+        if thread.ident is not None:
+            thread.join(seconds)
+            assert not thread.is_alive(), f"the thread goes on after {seconds} s"
+
+    def abandon(self) -> None:
+        """Abandon it; it has to end right away, and without another word."""
+        before = self.reports
+        began = time.monotonic()
+        self.link.abandon()
+        assert time.monotonic() - began < PROMPTLY / 3, "an abandon waits for nothing"
+        self.wait_for_thread(PROMPTLY)
+        # What was being told while it was abandoned is told to its end.
+        assert len(self.reports) <= len(before) + 1
+        assert not self.is_over
+
+    def _note(self, kind: str, what: object) -> None:
+        with self._changed:
+            self._reports.append((kind, what))
+            self.threads.add(threading.current_thread())
+            self._changed.notify_all()
+
+    def _take(self) -> None:
+        if self._takes:
+            self.link.take()
+
+
+Connect: TypeAlias = Callable[..., Session]
+
+
+@pytest.fixture
+def connect(authority: Authority) -> Iterator[Connect]:
+    """Connect to a server; what has not ended by the end of the test is abandoned."""
+    sessions: list[Session] = []
+
+    def connect(
+        server: RawServer,
+        *,
+        headers: tuple[tuple[str, str], ...] = (),
+        takes: bool = True,
+        timeout: float = LONG,
+        proxy: Proxy | None = None,
+        look_up: LookUp = look_up,
+    ) -> Session:
+        tls = ssl.create_default_context(cafile=authority.ca_file) if server.url.startswith("wss") else None
+        session = Session(takes=takes)
+        dialer = Dialer("localhost", server.port, tls, proxy, look_up)
+        session.link = WebSocketLink(dialer, f"{server.url}/relay/websocket?port=3478", headers, timeout, session)
+        sessions.append(session)
+        session.link.start()
+        return session
+
+    yield connect
+    for session in sessions:
+        session.link.abandon()
+
+
+@contextlib.contextmanager
+def serve(behaviour: Behaviour, authority: Authority, *, is_tls: bool) -> Iterator[RawServer]:
+    with RawServer(behaviour, tls=authority.server_context() if is_tls else None) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def portal_of(authority: Authority, *, is_tls: bool) -> Iterator[ScriptedPortal]:
+    with ScriptedPortal(authority if is_tls else None) as portal:
+        yield portal
+
+
+# A portal that is well.
+
+
+@TLS_OR_NOT
+def test_messages_go_both_ways_in_order(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
+    with portal_of(authority, is_tls=is_tls) as portal:
+        session = connect(portal)
+        session.wait_for("connected")
+        connection = portal.wait_for_connection()
+        for number in range(200):
+            session.link.send(f'{{"event": "to portal", "number": {number}, "text": "naïve"}}')
+            connection.send_text(f"to relay {number} €")
+        connection.wait_for("to portal", 200)
+        assert [each["number"] for each in connection.frames] == list(range(200))
+        session.wait_for("text", 200)
+        assert session.reports == [("connected", None), *(("text", f"to relay {number} €") for number in range(200))]
+        session.abandon()
+
+
+def test_what_is_to_be_sent_may_be_said_before_there_is_a_connection(connect: Connect) -> None:
+    with ScriptedPortal() as portal:
+        portal.script.delay_upgrade = threading.Event()
+        session = connect(portal)
+        session.link.send('{"event": "early"}')
+        portal.wait_for_connection()
+        session.link.send('{"event": "early, too"}')
+        portal.script.delay_upgrade.set()
+        portal.wait_for_connection().wait_for("early, too")
+        assert [each["event"] for each in portal.wait_for_connection().frames] == ["early", "early, too"]
+
+
+def test_the_request_is_what_was_asked_for_and_no_origin_or_cookie(connect: Connect) -> None:
+    headers = (("X-Authorization", "Bearer token"), ("User-Agent", "Debian/12 relay/1.0.0 (x86_64; 6.1.0)"))
+    with ScriptedPortal() as portal:
+        session = connect(portal, headers=headers)
+        session.wait_for("connected")
+        request = portal.wait_for_connection()
+        assert (request.path, request.query) == ("/relay/websocket", {"port": "3478"})
+        for name, value in headers:
+            assert request.headers.get_all(name) == [value]
+        assert request.headers["Host"] == f"localhost:{portal.port}"
+        assert request.headers["Sec-WebSocket-Version"] == "13"
+        assert {name.lower() for name in request.headers} & {"origin", "cookie", "sec-websocket-protocol"} == set()
+
+
+def test_all_is_told_in_one_thread_that_keeps_no_process_from_ending(connect: Connect) -> None:
+    with ScriptedPortal() as portal:
+        session = connect(portal)
+        session.wait_for("connected")
+        (thread,) = connection_threads()
+        assert thread.daemon
+        portal.wait_for_connection().send_text("hello")
+        portal.wait_for_connection().close()
+        session.wait_until_lost()
+        assert session.threads == {thread}
+
+
+def test_other_frames_are_told_of_by_kind_and_pings_are_answered(connect: Connect) -> None:
+    with ScriptedPortal() as portal:
+        session = connect(portal)
+        connection = portal.wait_for_connection()
+        connection.ping()
+        connection.send_binary(b"\xff\x00")
+        connection._websocket.pong(b"unasked")
+        session.wait_for("other", 3)
+        assert session.messages == ["control", "binary", "control"]
+
+
+@TLS_OR_NOT
+def test_many_messages_at_once_are_all_told(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
+    """In one TLS record, so that after the first of them the kernel has nothing more to read."""
+
+    def speak(peer: Peer) -> None:
+        peer.upgrade()
+        peer.send(b"".join(frame(TEXT, f"{number}".encode()) for number in range(100)))
+        peer.wait()
+
+    with serve(speak, authority, is_tls=is_tls) as server:
+        session = connect(server)
+        session.wait_for("text", 100)
+        assert session.messages == [str(number) for number in range(100)]
+
+
+@TLS_OR_NOT
+def test_what_comes_along_with_the_answer_to_the_upgrade_is_not_lost(
+    connect: Connect, authority: Authority, *, is_tls: bool
+) -> None:
+    def speak(peer: Peer) -> None:
+        peer.read_head()
+        key = peer.headers["Sec-WebSocket-Key"].encode() + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+        accept = base64.b64encode(hashlib.sha1(key, usedforsecurity=False).digest())
+        head = b"HTTP/1.1 101 Well\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: " + accept
+        peer.send(head + b"\r\n\r\n" + frame(TEXT, b"first") + frame(TEXT, b"second"))
+        peer.wait()
+
+    with serve(speak, authority, is_tls=is_tls) as server:
+        session = connect(server)
+        session.wait_for("text", 2)
+        assert session.reports == [("connected", None), ("text", "first"), ("text", "second")]
+
+
+def test_fragments_are_put_together_also_with_a_ping_in_between(connect: Connect) -> None:
+    def speak(peer: Peer) -> None:
+        peer.upgrade()
+        peer.send(frame(TEXT, b"one, ", is_last=False) + frame(CONTINUATION, b"tw", is_last=False))
+        peer.send(frame(PING, b"") + frame(CONTINUATION, b"o"))
+        peer.wait()
+
+    with RawServer(speak) as server:
+        session = connect(server)
+        assert session.wait_for("text") == "one, two"
+
+
+def test_a_silence_ends_nothing(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the channel that knows how long a portal may say nothing."""
+    monkeypatch.setattr(link, "STALL_TIMEOUT", 0.1)
+    with ScriptedPortal() as portal:
+        session = connect(portal, timeout=0.2)
+        connection = portal.wait_for_connection()
+        session.wait_for("connected")
+        threading.Event().wait(0.3)
+        connection.send_text("still there")
+        assert session.wait_for("text") == "still there"
+
+
+@TLS_OR_NOT
+def test_through_a_proxy_it_is_the_same(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
+    with portal_of(authority, is_tls=is_tls) as portal, ConnectProxy() as stands_between:
+        session = connect(portal, proxy=Proxy("127.0.0.1", stands_between.port))
+        session.link.send('{"event": "hello"}')
+        portal.wait_for_connection().wait_for("hello")
+        assert portal.wait_for_connection().headers["Host"] == f"localhost:{portal.port}"
+        assert stands_between.tunnels == 1
+        session.link.close()
+        assert "1000" in session.wait_until_lost()
+
+
+# The polite end, and the sudden one.
+
+
+@TLS_OR_NOT
+def test_a_polite_close_follows_what_waits_to_be_sent_and_gives_the_portal_1000(
+    connect: Connect, authority: Authority, *, is_tls: bool
+) -> None:
+    with portal_of(authority, is_tls=is_tls) as portal:
+        session = connect(portal)
+        session.wait_for("connected")
+        for number in range(20):
+            session.link.send(f'{{"event": "last words", "number": {number}}}')
+        session.link.close()
+        connection = portal.wait_for_connection()
+        connection.wait_until_closed()
+        assert connection.closed_with == 1000
+        assert len(connection.frames) == 20
+        assert session.wait_until_lost() == "it closed the connection (code 1000)"
+
+
+def test_a_close_that_is_not_answered_can_be_abandoned(connect: Connect) -> None:
+    with RawServer(upgraded(Recital("mute", b""))) as server:
+        session = connect(server)
+        session.wait_for("connected")
+        session.link.close()
+        session.abandon()
+        assert server.peer_closed.wait(LONG)
+
+
+@TLS_OR_NOT
+@pytest.mark.parametrize(
+    ("payload", "says"),
+    [
+        (b"\x0f\xa0enough", "it closed the connection (code 4000)"),
+        (b"\x03\xe9", "it closed the connection (code 1001)"),
+        (b"", "it closed the connection (code none)"),
+    ],
+)
+def test_a_close_frame_of_the_portal_is_told_with_its_code(
+    connect: Connect, authority: Authority, payload: bytes, says: str, *, is_tls: bool
+) -> None:
+    closing = upgraded(Recital("close", frame(CLOSE, payload)))
+    with serve(closing, authority, is_tls=is_tls) as server:
+        assert connect(server).wait_until_lost() == says
+        assert server.peer_closed.wait(LONG)
+
+
+@pytest.mark.parametrize("payload", [b"\x03", b"\x00\x00", b"\x03\xed", b"\xff\xff", b"\x03\xe8\xff\xfe"])
+def test_a_close_frame_that_is_wrong_is_an_end_too(connect: Connect, payload: bytes) -> None:
+    with RawServer(upgraded(Recital("close", frame(CLOSE, payload)))) as server:
+        connect(server).wait_until_lost()
+        assert server.peer_closed.wait(LONG)
+
+
+@TLS_OR_NOT
+def test_a_portal_that_just_closes_is_lost(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
+    with serve(Peer.upgrade, authority, is_tls=is_tls) as server:
+        session = connect(server)
+        assert session.wait_until_lost() == "it closed the connection"
+        assert [kind for kind, _ in session.reports] == ["connected", "lost"]
+
+
+@TLS_OR_NOT
+def test_a_portal_that_closes_before_it_answers_is_lost(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
+    def hang_up(peer: Peer) -> None:
+        peer.read_head()
+
+    with serve(hang_up, authority, is_tls=is_tls) as server:
+        session = connect(server)
+        assert session.wait_until_lost() == "it closed the connection"
+        assert [kind for kind, _ in session.reports] == ["lost"]
+
+
+@TLS_OR_NOT
+def test_a_reset_is_lost(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
+    with portal_of(authority, is_tls=is_tls) as portal:
+        session = connect(portal)
+        session.wait_for("connected")
+        portal.wait_for_connection().drop()
+        assert session.wait_until_lost() in {"Connection reset by peer", "it closed the connection"}
+
+
+@TLS_OR_NOT
+@pytest.mark.parametrize("times", [2, 5])
+def test_to_abandon_again_is_fine(connect: Connect, authority: Authority, times: int, *, is_tls: bool) -> None:
+    with portal_of(authority, is_tls=is_tls) as portal:
+        session = connect(portal)
+        session.wait_for("connected")
+        for _ in range(times):
+            session.link.abandon()
+        session.wait_for_thread()
+        session.link.abandon()
+        assert session.reports == [("connected", None)]
+        connection = portal.wait_for_connection()
+        connection.wait_until_closed()
+        assert connection.closed_with is None
+
+
+def test_after_the_end_nothing_that_is_asked_does_any_harm(connect: Connect) -> None:
+    with RawServer(Peer.upgrade) as server:
+        session = connect(server)
+        session.wait_until_lost()
+        before = open_descriptors()
+        reports = session.reports
+        for _ in range(2):
+            session.link.send("too late")
+            session.link.close()
+            session.link.take()
+            session.link.abandon()
+        assert session.reports == reports
+        assert open_descriptors() == before
+
+
+# Attempts that come to nothing.
+
+
+def test_nobody_listening_is_lost(connect: Connect) -> None:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        nobody = RawServer(SILENCE, port=bound.getsockname()[1])
+        assert connect(nobody).wait_until_lost() == "Connection refused"
+
+
+def test_a_name_that_is_none_is_lost(connect: Connect) -> None:
+    def fail(*_: object) -> list[HostAddress]:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    with RawServer(SILENCE) as server:
+        said = connect(server, look_up=fail).wait_until_lost()
+    assert said == "its name can't be looked up (Name or service not known)"
+
+
+def test_a_name_that_takes_too_long_is_lost(connect: Connect) -> None:
+    def hang(*_: object) -> list[HostAddress]:
+        raise TimeoutError("looking up localhost took longer than 5 s")
+
+    with RawServer(SILENCE) as server:
+        assert connect(server, look_up=hang).wait_until_lost() == "looking up localhost took longer than 5 s"
+
+
+def test_whatever_a_look_up_fails_of_is_lost(connect: Connect) -> None:
+    def fail(*_: object) -> list[HostAddress]:
+        raise ZeroDivisionError("a bug")
+
+    with RawServer(SILENCE) as server:
+        assert connect(server, look_up=fail).wait_until_lost() == "ZeroDivisionError: a bug"
+
+
+def test_a_certificate_of_a_stranger_is_lost_and_says_what_to_do(connect: Connect, tmp_path: Path) -> None:
+    with RawServer(SILENCE, tls=Authority(tmp_path).server_context()) as server:
+        said = connect(server).wait_until_lost()
+    assert said.startswith("its certificate is not trusted (")
+    assert "SSL_CERT_FILE" in said
+
+
+def test_a_certificate_for_another_name_is_lost_and_names_it(tmp_path: Path, connect: Connect) -> None:
+    other = Authority(tmp_path, ("elsewhere.example",))
+    with RawServer(SILENCE, tls=other.server_context()) as server:
+        session = Session()
+        trusting = ssl.create_default_context(cafile=other.ca_file)
+        session.link = WebSocketLink(Dialer("localhost", server.port, trusting), server.url, (), LONG, session)
+        session.link.start()
+        said = session.wait_until_lost()
+    assert "Hostname mismatch" in said
+    del connect
+
+
+def test_a_server_without_tls_is_lost(connect: Connect, authority: Authority) -> None:
+    no_tls = Recital("no TLS", b"HTTP/1.1 400 Bad Request\r\n\r\n", opening=lambda peer: peer.socket.recv(100))
+    with RawServer(no_tls) as server:
+        session = Session()
+        trusting = ssl.create_default_context(cafile=authority.ca_file)
+        session.link = WebSocketLink(Dialer("localhost", server.port, trusting), server.url, (), LONG, session)
+        session.link.start()
+        assert session.wait_until_lost().startswith("TLS failed (")
+    del connect
+
+
+@TLS_OR_NOT
+def test_a_server_that_says_nothing_is_lost_after_the_time_of_the_attempt(
+    connect: Connect, authority: Authority, *, is_tls: bool
+) -> None:
+    with serve(SILENCE, authority, is_tls=is_tls) as server:
+        began = time.monotonic()
+        said = connect(server, timeout=0.5).wait_until_lost()
+        assert 0.45 < time.monotonic() - began < 5
+        assert said
+
+
+def test_no_thread_to_be_had_is_an_error_and_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    session = Session()
+    before = open_descriptors()
+    session.link = WebSocketLink(Dialer("localhost", 1, None), "ws://localhost:1/", (), LONG, session)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            session.link.start()
+    assert open_descriptors() == before
+    assert session.reports == []
+
+
+# Refusals.
+
+
+@TLS_OR_NOT
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_refusal_comes_with_its_body(connect: Connect, authority: Authority, *, chunked: bool, is_tls: bool) -> None:
+    refusal = scripted_portal.Refusal.invalid_token(chunked=chunked)
+    with portal_of(authority, is_tls=is_tls) as portal:
+        portal.script.refuse = refusal
+        session = connect(portal)
+        assert session.wait_until_refused() == Refusal(401, None, refusal.body)
+        assert session.reports == [("refused", Refusal(401, None, refusal.body))]
+
+
+@pytest.mark.parametrize(("value", "status"), [("7", 503), ("Thu, 01 Jan 1970 00:00:00 GMT", 429), (None, 503)])
+def test_a_refusal_comes_with_the_wait_that_was_asked_for_as_it_was_written(
+    connect: Connect, value: str | None, status: int
+) -> None:
+    with ScriptedPortal() as portal:
+        portal.script.refuse = scripted_portal.Refusal.retry_after(value, status)
+        assert connect(portal).wait_until_refused() == Refusal(status, value, b"")
+
+
+@pytest.mark.parametrize("status", [200, 204, 400, 403, 404, 418, 500, 502])
+def test_any_other_status_is_a_refusal(connect: Connect, status: int) -> None:
+    answer = f"HTTP/1.1 {status} Whatever\r\nContent-Length: 5\r\n\r\nwords".encode()
+    with RawServer(Recital("refusal", answer)) as server:
+        assert connect(server).wait_until_refused() == Refusal(status, None, b"words")
+
+
+PROBLEM = b'{"code": "invalid_token", "detail": "Invalid token"}'
+
+
+@TLS_OR_NOT
+def test_a_body_without_a_length_ends_with_the_connection(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
+    def refuse(peer: Peer) -> None:
+        peer.read_head()
+        peer.send(b"HTTP/1.1 401 Unauthorized\r\n\r\n" + PROBLEM[:10])
+        peer.send(PROBLEM[10:])
+
+    with serve(refuse, authority, is_tls=is_tls) as server:
+        assert connect(server).wait_until_refused() == Refusal(401, None, PROBLEM)
+
+
+@TLS_OR_NOT
+@pytest.mark.parametrize(
+    ("head", "body"),
+    [
+        (b"HTTP/1.1 401 Unauthorized\r\n\r\n", PROBLEM),
+        (b"HTTP/1.1 401 Unauthorized\r\nTransfer-Encoding: chunked\r\n\r\n", b"%x\r\n%s\r\n" % (len(PROBLEM), PROBLEM)),
+    ],
+    ids=["no length", "chunked"],
+)
+def test_a_body_whose_end_does_not_come_is_waited_for_only_so_long(
+    connect: Connect,
+    authority: Authority,
+    monkeypatch: pytest.MonkeyPatch,
+    head: bytes,
+    body: bytes,
+    *,
+    is_tls: bool,
+) -> None:
+    monkeypatch.setattr(upgrade, "BODY_TIMEOUT", 0.2)
+    with serve(Recital("open end", head + body), authority, is_tls=is_tls) as server:
+        assert connect(server).wait_until_refused() == Refusal(401, None, PROBLEM)
+        assert server.peer_closed.wait(LONG)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 401 Unauthorized\r\n\r\n",
+        b"HTTP/1.1 401 Unauthorized\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"HTTP/1.1 401 Unauthorized\r\nTransfer-Encoding: chunked\r\n\r\n10000000\r\n",
+    ],
+    ids=["no length", "chunked without chunks", "one chunk"],
+)
+def test_a_body_without_end_is_read_as_far_as_is_allowed(connect: Connect, answer: bytes) -> None:
+    with RawServer(hurried(Recital("endless body", answer, b"x" * 65536))) as server:
+        refusal = connect(server).wait_until_refused()
+        assert refusal.status == 401
+        assert len(refusal.body) <= MESSAGE_LIMIT
+        assert server.peer_closed.wait(LONG)
+        assert server.sent < MESSAGE_LIMIT + SOCKET_BUFFERS
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"x\r\n", b"-1\r\nx\r\n", b"ffffffffffffffffffff\r\nx\r\n", b"\r\n\r\n\r\n", b"\xff\xfe"]
+)
+def test_chunks_that_are_none_are_a_refusal_with_what_could_be_read(connect: Connect, garbage: bytes) -> None:
+    def refuse(peer: Peer) -> None:
+        peer.read_head()
+        peer.send(b"HTTP/1.1 401 Unauthorized\r\nTransfer-Encoding: chunked\r\n\r\n" + garbage)
+
+    with RawServer(refuse) as server:
+        assert connect(server).wait_until_refused().status == 401
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_a_refusal_and_whoever_it_names_hears_nothing(
+    connect: Connect, authority: Authority, status: int
+) -> None:
+    with RawServer(SILENCE) as other, RawServer(SILENCE, tls=authority.server_context()) as another:
+        for location in (other.url, f"http://localhost:{other.port}/", another.url):
+            answer = f"HTTP/1.1 {status} Elsewhere\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n".encode()
+            with RawServer(Recital("redirect", answer)) as server:
+                session = connect(server, headers=(("X-Authorization", "Bearer token"),))
+                assert session.wait_until_refused().status == status
+        assert (other.peers, another.peers) == ([], [])
+
+
+@TLS_OR_NOT
+def test_a_redirect_is_one_over_tls_too(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
+    with RawServer(SILENCE) as other, serve(redirect_to(other.url), authority, is_tls=is_tls) as server:
+        assert connect(server).wait_until_refused().status == 302
+        assert other.peers == []
+
+
+def test_cookies_are_not_kept(connect: Connect) -> None:
+    """They would tell one connection from another, and gather for as long as the relay runs."""
+    cookies = b"Set-Cookie: session=1; Domain=localhost\r\nSet-Cookie: more=2; Domain=localhost\r\n"
+    answer = b"HTTP/1.1 302 Found\r\nLocation: ws://localhost/\r\nContent-Length: 0\r\n" + cookies + b"\r\n"
+    with RawServer(Recital("cookies", answer)) as server:
+        for number in range(1, 4):
+            connect(server).wait_until_refused()
+            assert server.wait_for_peer(number).headers["Cookie"] is None
+
+
+# Portals that break the rules.
+
+_TOO_MUCH = f"it sent a message of more than {MESSAGE_LIMIT} bytes"
+
+
+def hurried(recital: Recital) -> Recital:
+    """Have little of it wait in this end's kernel, so that what could be sent is what the relay has taken, about."""
+
+    def open_(peer: Peer) -> None:
+        peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        recital.opening(peer)
+
+    return dataclasses.replace(recital, opening=open_)
+
+
+@TLS_OR_NOT
+@pytest.mark.parametrize(
+    ("recital", "says"),
+    [
+        (NO_UPGRADE_HEADERS, "Invalid WebSocket Header"),
+        (ENDLESS_HEADERS, _TOO_MUCH),
+        (ENDLESS_REFUSAL, _TOO_MUCH),
+        (Recital("no HTTP", b"220 mail.example ESMTP\r\n\r\n"), "Invalid status line: '220 mail.example ESMTP'"),
+        (Recital("no status", b"HTTP/1.1 what?\r\n\r\n"), "Invalid status line"),
+        (Recital("no text", b"\xff\xfe\r\n\r\n"), "UTF-8"),
+        (Recital("no header", b"HTTP/1.1 101 Well\r\nUpgrade\r\n\r\n"), "Invalid header"),
+        (Recital("endless line", b"HTTP/1.1 ", b"x" * 1000), _TOO_MUCH),
+        (Recital("no number", b"HTTP/1.1 401 No\r\nContent-Length: x\r\n\r\n"), "Invalid content-length"),
+        (upgraded(HUGE_FRAME), _TOO_MUCH),
+        (upgraded(ENDLESS_FRAGMENTS), _TOO_MUCH),
+        (upgraded(RESERVED_BITS), "rsv"),
+        (upgraded(MASKED_FRAME), "masked"),
+        (upgraded(Recital("masked ping", frame(PING, b"x", mask=b"mask"))), "masked"),
+        (upgraded(Recital("masked fragment", frame(TEXT, b"x", is_last=False, mask=b"mask") + frame(0, b"y"))), "masked"),
+        (upgraded(INVALID_UTF8), "decode"),
+        (upgraded(Recital("unknown opcode", frame(0x3, b"x"))), "Invalid opcode"),
+        (upgraded(Recital("fragmented ping", frame(PING, b"x", is_last=False))), "Invalid ping"),
+        (upgraded(Recital("long ping", frame(PING, b"x" * 126))), "too long"),
+        (upgraded(Recital("stray continuation", frame(CONTINUATION, b"x"))), "Illegal frame"),
+        (upgraded(Recital("text in text", frame(TEXT, b"x", is_last=False) + frame(TEXT, b"x"))), "Illegal frame"),
+    ],
+    ids=str,
+)
+def test_what_breaks_the_rules_is_lost_in_words(
+    connect: Connect, authority: Authority, recital: Recital, says: str, *, is_tls: bool
+) -> None:
+    with serve(hurried(recital), authority, is_tls=is_tls) as server:
+        session = connect(server)
+        assert says in session.wait_until_lost()
+        assert session.messages == []
+        assert server.peer_closed.wait(LONG), "the connection is closed"
+        assert server.sent < MESSAGE_LIMIT + SOCKET_BUFFERS
+
+
+def test_an_answer_without_a_status_is_no_refusal_with_one(connect: Connect) -> None:
+    with RawServer(Recital("nothing", b"\r\n\r\n")) as server:
+        assert connect(server).wait_until_lost()
+
+
+@pytest.mark.parametrize(("length", "comes"), [(MESSAGE_LIMIT - 4, True), (MESSAGE_LIMIT - 3, False)])
+def test_a_message_of_the_greatest_length_comes_and_no_longer_one(connect: Connect, length: int, *, comes: bool) -> None:
+    def speak(peer: Peer) -> None:
+        peer.upgrade()
+        for _ in range(3):
+            # Its head takes four bytes.
+            peer.send(frame(TEXT, b"x" * length))
+        peer.wait()
+
+    with RawServer(speak) as server:
+        session = connect(server)
+        if comes:
+            session.wait_for("text", 3)
+            assert session.messages == ["x" * length] * 3
+        else:
+            assert session.wait_until_lost() == _TOO_MUCH
+            assert session.messages == []
+
+
+def test_pings_among_fragments_make_a_message_no_longer(connect: Connect) -> None:
+    """Else a portal could have the relay hold as much as it likes, without ever ending a message."""
+    ping_now_and_then = frame(CONTINUATION, b"x" * 10_000, is_last=False) + frame(PING, b"")
+    endless = hurried(upgraded(Recital("pings among fragments", frame(TEXT, b"x", is_last=False), ping_now_and_then)))
+    with RawServer(endless) as server:
+        session = connect(server)
+        enough = 2 * (MESSAGE_LIMIT + SOCKET_BUFFERS)
+        wait_until(lambda: session.is_over or server.sent > enough, 20)
+        assert server.sent <= enough, "it takes more and more"
+        assert session.wait_until_lost() == _TOO_MUCH
+
+
+class Flood:
+    """Sends the same again and again, and tells when no more of it is taken."""
+
+    def __init__(self, message: bytes) -> None:
+        self.stalled = threading.Event()
+        # As much at once as fits: of little pieces, a kernel takes one now and then even if there is no room.
+        self._messages = message * max(1, MESSAGE_LIMIT // len(message))
+
+    def __call__(self, peer: Peer) -> None:
+        peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        peer.upgrade()
+        peer.socket.settimeout(0.3)
+        view = memoryview(b"")
+        while True:
+            view = view or memoryview(self._messages)
+            try:
+                count = peer.socket.send(view)
+            except TimeoutError:
+                self.stalled.set()
+            else:
+                peer.sent += count
+                view = view[count:]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [frame(TEXT, b"x" * 100), frame(BINARY, b"x" * 100), frame(PONG, b"x" * 100), frame(TEXT, b"x" * 60_000)],
+    ids=["texts", "binaries", "pongs", "long texts"],
+)
+def test_no_more_than_so_many_messages_wait_for_whoever_hears_them(connect: Connect, message: bytes) -> None:
+    flood = Flood(message)
+    with RawServer(flood) as server:
+        session = connect(server, takes=False)
+        wait_until(lambda: len(session.messages) == UNREAD_MESSAGES)
+        assert flood.stalled.wait(LONG), "TCP slows the other side down"
+        assert len(session.messages) == UNREAD_MESSAGES
+        assert server.sent < (UNREAD_MESSAGES + 1) * len(message) + SOCKET_BUFFERS
+        for taken in range(1, 4):
+            session.link.take()
+            wait_until(lambda taken=taken: len(session.messages) == UNREAD_MESSAGES + taken)  # type: ignore[misc]
+        session.abandon()
+        assert len(session.messages) == UNREAD_MESSAGES + 3
+
+
+@TLS_OR_NOT
+def test_whoever_takes_what_comes_hears_all_of_it(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
+    with serve(upgraded(ENDLESS_EVENTS), authority, is_tls=is_tls) as server:
+        session = connect(server)
+        session.wait_for("text", 50 * UNREAD_MESSAGES)
+        session.abandon()
+
+
+# Nothing that a portal does or leaves undone puts off an end that is wanted.
+
+
+def has_begun(session: Session, server: RawServer) -> bool:
+    return bool(server.peers) and (server.sent > 0 or bool(session.reports))
+
+
+@TLS_OR_NOT
+@pytest.mark.parametrize(
+    "recital",
+    [
+        DRIPPING_HANDSHAKE,
+        upgraded(Recital("mute", b"")),
+        upgraded(DRIPPING_FRAME),
+        upgraded(ENDLESS_PINGS),
+        upgraded(ENDLESS_EVENTS),
+        upgraded(Recital("half a head", b"\x81")),
+        upgraded(Recital("a frame without end", b"\x81\x7f\xff\xff\xff\xff\xff\xff\xff\xffx")),
+        upgraded(Recital("a message without end", frame(TEXT, b"x", is_last=False))),
+        Recital("half an answer", b"HTTP/1.1 101 "),
+        Recital("half a refusal", b"HTTP/1.1 401 No\r\nContent-Length: 100\r\n\r\nhalf"),
+        Recital("a dripping refusal", b"HTTP/1.1 401 No\r\n\r\n", b"x", drips=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("takes", [True, False], ids=["heard", "not heard"])
+def test_whatever_the_portal_is_doing_an_abandon_ends_it_at_once(
+    connect: Connect, authority: Authority, recital: Recital, *, takes: bool, is_tls: bool
+) -> None:
+    with serve(recital, authority, is_tls=is_tls) as server:
+        session = connect(server, takes=takes)
+        wait_until(lambda: has_begun(session, server))
+        session.abandon()
+        assert server.peer_closed.wait(LONG)
+
+
+@TLS_OR_NOT
+def test_an_abandon_ends_a_wait_for_a_silent_server_at_once(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
+    """Of a server that does not even do its part of TLS, where that is wanted."""
+    with RawServer(SILENCE) as silent:
+        session = Session()
+        tls = ssl.create_default_context(cafile=authority.ca_file) if is_tls else None
+        session.link = WebSocketLink(Dialer("localhost", silent.port, tls), silent.url, (), LONG, session)
+        session.link.start()
+        silent.wait_for_peer()
+        session.abandon()
+        assert silent.peer_closed.wait(LONG)
+        assert session.reports == []
+    del connect
+
+
+def test_an_abandon_ends_a_connect_that_hangs_at_once(connect: Connect) -> None:
+    with socket.socket() as listening, socket.socket() as waiting:
+        listening.bind(("127.0.0.1", 0))
+        # The place of the one that may wait to be accepted is taken: what else comes is not answered.
+        listening.listen(0)
+        waiting.connect(listening.getsockname())
+        session = connect(RawServer(SILENCE, port=listening.getsockname()[1]))
+        wait_until(lambda: session.link._socket is not None)
+        session.abandon()
+        assert session.reports == []
+
+
+def test_an_abandon_during_a_look_up_ends_it_before_anyone_is_connected_to(connect: Connect) -> None:
+    asked, may_answer = threading.Event(), threading.Event()
+
+    def hang(*_: object) -> list[HostAddress]:
+        asked.set()
+        assert may_answer.wait(LONG)
+        return [HostAddress(socket.AF_INET, ("127.0.0.1", server.port))] * 3
+
+    with RawServer(SILENCE) as server:
+        session = connect(server, look_up=hang)
+        assert asked.wait(LONG)
+        session.link.abandon()
+        may_answer.set()
+        session.wait_for_thread(PROMPTLY)
+        assert session.reports == []
+        assert server.peers == []
+
+
+def test_an_abandon_right_after_the_start_ends_it(connect: Connect) -> None:
+    with ScriptedPortal() as portal:
+        for _ in range(20):
+            session = connect(portal)
+            session.link.abandon()
+            session.wait_for_thread()
+            assert not session.is_over
+
+
+def test_an_abandon_by_whoever_is_being_told_something_ends_it(connect: Connect) -> None:
+    class Fickle(Session):
+        def text(self, text: str) -> None:
+            super().text(text)
+            self.link.abandon()
+
+    with RawServer(upgraded(ENDLESS_EVENTS)) as server:
+        session = Fickle()
+        session.link = WebSocketLink(Dialer("localhost", server.port, None), server.url, (), LONG, session)
+        session.link.start()
+        session.wait_for("text")
+        session.wait_for_thread(PROMPTLY)
+        assert [kind for kind, _ in session.reports] == ["connected", "text"]
+    del connect
+
+
+class HeldSocket(socket.socket):
+    """A socket whose reads wait until the test lets them."""
+
+    may_read: threading.Event
+    is_read: threading.Event
+
+    def recv(self, *arguments: int) -> bytes:
+        self.is_read.set()
+        assert self.may_read.wait(LONG)
+        return super().recv(*arguments)
+
+
+class HeldDialer(Dialer):
+    """Gives such sockets."""
+
+    may_read = threading.Event()
+    is_read = threading.Event()
+
+    def dial(self, timeout: float, watch: Callable[[socket.socket], None]) -> socket.socket:
+        opened = super().dial(timeout, lambda _: None)
+        held = HeldSocket(fileno=opened.detach())
+        held.settimeout(timeout)
+        held.may_read, held.is_read = self.may_read, self.is_read
+        watch(held)
+        return held
+
+
+def test_an_upgrade_that_was_answered_before_the_abandon_but_not_read_is_not_told(connect: Connect) -> None:
+    with RawServer(upgraded(ENDLESS_EVENTS)) as server:
+        dialer = HeldDialer("localhost", server.port, None)
+        session = Session()
+        session.link = WebSocketLink(dialer, f"{server.url}/", (), LONG, session)
+        session.link.start()
+        assert dialer.is_read.wait(LONG)
+        # More than the answer to the upgrade has come.
+        wait_until(lambda: server.sent > 1000)
+        session.link.abandon()
+        dialer.may_read.set()
+        session.wait_for_thread()
+        assert session.reports == []
+    del connect
+
+
+def drip_and_listen(heard: "queue.SimpleQueue[bytes]") -> Behaviour:
+    """Send a text byte by byte, and put down what comes meanwhile."""
+
+    def behave(peer: Peer) -> None:
+        peer.upgrade()
+        for byte in frame(TEXT, b"x" * 1000):
+            peer.send(bytes((byte,)))
+            peer.socket.settimeout(DRIP_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                data = peer.socket.recv(65536)
+                if not data:
+                    raise ConnectionResetError
+                heard.put(data)
+            peer.socket.settimeout(None)
+
+    return behave
+
+
+@TLS_OR_NOT
+def test_heartbeats_go_out_while_a_frame_drips_in(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
+    heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    with serve(drip_and_listen(heard), authority, is_tls=is_tls) as server:
+        session = connect(server)
+        session.wait_for("connected")
+        for number in range(2):
+            wait_until(lambda number=number: server.sent > 130 + number)  # type: ignore[misc]
+            session.link.send("a heartbeat")
+            # Whatever it is in its mask, it comes.
+            assert heard.get(timeout=2 * STALL_TIMEOUT)
+        session.abandon()
+
+
+@TLS_OR_NOT
+def test_heartbeats_go_out_while_half_a_frame_has_come(
+    connect: Connect, authority: Authority, monkeypatch: pytest.MonkeyPatch, *, is_tls: bool
+) -> None:
+    monkeypatch.setattr(link, "STALL_TIMEOUT", 0.2)
+    may_go_on = threading.Event()
+    heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def behave(peer: Peer) -> None:
+        peer.upgrade()
+        whole = frame(TEXT, b"in two halves")
+        peer.send(whole[:7])
+        heard.put(peer.socket.recv(65536))
+        assert may_go_on.wait(LONG)
+        peer.send(whole[7:])
+        peer.wait()
+
+    with serve(behave, authority, is_tls=is_tls) as server:
+        session = connect(server)
+        session.wait_for("connected")
+        wait_until(lambda: server.sent > 130)
+        session.link.send("a heartbeat")
+        assert heard.get(timeout=LONG)
+        may_go_on.set()
+        assert session.wait_for("text") == "in two halves"
+
+
+def deaf(peer: Peer) -> None:
+    """Read nothing after the upgrade."""
+    peer.upgrade()
+    # An error of the socket, such as that the relay closed, is all that ends it.
+    poller = select.poll()
+    poller.register(peer.socket, select.POLLRDHUP)
+    poller.poll()
+
+
+MEGABYTE = "x" * 2**20
+
+
+def test_a_portal_that_reads_nothing_is_lost(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metered, "SEND_TIMEOUT", 0.3)
+    with RawServer(deaf) as server:
+        session = connect(server)
+        session.wait_for("connected")
+        for _ in range(20):
+            began = time.monotonic()
+            session.link.send(MEGABYTE)
+            assert time.monotonic() - began < PROMPTLY / 3, "a send waits for nothing"
+        assert session.wait_until_lost() == "it reads nothing"
+
+
+@TLS_OR_NOT
+def test_a_portal_that_reads_nothing_can_be_abandoned(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
+    with serve(deaf, authority, is_tls=is_tls) as server:
+        session = connect(server)
+        session.wait_for("connected")
+        for _ in range(20):
+            session.link.send(MEGABYTE)
+        # Some have gone, and one hangs.
+        wait_until(lambda: 0 < len(session.link._outgoing) < 18)
+        session.abandon()
+
+
+@TLS_OR_NOT
+def test_connections_that_come_and_go_leave_nothing_behind(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
+    with portal_of(authority, is_tls=is_tls) as portal:
+        for number in range(50):
+            session = connect(portal)
+            if number % 4 == 1:
+                wait_until(lambda session=session: session.link._socket is not None)  # type: ignore[misc]
+            elif number % 4 > 1:
+                session.wait_for("connected")
+            if number % 4 == 3:
+                session.link.close()
+                session.wait_until_lost()
+            else:
+                session.link.abandon()
+                session.wait_for_thread()
+        assert connection_threads() == []
+    # The descriptors are counted after each test here.
