@@ -5,6 +5,7 @@ thread of a connection, never in this one.
 """
 
 import contextlib
+import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
@@ -102,8 +103,13 @@ class PortalActor(Actor):
 
     def on_start(self) -> None:
         """Begin to connect."""
-        self.core.start(self._clock.now())
-        self._carry_out()
+        try:
+            self.core.start(self._clock.now())
+            self._carry_out()
+        except Exception:
+            # Pykka calls that for a message only.
+            self.on_failure(*sys.exc_info())
+            raise
 
     def on_receive(self, message: object) -> None:
         """Take one message, carry out what follows from it, and set the time to be woken."""

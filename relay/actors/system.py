@@ -8,8 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Self, TypeAlias, cast
 
 import pykka
 import structlog
@@ -69,13 +68,8 @@ STOP_TIMEOUT = LEAVE_TIMEOUT + PORTAL_STOP_TIMEOUT + SERVER_STOP_TIMEOUT + 5.0
 _log = structlog.get_logger("relay.actors.system")
 
 
-@dataclass(slots=True)
-class Departure:
-    """What is still waited for before the end."""
-
-    until: float
-    """Monotonic time at which it is no longer waited for."""
-    awaited: set[type[Left | Drained]]
+Awaited: TypeAlias = dict[type[Left | Drained], float]
+"""What is still waited for before the end, and the monotonic time at which it no longer is."""
 
 
 class System:
@@ -111,7 +105,8 @@ class System:
         self._started_at = time.monotonic()
         self._stack = contextlib.ExitStack()
         self._has_begun = False
-        self._departure: Departure | None = None
+        self._awaited: Awaited | None = None
+        """None until it is asked to leave."""
         self._server: pykka.ActorRef[ServerActor] | None = None
         self._portal_actor: pykka.ActorRef[PortalActor] | None = None
         self._inbox: ServerInbox | None = None
@@ -134,7 +129,7 @@ class System:
     @property
     def is_ready(self) -> bool:
         """Whether new clients should be sent here: it answers them, its portal knows it, and it is not about to end."""
-        return self._has_begun and self._departure is None and (self.portal is None or self.portal.is_joined)
+        return self._has_begun and self._awaited is None and (self.portal is None or self.portal.is_joined)
 
     def run(self, dump: Callable[[], None]) -> int:
         """Wait until the end, and give the exit code: 0 if it was asked for, 1 if it had to be.
@@ -146,15 +141,15 @@ class System:
             try:
                 event = self.news.get(timeout=self._patience())
             except queue.Empty:
-                _log.warning("not waiting any longer", allocations=len(self.core.allocations.by_id))
-                return 0
-            code = self._hear(event, dump)
+                code = self._stop_waiting()
+            else:
+                code = self._hear(event, dump)
             if code is not None:
                 return code
 
     def _patience(self) -> float | None:
         """Give the seconds for which news may be waited for."""
-        return None if self._departure is None else max(0.0, self._departure.until - time.monotonic())
+        return max(0.0, min(self._awaited.values()) - time.monotonic()) if self._awaited else None
 
     def _hear(self, event: Event, dump: Callable[[], None]) -> int | None:
         """Act on news; give the exit code if it is the end."""
@@ -184,28 +179,40 @@ class System:
 
     def _leave(self) -> int | None:
         """Leave the portal, and let allocations live on for a while, if that is wanted."""
-        if self._departure is not None:
+        if self._awaited is not None:
             _log.info("asked to end for the second time: ending at once")
             return 0
+        self._awaited = {}
         patience = self.config.drain_timeout
-        departure = self._departure = Departure(time.monotonic() + patience, set())
-        if self._portal_actor is not None:
-            departure.awaited.add(Left)
-            departure.until = max(departure.until, time.monotonic() + LEAVE_TIMEOUT)
-            self._portal_actor.tell(LeavePortal())
-        if patience and self._server is not None:
-            departure.awaited.add(Drained)
-            self._server.tell(Drain())
-            _log.info("draining: no new allocations", seconds=patience, allocations=len(self.core.allocations.by_id))
+        # Who is dead already can't be told; that it is, is news that waits to be heard.
+        with contextlib.suppress(pykka.ActorDeadError):
+            if self._portal_actor is not None:
+                self._awaited[Left] = time.monotonic() + LEAVE_TIMEOUT
+                self._portal_actor.tell(LeavePortal())
+            if patience and self._server is not None:
+                self._awaited[Drained] = time.monotonic() + patience
+                _log.info("draining: no new allocations", seconds=patience, allocations=len(self.core.allocations.by_id))
+                self._server.tell(Drain())
         self._systemd.stopping("draining" if patience else "stopping", patience + STOP_TIMEOUT)
-        return None if departure.awaited else 0
+        return None if self._awaited else 0
 
     def _note_done(self, event: Left | Drained) -> int | None:
-        if self._departure is None:
+        if self._awaited is None or self._awaited.pop(type(event), None) is None:
             return None
-        self._departure.awaited.discard(type(event))
         _log.info("left the portal" if isinstance(event, Left) else "no allocation is left")
-        return None if self._departure.awaited else 0
+        return None if self._awaited else 0
+
+    def _stop_waiting(self) -> int | None:
+        """Wait no longer for what is overdue."""
+        assert self._awaited is not None  # noqa: S101 - it is waited for nothing with a time limit but the end
+        for overdue in [each for each, until in self._awaited.items() if time.monotonic() >= until]:
+            del self._awaited[overdue]
+            _log.warning(
+                "not waiting any longer",
+                what="for the portal" if overdue is Left else "for allocations to end",
+                allocations=len(self.core.allocations.by_id),
+            )
+        return None if self._awaited else 0
 
     def address_of(self, family: Family) -> Endpoint:
         """Give where clients of a family are listened to."""

@@ -41,7 +41,8 @@ def upgrade(url: str, headers: tuple[tuple[str, str], ...], through: MeteredSock
         OSError: there was none.
         LimitError: it was too long.
     """
-    connection = StrictWebSocket()
+    # It checks texts in Python, at 0.6 µs a byte; whoever decodes one finds out for less.
+    connection = StrictWebSocket(skip_utf8_validation=True)
     # Whatever cookies an earlier connection was given would be sent, and kept for the life of the process.
     CookieJar.jar.clear()
     lines = [f"{name}: {value}" for name, value in headers]

@@ -11,8 +11,8 @@ import pytest
 import structlog
 
 from relay.actors.messages import FromClients
-from relay.actors.server import ServerActor, ServiceSockets, SocketCounters
 from relay.actors.news import Failure, Request
+from relay.actors.server import ServerActor, ServiceSockets, SocketCounters
 from relay.core.addresses import ClientAddress, Family
 from relay.core.counters import FreeReason
 from relay.core.instant import Instant

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias
 
 import pytest
@@ -19,14 +19,30 @@ from tests.conftest import wait_until
 START_SECONDS = 20
 STOP_SECONDS = 10
 
+# What the program gets of the environment of the tests: no setting of a relay, no proxy, and no authorities.
+_KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
+
 # Clients know port 3478 only, so each relay has an address of its own.
 _hosts = (f"127.{os.getpid() % 200 + 20}.{high}.{low}" for high, low in itertools.product(range(1, 255), range(1, 255)))
 
 
 class Program:
-    """A ``firezone-relay --standalone``, started."""
+    """A ``firezone-relay``, started.
 
-    def __init__(self, *options: str, hosts: tuple[str, ...] = (), reads_log: bool = True) -> None:
+    Args:
+        options: beside the addresses.
+        hosts: its public addresses; one that no other program of these tests has, if none is given.
+        reads_log: whether someone reads what it logs.
+        network: variables for one that is in a network; None for one that is ``--standalone``.
+    """
+
+    def __init__(
+        self,
+        *options: str,
+        hosts: tuple[str, ...] = (),
+        reads_log: bool = True,
+        network: Mapping[str, str] | None = None,
+    ) -> None:
         self.host = next(_hosts) if not hosts else hosts[0]
         self.introduction = ""
         public = [
@@ -35,12 +51,18 @@ class Program:
             for argument in ("--public-ip6-addr" if ":" in host else "--public-ip4-addr", host)
         ]
         self.command = [
-            *(sys.executable, "-m", "relay", "--standalone", *public),
+            *(sys.executable, "-m", "relay", *public, *(("--standalone",) if network is None else ())),
             *("--health-address", f"{self.host}:8080" if ":" not in self.host else f"[{self.host}]:8080"),
             *("--control-address", "127.0.0.1:0", "--max-allocations", "2000", *options),
         ]
+        self._prints_credential = network is None and "--relay-secret-file" not in options
         self.process = subprocess.Popen(
-            self.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            self.command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={name: os.environ[name] for name in _KEPT if name in os.environ} | dict(network or {}),
+            text=True,
         )
         self._log: list[str] = []
         self._ready = threading.Event()
@@ -66,7 +88,7 @@ class Program:
         assert self._ready.wait(START_SECONDS), f"not ready: {self.log}"
         assert self.process.poll() is None, self.log
         assert self.process.stdout is not None
-        if "--relay-secret-file" not in self.command:
+        if self._prints_credential:
             for line in self.process.stdout:
                 self.introduction += line
                 if " probe " in line:
@@ -79,14 +101,19 @@ class Program:
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send a signal and give the exit code."""
         self.process.send_signal(number)
-        return self.process.wait(STOP_SECONDS)
+        return self.wait()
+
+    def wait(self, seconds: float = STOP_SECONDS) -> int:
+        """Wait until it has ended and all that it logged was read, and give the exit code."""
+        code = self.process.wait(seconds)
+        if self._reader.ident is not None:
+            self._reader.join(STOP_SECONDS)
+        return code
 
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
-        self.process.wait(STOP_SECONDS)
-        if self._reader.ident is not None:
-            self._reader.join(STOP_SECONDS)
+        self.wait()
         for stream in (self.process.stdout, self.process.stderr):
             assert stream is not None
             stream.close()

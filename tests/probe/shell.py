@@ -121,7 +121,7 @@ class Shell:
                     self._send(self._relayed[command.allocation, _family(command.peer)], command.data, command.peer)
                 elif isinstance(command, BindPort):
                     self._bind(command, now)
-                else:
+                elif isinstance(command, FreeAllocation):
                     self._free(command)
 
     def _send(self, source: socket.socket, data: bytes, to: ClientAddress | PeerAddress) -> None:

@@ -24,7 +24,7 @@ JOINING, JOINED            disconnect: token_expired          Fatal; OVER
 JOINING, JOINED            phx_close, phx_error               Abandon; WAITING
 JOINING, JOINED            lost                               WAITING
 JOINING, JOINED            > 3 heartbeats unanswered          Abandon; WAITING
-JOINING, JOINED            > 1000 frames in 10 s              Abandon; WAITING
+JOINING, JOINED            > 100 frames in 10 s               Abandon; WAITING
 JOINING, JOINED            leave                              phx_leave sent; LEAVING
 LEAVING                    its reply, phx_close, 1 s          Close; CLOSING
 LEAVING, CLOSING           lost                               Left; OVER

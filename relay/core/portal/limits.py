@@ -48,9 +48,9 @@ LEAVE_TIMEOUT = 1
 CLOSE_TIMEOUT = 1
 """For the portal to answer a close frame, likewise."""
 
-FRAMES_PER_HEARTBEAT = 1000
+FRAMES_PER_HEARTBEAT = 100
 """Frames of any kind in one heartbeat interval, beyond which the connection is given up. A relay is sent one for each
-heartbeat, and `init`."""
+heartbeat, and `init`; the largest take 2 ms to read, during which no packet is relayed."""
 
 NOTES_PER_CONNECTION = 10
 """Lines that a portal can make a relay log about oddities on one connection; further ones are only counted."""

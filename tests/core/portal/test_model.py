@@ -38,7 +38,7 @@ LIMIT = 24 * 3600
 SHORTEST_WAIT, LONGEST_WAIT = 0.5, 30
 FIRST_WAIT = 1
 LONGEST_ASKED = 3600
-FLOOD = 1000
+FLOOD = 100
 LEAVE = CLOSE = 1
 SOON = 1e-6
 """Less than a tick, and more than sums of seconds are wrong by."""

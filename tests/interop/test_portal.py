@@ -1,0 +1,773 @@
+"""The program in a Firezone network: let in, left alone, refused, and ended, with a portal that does what it is told."""
+
+import asyncio
+import base64
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self, TypeAlias
+
+import psutil
+import pytest
+from aioice import Connection as IceConnection
+from websockets.exceptions import ConnectionClosed
+
+from relay import __version__
+from relay.core.addresses import SocketAddress
+from relay.core.attributes import REQUESTED_TRANSPORT
+from relay.core.stun import Message, MessageClass, Method, decode, encode
+from tests.conftest import HAS_IPV6, wait_until
+from tests.connect_proxy import ConnectProxy
+from tests.interop.conftest import Program
+from tests.interop.test_aioice import connect
+from tests.raw_server import PATIENCE, Peer, RawServer, Recital
+from tests.scripted_portal import Authority, Connection, Refusal, Script, ScriptedPortal
+from tests.turn_client import UDP, TurnClient, code_of, udp_socket
+
+TOKEN = ".SFMyNTY.g2gDbQAAACQ5ODZjNzI3-_throw.away~token"
+CHANNEL = 0x4000
+FORMATS = ("human", "json")
+
+MUTE = Recital("mute after the join", b"", opening=Peer.join)
+
+LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z \[(\w+) *\] (.*)")
+
+ProgramStarter: TypeAlias = Callable[..., Program]
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture
+def portal(authority: Authority) -> Iterator[ScriptedPortal]:
+    with ScriptedPortal(authority) as portal:
+        yield portal
+
+
+def variables(url: str, authority: Authority) -> dict[str, str]:
+    """Give what a relay has in its environment to join a network."""
+    return {"FIREZONE_TOKEN": TOKEN, "FIREZONE_API_URL": url, "SSL_CERT_FILE": str(authority.ca_file)}
+
+
+@pytest.fixture
+def start_member(portal: ScriptedPortal, authority: Authority) -> Iterator[ProgramStarter]:
+    """Start programs in the portal's network, or in another's; they end with the test."""
+    with ExitStack() as stack:
+
+        def start(*options: str, url: str = portal.url, **more: str) -> Program:
+            program = Program("--allow-peer", "127.0.0.0/8", *options, network=variables(url, authority) | more)
+            stack.callback(program.close)
+            return program
+
+        yield start
+
+
+class Stray(NamedTuple):
+    """A relay whose portal is not there, and the seconds for which it tries."""
+
+    program: Program
+    lifetime: Future[float]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def strays(authority: Authority) -> Iterator[Mapping[str, Stray]]:
+    """Relays without a portal, by the format of their logs. They take 15 s to end, in which the other tests run."""
+    with ExitStack() as stack:
+        nobody = stack.enter_context(socket.socket())
+        # Bound, so that no one else takes the port; but it does not listen.
+        nobody.bind(("127.0.0.1", 0))
+        url = f"wss://127.0.0.1:{nobody.getsockname()[1]}"
+        waiting = stack.enter_context(ThreadPoolExecutor())
+        started = {}
+        for each in FORMATS:
+            program = Program("--log-format", each, network=variables(url, authority))
+            stack.callback(program.close)
+            started[each] = Stray(program, waiting.submit(lifetime, program))
+        yield started
+
+
+def lifetime(program: Program) -> float:
+    # If the one test that asks for it does not run, it is ended before that.
+    wait_until(lambda: "joining the portal" in program.log or program.process.poll() is not None, PATIENCE)
+    began = time.monotonic()
+    program.process.wait(60)
+    return time.monotonic() - began
+
+
+@pytest.fixture
+def member(start_member: ProgramStarter) -> Program:
+    """A relay that was let in, and answers clients."""
+    program = start_member()
+    program.wait_until_ready()
+    return program
+
+
+@pytest.fixture
+def mute_portal(authority: Authority) -> Iterator[RawServer]:
+    """A portal that lets relays in and does nothing any more, not even close."""
+    with RawServer(MUTE, tls=authority.server_context()) as server:
+        yield server
+
+
+def page(program: Program, name: str) -> tuple[int, str]:
+    """Give the status and the body of a page at the health address."""
+    try:
+        with urllib.request.urlopen(f"http://{program.host}:8080/{name}", timeout=5) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def wait_for_readiness(program: Program, status: int) -> None:
+    wait_until(lambda: page(program, "readyz")[0] == status, PATIENCE)
+
+
+def binding(from_: socket.socket, program: Program) -> bytes:
+    """Send a Binding and give its transaction id."""
+    transaction_id = os.urandom(12)
+    from_.sendto(encode(MessageClass.REQUEST, Method.BINDING, transaction_id, ()), (program.host, 3478))
+    return transaction_id
+
+
+def turn_client(program: Program, portal: ScriptedPortal, salt: str) -> TurnClient:
+    return TurnClient((program.host, 3478), portal.mint(salt), "127.0.0.1")
+
+
+def end(program: Program, number: signal.Signals = signal.SIGTERM) -> tuple[int, float]:
+    """Send a signal, and give the exit code and the seconds until it was there."""
+    began = time.monotonic()
+    code = program.stop(number)
+    return code, time.monotonic() - began
+
+
+def code_of_close(portal: ScriptedPortal) -> int | None:
+    """Wait until a relay has left and closed, and give the code that it closed with."""
+    connection = portal.wait_until_left()
+    connection.wait_until_closed()
+    return connection.closed_with
+
+
+@dataclass(frozen=True)
+class Session:
+    """A client with a channel to a peer, and that peer."""
+
+    client: TurnClient
+    peer: socket.socket
+    relayed: SocketAddress
+
+    def send_to_client(self, payload: bytes) -> None:
+        self.peer.sendto(payload, (self.relayed[0], self.relayed[1]))
+
+    def check(self) -> None:
+        """See whether it is relayed, both ways."""
+        self.client.send(CHANNEL, b"to the peer")
+        assert self.peer.recv(100) == b"to the peer"
+        self.send_to_client(b"to the client")
+        assert self.client.receive() == (CHANNEL, b"to the client")
+
+
+@contextmanager
+def session_on(program: Program, portal: ScriptedPortal, salt: str = "salt") -> Iterator[Session]:
+    """Open a session with what the portal mints."""
+    with turn_client(program, portal, salt) as client, udp_socket("127.0.0.1") as peer:
+        (relayed,) = client.allocate()
+        assert client.bind_channel(CHANNEL, peer.getsockname()) is None
+        yield Session(client, peer, relayed)
+
+
+class Traffic:
+    """Numbered packets through a session, both ways at a steady rate. Use it as a context."""
+
+    RATE = 500
+    LAST = (1 << 64) - 1
+
+    def __init__(self, session: Session) -> None:
+        self.sent = 0
+        """Each way."""
+        self.to_peer: list[int] = []
+        self.to_client: list[int] = []
+        self._session = session
+        self._ended = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._send),
+            threading.Thread(target=self._receive, args=(lambda: session.peer.recv(2048), self.to_peer)),
+            threading.Thread(target=self._receive, args=(lambda: session.client.receive()[1], self.to_client)),
+        ]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def go_on(self, seconds: float) -> None:
+        """Wait for as many packets as are sent in so many seconds."""
+        goal = self.sent + int(seconds * self.RATE)
+        wait_until(lambda: self.sent >= goal, seconds + PATIENCE)
+
+    def stop(self) -> None:
+        """Send no more, and wait for what is under way."""
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+
+    def losses(self) -> tuple[list[int], list[int]]:
+        """Give the numbers of the packets that did not arrive once and in order: at the peer, and at the client."""
+        self.stop()
+        return self._lost(self.to_peer), self._lost(self.to_client)
+
+    def _lost(self, arrived: list[int]) -> list[int]:
+        return [] if arrived == list(range(self.sent)) else sorted({*range(self.sent)} ^ {*arrived}) or arrived
+
+    def _send(self) -> None:
+        began = time.monotonic()
+        while not self._ended.wait(0.01):
+            # Held back, if this thread is late: what is tested is not how long a queue the tests have.
+            due = min(int((time.monotonic() - began) * self.RATE), self.sent + 20)
+            while self.sent < due:
+                self._send_both(self.sent)
+                self.sent += 1
+        self._send_both(self.LAST)
+
+    def _send_both(self, number: int) -> None:
+        payload = number.to_bytes(8, "big").ljust(172)
+        self._session.client.send(CHANNEL, payload)
+        self._session.send_to_client(payload)
+
+    def _receive(self, receive: Callable[[], bytes], into: list[int]) -> None:
+        with suppress(TimeoutError):
+            while (number := int.from_bytes(receive()[:8], "big")) != self.LAST:
+                into.append(number)
+
+
+def events(program: Program, log_format: str) -> list[tuple[str, str]]:
+    """Give the level and the text of each line of a log; each line has to be an event."""
+    lines = program.log.splitlines()
+    if log_format == "json":
+        return [(each["level"], each["event"]) for each in map(json.loads, lines)]
+    matches = [LOG_LINE.fullmatch(line) for line in lines]
+    assert None not in matches, program.log
+    return [(match[1], match[2]) for match in matches if match is not None]
+
+
+def last_words(program: Program, log_format: str) -> str:
+    """Wait until a program has ended because it can't go on, and give the one line that says why."""
+    assert program.wait() == 1
+    assert "Traceback" not in program.log
+    assert program.process.stdout is not None
+    assert program.process.stdout.read() == ""
+    (critical,) = (text for level, text in events(program, log_format) if level == "critical")
+    return critical
+
+
+# The gate
+
+
+def test_nobody_is_answered_until_the_portal_says_so(portal: ScriptedPortal, start_member: ProgramStarter) -> None:
+    portal.script.sends_init = False
+    program = start_member()
+    connection = portal.wait_until_joined()
+    with udp_socket("127.0.0.1") as client:
+        binding(client, program)
+        client.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            client.recv(2048)
+        assert page(program, "healthz")[0] == 200
+        assert page(program, "readyz")[0] == 503
+        connection.send_init()
+        program.wait_until_ready()
+        assert page(program, "readyz")[0] == 200
+        client.settimeout(PATIENCE)
+        transaction_id = binding(client, program)
+        answer = decode(client.recv(2048))
+        assert isinstance(answer, Message)
+        # What was asked before is not answered afterwards either.
+        assert answer.transaction_id == transaction_id
+        assert answer.message_class is MessageClass.SUCCESS
+    assert program.stop() == 0
+
+
+# Clients with the portal's credentials
+
+
+@contextmanager
+def echoing_peer() -> Iterator[int]:
+    """A peer that sends back what it gets, and its port."""
+    with udp_socket("127.0.0.1") as peer:
+        peer.settimeout(None)
+
+        def echo() -> None:
+            while True:
+                data, sender = peer.recvfrom(2048)
+                if not data:
+                    return
+                peer.sendto(data, sender)
+
+        echoing = threading.Thread(target=echo)
+        echoing.start()
+        try:
+            yield peer.getsockname()[1]
+        finally:
+            peer.sendto(b"", peer.getsockname())
+            echoing.join()
+
+
+@pytest.mark.skipif(
+    shutil.which("turnutils_uclient") is None, reason="coturn's clients are not installed (apt-get install coturn)"
+)
+def test_uclient_relays_with_what_the_portal_mints(portal: ScriptedPortal, member: Program) -> None:
+    credential = portal.mint("salt")
+    with echoing_peer() as port:
+        done = subprocess.run(
+            [
+                *("turnutils_uclient", "-u", credential.username, "-w", credential.password, "-e", "127.0.0.1"),
+                *("-r", str(port), "-c", "-n", "50", "-l", "172", "-m", "1", member.host),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert "tot_send_msgs=50, tot_recv_msgs=50" in done.stdout, done
+
+
+def test_two_ice_agents_meet_with_what_the_portal_mints(portal: ScriptedPortal, member: Program) -> None:
+    async def run() -> None:
+        one, other = (
+            IceConnection(
+                ice_controlling=controlling,
+                turn_server=(member.host, 3478),
+                turn_username=credential.username,
+                turn_password=credential.password,
+            )
+            for controlling, credential in ((True, portal.mint("one")), (False, portal.mint("other")))
+        )
+        await connect(one, other)
+        await one.send(b"hello")
+        assert await other.recv() == b"hello"
+        await other.send(b"good day")
+        assert await one.recv() == b"good day"
+        await asyncio.gather(one.close(), other.close())
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+# A portal that falls over, or runs wild
+
+
+def test_a_portal_that_falls_over_and_comes_back_costs_clients_nothing(portal: ScriptedPortal, member: Program) -> None:
+    secret = portal.wait_until_joined().stamp_secret
+    assert secret is not None
+    with session_on(member, portal) as session, Traffic(session) as traffic:
+        traffic.go_on(0.5)
+        assert page(member, "readyz")[0] == 200
+        portal.stop()
+        wait_for_readiness(member, 503)
+        with session_on(member, portal, "while the portal is away") as another:
+            another.check()
+        assert page(member, "healthz")[0] == 200
+        traffic.go_on(2)
+        portal.start()
+        assert portal.wait_until_joined(2).stamp_secret == secret
+        wait_for_readiness(member, 200)
+        with session_on(member, portal, "after it came back") as another:
+            another.check()
+        traffic.go_on(0.5)
+        assert traffic.losses() == ([], [])
+
+
+def garbage() -> Iterator[str]:
+    """What no portal says, without end."""
+    unknown: dict[str, Any] = {"topic": "relay", "event": "nonsense", "payload": {}, "ref": None}
+    error = {"topic": "relay", "event": "phx_reply", "payload": {"status": "error", "response": {"reason": "x" * 1000}}}
+    frames = [
+        *("", "{", "[]", "null", '"init"', "[" * 20_000, "\N{REPLACEMENT CHARACTER}" * 10_000, "{}"),
+        json.dumps({"topic": 1, "event": [], "payload": 3, "ref": {}}),
+        json.dumps({**unknown, "topic": "\x1b[31m" * 1000}),
+        json.dumps({**error, "ref": 10**30}),
+        json.dumps(unknown | {f"key {number}": number for number in range(100)}),
+    ]
+    for number in itertools.count():
+        yield json.dumps({**unknown, "event": f"nonsense {number}"})
+        yield frames[number % len(frames)]
+
+
+def flood(connection: Connection, frames: Iterator[str]) -> int:
+    """Send far more than any relay needs to hear, until it has enough; give how many frames that was."""
+    for number in range(5000):
+        try:
+            connection.send_text(next(frames))
+            if number % 10 == 0:
+                # Its pong is not waited for.
+                connection._websocket.ping()
+        except ConnectionClosed:
+            return number
+    return 5000
+
+
+def test_a_portal_that_runs_wild_disturbs_neither_packets_nor_memory_nor_log(
+    portal: ScriptedPortal, member: Program
+) -> None:
+    frames = garbage()
+    process = psutil.Process(member.process.pid)
+    with session_on(member, portal) as session, Traffic(session) as traffic:
+        traffic.go_on(0.5)
+        before = process.memory_info().rss
+        flooded = [flood(portal.wait_until_joined(n), frames) for n in (1, 2)]
+        portal.wait_until_joined(3)
+        wait_for_readiness(member, 200)
+        grown = process.memory_info().rss - before
+        assert traffic.losses() == ([], [])
+        session.check()
+    # It takes no more than a hundred; what the kernels' buffers take comes on top.
+    assert all(100 < count < 5000 for count in flooded)
+    assert grown < 20 << 20
+    assert len(member.log.splitlines()) < 50
+    assert len(member.log) < 50_000
+    assert member.stop() == 0
+
+
+def test_large_frames_of_the_portal_take_little_of_the_time_that_packets_need(
+    portal: ScriptedPortal, member: Program
+) -> None:
+    frame = json.dumps({"topic": "relay", "event": "nonsense", "payload": {"lists": [[]] * 15_000}})
+    connection = portal.wait_until_joined()
+    process = psutil.Process(member.process.pid)
+    before = sum(process.cpu_times()[:2])
+    for _ in range(50):
+        connection.send_text(frame)
+    # It has read them all once it answers this.
+    connection.ping()
+    assert sum(process.cpu_times()[:2]) - before < 0.5
+
+
+# How it is ended
+
+
+@pytest.mark.parametrize(
+    "script",
+    [Script(), Script(sends_init=False), Script(answers_join=False)],
+    ids=["after init", "before init", "before the join is answered"],
+)
+def test_sigterm_leaves_the_portal_and_ends_it_with_0(
+    portal: ScriptedPortal, start_member: ProgramStarter, script: Script
+) -> None:
+    portal.script = script
+    program = start_member()
+    connection = portal.wait_for_connection()
+    connection.wait_for("phx_join")
+    if script.answers_join:
+        connection.wait_until_joined()
+    if script.answers_join and script.sends_init:
+        program.wait_until_ready()
+    code, seconds = end(program)
+    assert code == 0
+    assert seconds < 2
+    connection.wait_until_closed()
+    assert [frame["event"] for frame in connection.frames] == ["phx_join", "phx_leave"]
+    assert connection.closed_with == 1000
+    assert {level for level, _ in events(program, "human")} <= {"info", "warning"}
+
+
+def test_sigterm_ends_it_with_0_in_time_if_the_leave_is_not_answered(portal: ScriptedPortal, member: Program) -> None:
+    portal.script.answers_leave = False
+    code, seconds = end(member)
+    assert code == 0
+    assert seconds < 4
+    assert code_of_close(portal) == 1000
+
+
+def test_sigterm_ends_it_with_0_in_time_if_the_portal_is_mute(mute_portal: RawServer, start_member: ProgramStarter) -> None:
+    program = start_member(url=mute_portal.url)
+    program.wait_until_ready()
+    code, seconds = end(program)
+    assert code == 0
+    assert seconds < 4
+    assert "Traceback" not in program.log
+
+
+def test_sigterm_ends_it_with_0_at_once_while_the_upgrade_is_not_answered(
+    portal: ScriptedPortal, start_member: ProgramStarter
+) -> None:
+    portal.script.delay_upgrade = threading.Event()
+    program = start_member()
+    portal.wait_for_connection()
+    code, seconds = end(program)
+    assert code == 0
+    assert seconds < 1
+    assert not portal.connections[0].opened
+
+
+def test_sigterm_ends_it_with_0_at_once_while_the_portal_is_away(portal: ScriptedPortal, member: Program) -> None:
+    portal.stop()
+    wait_for_readiness(member, 503)
+    code, seconds = end(member)
+    assert code == 0
+    assert seconds < 1
+
+
+def test_sigint_ends_it_with_0_at_once(portal: ScriptedPortal, member: Program) -> None:
+    code, seconds = end(member, signal.SIGINT)
+    assert code == 0
+    assert seconds < 1
+    portal.connections[0].wait_until_closed()
+
+
+@pytest.mark.parametrize("is_leaving", [False, True], ids=["", "while it waits for the portal"])
+def test_sigint_ends_it_with_0_at_once_if_the_portal_is_mute(
+    mute_portal: RawServer, start_member: ProgramStarter, *, is_leaving: bool
+) -> None:
+    program = start_member(url=mute_portal.url)
+    program.wait_until_ready()
+    if is_leaving:
+        program.process.send_signal(signal.SIGTERM)
+        wait_for_readiness(program, 503)
+    code, seconds = end(program, signal.SIGINT)
+    assert code == 0
+    assert seconds < 1
+
+
+@contextmanager
+def draining(program: Program, portal: ScriptedPortal) -> Iterator[Session]:
+    """A session on a relay that was then asked to end."""
+    program.wait_until_ready()
+    with session_on(program, portal) as session:
+        program.process.send_signal(signal.SIGTERM)
+        program.wait_for_log("draining")
+        yield session
+
+
+@pytest.mark.parametrize("by", ["option", "variable"])
+def test_a_drain_lets_allocations_live_and_ends_with_the_last_of_them(
+    portal: ScriptedPortal, start_member: ProgramStarter, by: str
+) -> None:
+    program = start_member("--drain-timeout", "30") if by == "option" else start_member(DRAIN_TIMEOUT="30s")
+    with draining(program, portal) as session:
+        assert page(program, "readyz")[0] == 503
+        assert page(program, "healthz")[0] == 200
+        assert code_of_close(portal) == 1000
+        with turn_client(program, portal, "too late") as late:
+            assert code_of(late.request(Method.ALLOCATE, (REQUESTED_TRANSPORT, UDP))) == 508
+        session.check()
+        assert session.client.refresh(600) is None
+        session.check()
+        assert program.process.poll() is None
+        began = time.monotonic()
+        assert session.client.refresh(0) is None
+        assert program.wait() == 0
+        assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_a_drain_at_once(
+    portal: ScriptedPortal, start_member: ProgramStarter, number: signal.Signals
+) -> None:
+    program = start_member("--drain-timeout", "30")
+    with draining(program, portal) as session:
+        session.check()
+        code, seconds = end(program, number)
+    assert code == 0
+    assert seconds < 1
+
+
+def test_a_drain_ends_in_time_with_an_allocation_alive(portal: ScriptedPortal, start_member: ProgramStarter) -> None:
+    program = start_member("--drain-timeout", "1")
+    with draining(program, portal) as session:
+        began = time.monotonic()
+        portal.wait_until_left()
+        session.check()
+        assert program.wait() == 0
+        took = time.monotonic() - began
+    assert 0.5 < took < 2
+
+
+def test_a_drain_without_allocations_ends_at_once(portal: ScriptedPortal, start_member: ProgramStarter) -> None:
+    program = start_member("--drain-timeout", "30")
+    program.wait_until_ready()
+    code, seconds = end(program)
+    assert code == 0
+    assert seconds < 2
+    assert code_of_close(portal) == 1000
+
+
+# What nobody may learn
+
+
+@pytest.mark.parametrize(
+    ("source", "log_format", "ending"),
+    [
+        ("variable", "human", "join error"),
+        ("path in the variable", "json", "join error"),
+        ("option", "human", "401"),
+        ("variable", "json", "401"),
+    ],
+)
+def test_neither_token_nor_secret_is_shown_anywhere_even_if_the_portal_sends_them_back(
+    portal: ScriptedPortal, start_member: ProgramStarter, tmp_path: Path, source: str, log_format: str, ending: str
+) -> None:
+    path = tmp_path / "token"
+    path.write_text(f"{TOKEN}\n")
+    options = ["--log-format", log_format, *(("--token-file", str(path)) if source == "option" else ())]
+    given = {"variable": TOKEN, "path in the variable": str(path), "option": "another token, which is of no account"}
+    program = start_member(*options, FIREZONE_TOKEN=given[source])
+    program.wait_until_ready()
+    connection = portal.wait_until_joined()
+    secret = connection.stamp_secret
+    assert secret is not None
+    assert len(secret) >= 32
+    assert connection.headers["X-Authorization"] == f"Bearer {TOKEN}"
+    elsewhere = [connection.path, connection.query, page(program, "healthz"), page(program, "readyz")]
+    command_line = Path(f"/proc/{program.process.pid}/cmdline").read_text()
+    program.process.send_signal(signal.SIGUSR1)
+    program.wait_for_log("--- end of dump")
+    program.process.send_signal(signal.SIGQUIT)
+    program.wait_for_log("Current thread")
+    both = f"{TOKEN} {secret}"
+    portal.script.join_error = both
+    portal.script.refuse = Refusal.problem(401, both, both) if ending == "401" else None
+    connection.send(f"unknown {both}", {both: both}, topic=both)
+    connection.send_text(json.dumps({"topic": "relay", "event": "phx_error", "payload": {}, both: both}))
+    assert program.wait() == 1
+    assert len(portal.connections) == 2
+    assert program.process.stdout is not None
+    said = program.log + program.process.stdout.read()
+    assert "[concealed] [concealed]" in said
+    for concealed in (TOKEN, secret):
+        assert concealed not in said
+        assert concealed not in repr(elsewhere) + command_line
+
+
+# The way to the portal, and what it is told
+
+
+def test_the_portal_is_reached_through_a_proxy_that_learns_nothing(
+    portal: ScriptedPortal, start_member: ProgramStarter
+) -> None:
+    with ConnectProxy(("user", "proxy:pass")) as proxy:
+        login = base64.b64encode(b"user:proxy:pass").decode()
+        program = start_member(HTTPS_PROXY=f"http://user:proxy%3Apass@{proxy.host}:{proxy.port}")
+        program.wait_until_ready()
+        request = proxy.wait_for_request()
+        assert request.line == f"CONNECT localhost:{portal.port} HTTP/1.1"
+        assert request.authorization == f"Basic {login}"
+        assert proxy.tunnels == 1
+        assert program.stop() == 0
+    assert code_of_close(portal) == 1000
+    assert f"{proxy.host}:{proxy.port}" in program.log
+    for concealed in ("proxy:pass", "proxy%3Apass", login):
+        assert concealed not in program.log
+
+
+def test_a_portal_that_is_in_no_proxy_is_reached_without(portal: ScriptedPortal, start_member: ProgramStarter) -> None:
+    with ConnectProxy() as proxy:
+        start_member(HTTPS_PROXY=proxy.url, NO_PROXY="example.com,localhost").wait_until_ready()
+        assert proxy.requests == []
+    assert portal.wait_until_joined().status == 101
+
+
+@pytest.mark.parametrize("by", ["option", "variable"])
+def test_the_portal_is_told_who_it_is_that_comes(portal: ScriptedPortal, start_member: ProgramStarter, by: str) -> None:
+    name = "Zürich & Köln = 100 % #1"
+    options = ["--name", name] if by == "option" else []
+    options += ["--public-ip6-addr", "::1"] if HAS_IPV6 else []
+    program = start_member(*options) if by == "option" else start_member(*options, FIREZONE_NAME=name)
+    connection = portal.wait_until_joined()
+    told = {"name": name, "ipv4": program.host, "port": "3478"}
+    assert connection.path == "/relay/websocket"
+    assert connection.query == told | ({"ipv6": "::1"} if HAS_IPV6 else {})
+    assert re.fullmatch(rf"[A-Z]\S*/\S+ relay/{re.escape(__version__)} \(\S+; \S+\)", connection.headers["User-Agent"])
+    assert [frame["payload"].keys() for frame in connection.frames] == [{"stamp_secret"}]
+
+
+def test_a_relay_without_a_name_tells_none(portal: ScriptedPortal, member: Program) -> None:
+    assert portal.wait_until_joined().query == {"ipv4": member.host, "port": "3478"}
+
+
+def test_the_help_leads_with_the_portal() -> None:
+    command = [str(Path(sys.executable).with_name("firezone-relay")), "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    introduction, _, options = said.partition("Options:")
+    assert "FIREZONE_TOKEN" in introduction
+    assert "token" in introduction
+    assert "portal" in introduction
+    assert "standalone" not in introduction
+    assert options.index("--token-file") < options.index("--standalone ")
+    assert options.index("In a Firezone network:") < options.index("Without one:")
+
+
+# What the relay can't go on after
+
+
+@pytest.mark.parametrize(
+    ("refusal", "said", "advice"),
+    [
+        (Refusal.invalid_token(), "invalid_token: Invalid token", "FIREZONE_TOKEN or --token-file"),
+        (Refusal.invalid_token(chunked=True), "invalid_token: Invalid token", "FIREZONE_TOKEN or --token-file"),
+        (Refusal.missing_token(), "missing_token: Missing token", "X-Authorization"),
+        (Refusal(401, b"go away"), "401 without a reason", "make a new token"),
+    ],
+    ids=["invalid", "invalid, chunked", "missing", "without a reason"],
+)
+def test_a_refused_token_ends_it_with_1_and_a_line_that_says_what_to_do(
+    portal: ScriptedPortal, start_member: ProgramStarter, refusal: Refusal, said: str, advice: str
+) -> None:
+    portal.script.refuse = refusal
+    for program, log_format in [(start_member("--log-format", each), each) for each in FORMATS]:
+        words = last_words(program, log_format)
+        assert said in words
+        assert advice in words
+    assert len(portal.connections) == 2, "it is not tried again"
+
+
+def test_a_refused_join_ends_it_with_1_and_a_line_that_says_what_to_do(
+    portal: ScriptedPortal, start_member: ProgramStarter
+) -> None:
+    portal.script.join_error = "invalid_stamp_secret"
+    for program, log_format in [(start_member("--log-format", each), each) for each in FORMATS]:
+        words = last_words(program, log_format)
+        assert "refused this relay (invalid_stamp_secret)" in words
+        assert "check its public addresses" in words
+    assert len(portal.connections) == 2, "it is not tried again"
+
+
+def test_an_expired_token_ends_it_with_1_and_a_line_that_says_what_to_do(
+    portal: ScriptedPortal, start_member: ProgramStarter
+) -> None:
+    programs = [(start_member("--log-format", each), each) for each in FORMATS]
+    portal.wait_until_joined(2)
+    for connection in portal.connections:
+        connection.send("disconnect", {"reason": "token_expired"})
+    for program, log_format in programs:
+        words = last_words(program, log_format)
+        assert "the token has expired" in words
+        assert "make a new one in the portal and set it as FIREZONE_TOKEN or --token-file" in words
+
+
+def test_a_portal_that_is_not_there_ends_it_with_1_after_15_seconds_and_a_line_that_says_what_to_do(
+    strays: Mapping[str, Stray],
+) -> None:
+    for log_format, (program, lifetime) in strays.items():
+        assert 14 < lifetime.result(30) < 17
+        words = last_words(program, log_format)
+        assert "(last: Connection refused)" in words
+        assert "check FIREZONE_API_URL" in words
