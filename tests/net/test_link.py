@@ -367,6 +367,25 @@ def test_a_silence_ends_nothing(connect: Connect, monkeypatch: pytest.MonkeyPatc
 
 
 @TLS_OR_NOT
+def test_a_connection_on_which_nothing_happens_costs_nothing(
+    connect: Connect, authority: Authority, *, is_tls: bool
+) -> None:
+    with portal_of(authority, is_tls=is_tls) as portal:
+        session = connect(portal)
+        connection = portal.wait_for_connection()
+        session.link.send('{"event": "hello"}')
+        connection.wait_for("hello")
+        connection.send_text("hello")
+        session.wait_for("text")
+        (thread,) = connection_threads()
+        assert thread.ident is not None
+        clock = time.pthread_getcpuclockid(thread.ident)
+        before = time.clock_gettime(clock)
+        threading.Event().wait(0.3)
+        assert time.clock_gettime(clock) - before < 0.05
+
+
+@TLS_OR_NOT
 def test_through_a_proxy_it_is_the_same(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
     with portal_of(authority, is_tls=is_tls) as portal, ConnectProxy() as stands_between:
         session = connect(portal, proxy=Proxy("127.0.0.1", stands_between.port))
@@ -518,6 +537,16 @@ def test_a_name_that_takes_too_long_is_lost(connect: Connect) -> None:
         assert connect(server, look_up=hang).wait_until_lost() == "looking up localhost took longer than 5 s"
 
 
+@pytest.mark.parametrize("error", [OSError(), TimeoutError(), ConnectionResetError()])
+def test_an_error_without_words_is_told_in_words(connect: Connect, error: OSError) -> None:
+    def fail(*_: object) -> list[HostAddress]:
+        raise error
+
+    with RawServer(SILENCE) as server:
+        # `wait_until_lost` wants some.
+        assert "answer" in connect(server, look_up=fail).wait_until_lost()
+
+
 def test_whatever_a_look_up_fails_of_is_lost(connect: Connect) -> None:
     def fail(*_: object) -> list[HostAddress]:
         raise ZeroDivisionError("a bug")
@@ -648,6 +677,14 @@ def test_a_body_whose_end_does_not_come_is_waited_for_only_so_long(
     with serve(Recital("open end", head + body), authority, is_tls=is_tls) as server:
         assert connect(server).wait_until_refused() == Refusal(401, None, PROBLEM)
         assert server.peer_closed.wait(LONG)
+
+
+def test_a_body_in_chunks_ends_with_the_last_of_them(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not come after it is not waited for."""
+    monkeypatch.setattr(upgrade, "BODY_TIMEOUT", LONG)
+    head = b"HTTP/1.1 401 Unauthorized\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with RawServer(Recital("chunks", head + b"%x\r\n%s\r\n0\r\n\r\n" % (len(PROBLEM), PROBLEM))) as server:
+        assert connect(server).wait_until_refused() == Refusal(401, None, PROBLEM)
 
 
 @pytest.mark.parametrize(
@@ -844,12 +881,36 @@ def test_no_more_than_so_many_messages_wait_for_whoever_hears_them(connect: Conn
         assert len(session.messages) == UNREAD_MESSAGES + 3
 
 
+ENDLESS_BINARIES = Recital("endless binaries", b"", frame(BINARY, b"x" * 200) * 100)
+
+
 @TLS_OR_NOT
-def test_whoever_takes_what_comes_hears_all_of_it(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
-    with serve(upgraded(ENDLESS_EVENTS), authority, is_tls=is_tls) as server:
+@pytest.mark.parametrize(("recital", "kind"), [(ENDLESS_EVENTS, "text"), (ENDLESS_BINARIES, "other")], ids=str)
+def test_whoever_takes_what_comes_hears_all_of_it(
+    connect: Connect, authority: Authority, recital: Recital, kind: str, *, is_tls: bool
+) -> None:
+    with serve(upgraded(recital), authority, is_tls=is_tls) as server:
         session = connect(server)
-        session.wait_for("text", 50 * UNREAD_MESSAGES)
+        session.wait_for(kind, 50 * UNREAD_MESSAGES)
         session.abandon()
+
+
+@TLS_OR_NOT
+@pytest.mark.parametrize("takes", [True, False], ids=["heard", "not heard"])
+def test_pings_without_end_are_an_end_or_wait_for_whoever_hears_them(
+    connect: Connect, authority: Authority, *, takes: bool, is_tls: bool
+) -> None:
+    with serve(upgraded(ENDLESS_PINGS), authority, is_tls=is_tls) as server:
+        session = connect(server, takes=takes)
+        session.wait_for("other", UNREAD_MESSAGES)
+        if takes:
+            wait_until(lambda: session.is_over or len(session.messages) > 100 * UNREAD_MESSAGES)
+        if session.is_over:
+            assert session.wait_until_lost()
+        else:
+            session.abandon()
+        assert takes or len(session.messages) == UNREAD_MESSAGES
+        assert server.peer_closed.wait(LONG)
 
 
 # Nothing that a portal does or leaves undone puts off an end that is wanted.
@@ -866,7 +927,7 @@ def has_begun(session: Session, server: RawServer) -> bool:
         DRIPPING_HANDSHAKE,
         upgraded(Recital("mute", b"")),
         upgraded(DRIPPING_FRAME),
-        upgraded(ENDLESS_PINGS),
+        upgraded(Recital("pings", frame(PING, b"x" * 125) * 100)),
         upgraded(ENDLESS_EVENTS),
         upgraded(Recital("half a head", b"\x81")),
         upgraded(Recital("a frame without end", b"\x81\x7f\xff\xff\xff\xff\xff\xff\xff\xffx")),

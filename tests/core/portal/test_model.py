@@ -417,7 +417,7 @@ class ChannelMachine(RuleBasedStateMachine):
         self.give_frame(text, whose)
 
     @precondition(lambda self: self.started)
-    @rule(whose=whose, count=st.sampled_from([1, 1, 400, 1001]))
+    @rule(whose=whose, count=st.sampled_from([1, 1, 40, 101]))
     def portal_sends_pings(self, whose: str, count: int) -> None:
         for _ in range(count):
             self.give_frame(None, whose)
