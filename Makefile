@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run test lint format wheel clean
+.PHONY: run test lint bench format wheel clean
 
 run: $(INSTALLED) ## a standalone relay on loopback
 	@exec $(BIN)/firezone-relay --standalone --public-ip4-addr 127.0.0.1 \
@@ -20,6 +20,9 @@ lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(INSTALLED) ## ten minutes beside coturn, if that is installed (apt-get install coturn gcc); QUICK=1: one minute
+	@$(BIN)/python -m benchmarks $(if $(filter-out 0,$(QUICK)),--quick)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
