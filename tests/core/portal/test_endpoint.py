@@ -123,6 +123,11 @@ def test_white_space_around_a_token_is_none_of_it(text: str) -> None:
     assert PortalToken.parse(text).reveal() == TOKEN
 
 
+def test_a_token_may_have_any_printable_character_in_it() -> None:
+    printable = "".join(map(chr, range(0x21, 0x7F)))
+    assert PortalToken.parse(printable).reveal() == printable
+
+
 @pytest.mark.parametrize("text", ["", " ", "\n"])
 def test_an_empty_token_is_none(text: str) -> None:
     with pytest.raises(ValueError, match="empty"):

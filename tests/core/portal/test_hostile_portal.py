@@ -112,6 +112,16 @@ def test_a_frame_may_be_written_in_many_ways(driver: Driver, text: str) -> None:
     assert driver.receive(text) == [Begin()]
 
 
+@pytest.mark.parametrize("topic", ["relay", "phoenix"])
+@pytest.mark.parametrize("event", ["phx_reply", "disconnect"])
+@pytest.mark.parametrize("more", ["", ',"payload":null', ',"payload":{}'])
+def test_a_frame_without_a_payload_has_an_empty_one(driver: Driver, topic: str, event: str, more: str) -> None:
+    driver.open()
+    assert deeds(driver.receive(f'{{"topic":"{topic}","event":"{event}","ref":0{more}}}')) == []
+    assert driver.is_in(State.JOINING)
+    assert driver.channel.oddities == 1
+
+
 def nested(depth: int, opening: str, closing: str) -> str:
     return opening * depth + "1" + closing * depth
 

@@ -438,6 +438,14 @@ def test_reports_on_any_other_connection_are_void(make: Callable[[], Driver], re
 
 
 @pytest.mark.parametrize("report", REPORTS)
+def test_any_report_does_what_is_due(joined: Driver, report: str) -> None:
+    joined.oversleep(10)
+    reports(joined, 0)[report]()
+    assert [frame["event"] for frame in said(command for _, command in joined.log)] == ["phx_join", "heartbeat"]
+    assert joined.wake() == []
+
+
+@pytest.mark.parametrize("report", REPORTS)
 def test_reports_before_the_start_are_void(driver: Driver, report: str) -> None:
     assert reports(driver, 0)[report]() == []
     assert driver.is_in(State.IDLE)

@@ -544,8 +544,8 @@ class ChannelMachine(RuleBasedStateMachine):
         if self.started:
             # Heartbeats go unanswered, which is noticed within 50 s.
             self.time_passes(60)
-            self.sleep_until(self.give_up_at - TICK)
-            self.time_passes(TICK)
+            self.sleep_until(self.give_up_at - 60)
+            self.time_passes(60)
             assert self.end is not None
         assert self.driver.pass_time(LIMIT) == []
         shown = repr(self.driver.log)

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from relay.core.portal.channel import PortalChannel, State
-from relay.core.portal.commands import Connect, Fatal, Left, Note
+from relay.core.portal.commands import Abandon, Connect, ConnectionId, Fatal, Left, Note
 from tests.core.portal.driver import (
     CONFIG,
     DAY,
@@ -32,6 +32,8 @@ from tests.core.portal.driver import (
     unreachable,
     well,
 )
+
+FIRST, SECOND = ConnectionId(1), ConnectionId(2)
 
 PORTALS_THAT_ARE_AWAY = pytest.mark.parametrize("away", [silent, unreachable, broken, mute, slow_and_mute])
 """Each in another way, and each found again within a minute."""
@@ -92,6 +94,24 @@ def test_a_portal_that_is_away_for_15_s_at_the_start_is_fatal(away: Portal) -> N
     assert driver.the_end()[0] == 15
     assert driver.is_in(State.OVER)
     assert driver.pass_time(2 * DAY) == []
+
+
+def test_the_end_comes_in_the_middle_of_an_attempt(driver: Driver) -> None:
+    driver.start()
+    driver.report_lost()
+    assert driver.pass_time_to(15 - TICK) == [Connect(SECOND, CONFIG.request_url, CONFIG.request_headers, 15)]
+    abandon, fatal = driver.pass_time(TICK)
+    assert abandon == Abandon(SECOND)
+    assert isinstance(fatal, Fatal)
+
+
+def test_the_end_comes_in_the_middle_of_a_join(driver: Driver) -> None:
+    driver.start()
+    driver.pass_time(12)
+    driver.report_connected()
+    abandon, fatal = driver.pass_time(3)
+    assert abandon == Abandon(FIRST)
+    assert isinstance(fatal, Fatal)
 
 
 def test_a_portal_that_keeps_saying_init_but_does_not_answer_the_join_is_fatal_too(driver: Driver) -> None:
