@@ -88,7 +88,8 @@ class PortalConfig:
             "ipv6": self.public_hosts.get(Family.IPV6),
             "port": self.port,
         }
-        query = urlencode({name: value for name, value in given.items() if value is not None})
+        # A name from an environment that is not UTF-8 has its bytes as surrogates: they are sent as they were.
+        query = urlencode({name: value for name, value in given.items() if value is not None}, errors="surrogateescape")
         return f"{self.url.text}?{query}"
 
     @property

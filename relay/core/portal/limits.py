@@ -15,7 +15,7 @@ HEARTBEAT_INTERVAL = 10
 
 UNANSWERED_HEARTBEATS = 3
 """That many may wait for their answers when the next is due; with one more the connection is given up: that is 50 s after
-the first of them was not answered in time, and before the portal itself gives up at 60 s."""
+the last answer (or the upgrade), and before the portal itself gives up at 60 s."""
 
 FIRST_RETRY_INTERVAL = 1
 """Between attempts before the first join. Someone is likely to watch the start; a portal that starts too takes seconds."""

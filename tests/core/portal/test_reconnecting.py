@@ -473,7 +473,9 @@ def test_at_the_start_a_wait_that_was_asked_for_does_not_count(driver: Driver) -
     driver.portal = unreachable
     assert of_kind(Fatal, driver.pass_time_to(35 - TICK)) == []
     driver.pass_time(MINUTE)
-    assert driver.the_end()[0] == 35
+    at, reason = driver.the_end()
+    assert at == 35
+    assert "for 35 s" in reason
 
 
 def test_at_the_start_several_waits_that_were_asked_for_do_not_count(driver: Driver) -> None:
@@ -484,7 +486,9 @@ def test_at_the_start_several_waits_that_were_asked_for_do_not_count(driver: Dri
     driver.portal = unreachable
     driver.report_lost()
     driver.pass_time(DAY)
-    assert driver.the_end()[0] == 15 + 3600 + 1 + 7
+    at, reason = driver.the_end()
+    assert at == 15 + 3600 + 1 + 7
+    assert "for 60 minutes" in reason
 
 
 def test_at_the_start_a_wait_that_nobody_asked_for_counts(driver: Driver) -> None:
