@@ -70,8 +70,6 @@ class PortalActor(Actor):
     ) -> None:
         super().__init__("portal", failed)
         self.core = core
-        self.faults = 0
-        """Reports that the core failed on: each is a bug."""
         self._dialer = dialer
         self._clock = clock
         self._news = news
@@ -143,8 +141,8 @@ class PortalActor(Actor):
 
         It is a bug, and a reason to fix it; but no reason to let a portal end everybody's sessions.
         """
-        self.faults += 1
-        if self.faults == 1:
+        self.core.faults += 1
+        if self.core.faults == 1:
             _log.exception("the core failed on what the portal sent: please report this; further ones are only counted")
         self._abandon(Abandon(report.connection))
         self.core.handle_lost(report.connection, "this relay failed on what it sent", self._clock.now())

@@ -333,6 +333,7 @@ class System:
             "portal": self.portal.state.value,
             "portal_joins": self.portal.joins,
             "portal_oddities": self.portal.oddities,
+            "portal_faults": self.portal.faults,
         }
 
     def _failed(self, actor: str, error: BaseException) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TypeAlias, cast
 
 import pytest
-from aioice import Candidate, Connection
 from aioice.turn import create_turn_endpoint
 from aiortc import RTCBundlePolicy, RTCConfiguration, RTCIceServer, RTCPeerConnection
 from aiortc.rtcconfiguration import RTCIceTransportPolicy
 
 from relay.core.credentials import Credential, RelaySecret, mint
 from tests.interop.conftest import Program, ProgramStarter
+from tests.interop.ice import converse
 
 SECONDS = 30
 
@@ -69,40 +69,9 @@ def test_an_aioice_endpoint_sends_through_the_relay_and_deletes_its_allocation(p
     asyncio.run(asyncio.wait_for(run(), SECONDS))
 
 
-async def connect(one: Connection, other: Connection) -> None:
-    """Exchange relayed candidates only, and run ICE."""
-    await asyncio.gather(one.gather_candidates(), other.gather_candidates())
-    for here, there in ((one, other), (other, one)):
-        relayed = [candidate for candidate in there.local_candidates if candidate.type == "relay"]
-        assert relayed, "no relayed candidate"
-        for candidate in relayed:
-            await here.add_remote_candidate(Candidate.from_sdp(candidate.to_sdp()))
-        await here.add_remote_candidate(None)
-        here.remote_username, here.remote_password = there.local_username, there.local_password
-    await asyncio.gather(one.connect(), other.connect())
-
-
 def test_two_ice_agents_meet_through_one_relay(start_program: ProgramStarter, secret_file: str) -> None:
     program = start_program("--relay-secret-file", secret_file)
-
-    async def run() -> None:
-        one, other = (
-            Connection(
-                ice_controlling=controlling,
-                turn_server=(program.host, 3478),
-                turn_username=credential.username,
-                turn_password=credential.password,
-            )
-            for controlling, credential in zip((True, False), credentials(2), strict=True)
-        )
-        await connect(one, other)
-        await one.send(b"hello")
-        assert await other.recv() == b"hello"
-        await other.send(b"good day")
-        assert await one.recv() == b"good day"
-        await asyncio.gather(one.close(), other.close())
-
-    asyncio.run(asyncio.wait_for(run(), SECONDS))
+    asyncio.run(asyncio.wait_for(converse(program.host, credentials(2)), SECONDS))
 
 
 @asynccontextmanager

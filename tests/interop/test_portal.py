@@ -24,7 +24,6 @@ from typing import Any, NamedTuple, Self, TypeAlias
 
 import psutil
 import pytest
-from aioice import Connection as IceConnection
 from websockets.exceptions import ConnectionClosed
 
 from relay import __version__
@@ -34,7 +33,7 @@ from relay.core.stun import Message, MessageClass, Method, decode, encode
 from tests.conftest import HAS_IPV6, wait_until
 from tests.connect_proxy import ConnectProxy
 from tests.interop.conftest import Program
-from tests.interop.test_aioice import connect
+from tests.interop.ice import converse
 from tests.raw_server import PATIENCE, Peer, RawServer, Recital
 from tests.scripted_portal import Authority, Connection, Refusal, Script, ScriptedPortal
 from tests.turn_client import UDP, TurnClient, code_of, udp_socket
@@ -352,24 +351,7 @@ def test_uclient_relays_with_what_the_portal_mints(portal: ScriptedPortal, membe
 
 
 def test_two_ice_agents_meet_with_what_the_portal_mints(portal: ScriptedPortal, member: Program) -> None:
-    async def run() -> None:
-        one, other = (
-            IceConnection(
-                ice_controlling=controlling,
-                turn_server=(member.host, 3478),
-                turn_username=credential.username,
-                turn_password=credential.password,
-            )
-            for controlling, credential in ((True, portal.mint("one")), (False, portal.mint("other")))
-        )
-        await connect(one, other)
-        await one.send(b"hello")
-        assert await other.recv() == b"hello"
-        await other.send(b"good day")
-        assert await one.recv() == b"good day"
-        await asyncio.gather(one.close(), other.close())
-
-    asyncio.run(asyncio.wait_for(run(), 30))
+    asyncio.run(asyncio.wait_for(converse(member.host, [portal.mint("one"), portal.mint("other")]), 30))
 
 
 # A portal that falls over, or runs wild

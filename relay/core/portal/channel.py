@@ -41,7 +41,7 @@ from collections.abc import Callable
 from enum import Enum
 
 from relay.core.instant import Instant
-from relay.core.portal import frames, limits
+from relay.core.portal import frames, limits, reasons
 from relay.core.portal.commands import (
     Abandon,
     Begin,
@@ -97,6 +97,8 @@ class PortalChannel:
         """Joins that were answered."""
         self.oddities = 0
         """Frames that could not be made sense of."""
+        self.faults = 0
+        """Reports that this failed on, as counted by whoever drives it: each is a bug."""
         self._config = config
         self._retry = Retry(random)
         self._commands: list[PortalCommand] = []
@@ -177,8 +179,7 @@ class PortalChannel:
             return
         wait = wait_asked_for(refusal, now.unix)
         if wait is not None:
-            wait = max(wait, limits.FIRST_RETRY_INTERVAL)
-            self._retry.allow_wait(wait)
+            wait = self._retry.grant_wait(max(wait, limits.FIRST_RETRY_INTERVAL), now.monotonic)
         self._retry_later(f"it answered {refusal.status} to the upgrade", now, wait)
 
     def handle_lost(self, connection: ConnectionId, reason: str, now: Instant) -> None:
@@ -236,13 +237,7 @@ class PortalChannel:
             self.joins += 1
             self._note(Severity.INFO, "joined the portal", url=self._config.url.text)
         elif frame.status == "error":
-            self._end_connection()
-            self._end(
-                Fatal(
-                    f"the portal refused this relay ({self._quote(frame.reason)}): check its public addresses, its name and "
-                    "its version, and that the portal is the one that the token was made in"
-                )
-            )
+            self._fail(reasons.join_refused(self._quote(frame.reason)))
         else:
             self._note_oddity("the portal sent a reply that is neither ok nor error")
 
@@ -257,18 +252,11 @@ class PortalChannel:
         if self.state is State.LEAVING:
             self._close(now)
         else:
-            self._abandon()
-            self._retry_later(f"it sent {frame.event}", now)
+            self._drop(f"it sent {frame.event}", now)
 
     def _take_disconnect(self, frame: Frame, _: Instant) -> None:
         if frame.reason == "token_expired" and self.state is not State.LEAVING:
-            self._end_connection()
-            self._end(
-                Fatal(
-                    "the token has expired: make a new one in the portal and set it as FIREZONE_TOKEN or --token-file, "
-                    "then start again"
-                )
-            )
+            self._fail(reasons.EXPIRED)
         else:
             self._note_oddity("the portal asked to disconnect", reason=self._quote(frame.reason))
 
@@ -295,8 +283,7 @@ class PortalChannel:
     def _join_again(self, now: Instant) -> None:
         if now.monotonic - self._joined_at < limits.HEARTBEAT_INTERVAL:
             # It would be joined without end, at the pace of the network.
-            self._abandon()
-            self._retry_later("it lost the channel right after the join", now)
+            self._drop("it lost the channel right after the join", now)
             return
         self._note(Severity.WARNING, "the portal has lost the channel: joining again")
         self._retry.note_outage(now.monotonic)
@@ -304,8 +291,7 @@ class PortalChannel:
 
     def _beat(self, now: Instant) -> None:
         if self._conversation.is_dead:
-            self._abandon()
-            self._retry_later(f"it left {self._conversation.unanswered} heartbeats unanswered", now)
+            self._drop(f"it left {self._conversation.unanswered} heartbeats unanswered", now)
             return
         self._conversation.note_beat(self._send(frames.heartbeat))
         self._heartbeat_at = now.monotonic + limits.HEARTBEAT_INTERVAL
@@ -320,11 +306,10 @@ class PortalChannel:
             self._deadline = math.inf
             self._note(Severity.WARNING, "joined, but the portal does not say init: clients are not answered until it does")
         else:
-            self._abandon()
-            limit = limits.JOIN_TIMEOUT if self.state is State.JOINING else limits.ATTEMPT_TIMEOUT
-            self._retry_later(
-                f"the {'join' if self.state is State.JOINING else 'attempt'} was not answered within {limit} s", now
+            what, limit = (
+                ("join", limits.JOIN_TIMEOUT) if self.state is State.JOINING else ("attempt", limits.ATTEMPT_TIMEOUT)
             )
+            self._drop(f"the {what} was not answered within {limit} s", now)
 
     def _close(self, now: Instant) -> None:
         self._commands.append(Close(self._conversation.connection))
@@ -332,12 +317,12 @@ class PortalChannel:
 
     def _give_up(self) -> None:
         self._abandon()
-        self._end(
-            Fatal(
-                f"no channel of the portal {self._config.url.host} could be joined for {self._retry.patience} (last: "
-                f"{self._last_failure}): check FIREZONE_API_URL, the network, and whether the portal is up"
-            )
-        )
+        self._end(Fatal(reasons.retries_spent(self._config.url.host, self._retry.patience, self._last_failure)))
+
+    def _drop(self, reason: str, now: Instant) -> None:
+        """Give the connection, or the attempt, up, and try another one later."""
+        self._abandon()
+        self._retry_later(reason, now)
 
     def _retry_later(self, reason: str, now: Instant, wait: float | None = None) -> None:
         """Be without a connection for a while."""
@@ -354,13 +339,11 @@ class PortalChannel:
             return False
         if self._conversation.count_frame():
             return True
-        self._abandon()
         if self.state is State.LEAVING:
+            self._abandon()
             self._end(Left())
         else:
-            self._retry_later(
-                f"it sent more than {limits.FRAMES_PER_HEARTBEAT} frames in {limits.HEARTBEAT_INTERVAL} s", now
-            )
+            self._drop(f"it sent more than {limits.FRAMES_PER_HEARTBEAT} frames in {limits.HEARTBEAT_INTERVAL} s", now)
         return False
 
     def _send(self, make: Callable[[Ref], str]) -> Ref:
@@ -385,9 +368,10 @@ class PortalChannel:
         if self.state not in {State.IDLE, State.WAITING, State.OVER}:
             self._commands.append(Abandon(self._conversation.connection))
 
-    def _end_connection(self) -> None:
-        """Close a connection without waiting for the other side: the process is about to end."""
+    def _fail(self, reason: str) -> None:
+        """End for good. The connection is closed without waiting for the other side: the process is about to end."""
         self._commands.append(Close(self._conversation.connection))
+        self._end(Fatal(reason))
 
     def _end(self, command: Fatal | Left) -> None:
         self.state = State.OVER

@@ -67,6 +67,12 @@ class Retry:
         interval, self._interval = self._interval, min(self._interval * BACKOFF_FACTOR, BACKOFF_CAP)
         return interval * (1 - self._random.randrange(JITTER_PERCENT * 10 + 1) / 1000)
 
-    def allow_wait(self, seconds: float) -> None:
-        """Don't count a wait that the portal asked for; but all in all, a day is enough."""
+    def grant_wait(self, seconds: float, now: float) -> float:
+        """Give the seconds to wait where the portal asked for some.
+
+        Such a wait isn't counted, but all in all a day is enough; and it leaves time for one last attempt before that is
+        over, or a portal that asked for an hour in the last one would never be tried again.
+        """
         self.give_up_at = min(self.give_up_at + seconds, self._outage_since + RETRY_LIMIT)
+        left = self.give_up_at - now
+        return seconds if seconds < left else max(left - BACKOFF_CAP, BACKOFF_CAP)

@@ -524,6 +524,23 @@ def test_after_the_first_join_a_wait_that_was_asked_for_counts(joined: Driver) -
     assert joined.the_end()[0] == DAY
 
 
+def test_a_long_wait_that_is_asked_for_at_the_end_leaves_time_for_a_last_attempt(joined: Driver) -> None:
+    """Or a portal that is back ten minutes before the day is over would not be found."""
+    attempts: list[float] = []
+
+    def back_in_time(driver: Driver, command: object) -> None:
+        if isinstance(command, Connect):
+            attempts.append(driver.elapsed)
+            driver.report_refused(503, "3600")
+
+    joined.portal = back_in_time
+    joined.report_lost()
+    joined.pass_time(2 * DAY)
+    assert joined.the_end()[0] == DAY
+    assert DAY - 60 <= attempts[-1] < DAY, "the last attempt is in the last minute"
+    assert len(attempts) < 30, "and the waits are kept to until then"
+
+
 def test_the_end_of_a_wait_is_no_time_without_a_limit(driver: Driver) -> None:
     driver.start()
     driver.report_refused(503, "9" * 400)
