@@ -19,6 +19,9 @@ HIGHEST_PORT = 65535
 
 UNPRIVILEGED = 1024
 
+ANY_CPU = -1
+"""The CPU that the process happens to be on at its start."""
+
 _BROADCAST = IPv4Address("255.255.255.255")
 _NO_HOST = IPv4Network("0.0.0.0/8")
 
@@ -90,6 +93,10 @@ class Config:
     """Without it, the relay stands alone."""
     drain_timeout: float = 0
     """Seconds for which allocations live on after SIGTERM."""
+    cpu: int | None = ANY_CPU
+    """The CPU for all threads; None leaves them wherever the kernel puts them."""
+    switch_interval: float = 0.5
+    """Seconds for which a thread may keep the interpreter while others wait (`sys.setswitchinterval`)."""
     service_port: int = SERVICE_PORT
 
     def __post_init__(self) -> None:

@@ -1,7 +1,6 @@
 """Reads the sockets of one allocation, and closes them in the end."""
 
-import socket
-from typing import Any, NamedTuple
+from typing import Any
 
 import pykka
 
@@ -10,23 +9,25 @@ from relay.actors.inbox import ServerInbox
 from relay.actors.messages import AllocationClosed, FromPeers
 from relay.actors.receiving import ReceivingActor
 from relay.core.addresses import AllocationId, Family, RelayedPort
-from relay.net.udp import Datagram, Receiver, open_socket
+from relay.core.trains import Arrival
+from relay.net.receiver import Receiver
+from relay.net.udp import UdpCounters, UdpSocket
 
 
 class RelayedSockets:
     """The sockets of an allocation: one for each family, all on one port."""
 
-    def __init__(self, hosts: dict[Family, str], port: RelayedPort) -> None:
+    def __init__(self, hosts: dict[Family, str], port: RelayedPort, counters: UdpCounters) -> None:
         """Open and bind them, all or none.
 
         Raises:
             OSError: one of them can't be.
         """
         self.port = port
-        self.by_family: dict[Family, socket.socket] = {}
+        self.by_family: dict[Family, UdpSocket] = {}
         try:
             for family, host in hosts.items():
-                self.by_family[family] = open_socket(family, host, port)
+                self.by_family[family] = UdpSocket(family, host, port, counters)
         except BaseException:
             self.close()
             raise
@@ -49,8 +50,9 @@ class AllocationActor(ReceivingActor):
         inbox: ServerInbox,
         failed: FailureListener,
     ) -> None:
-        super().__init__(f"allocation-{allocation}-port-{sockets.port}", receiver, server, inbox, failed)
+        super().__init__(f"allocation-{allocation}-port-{sockets.port}", receiver, inbox, failed)
         self._allocation = allocation
+        self._server = server
         self._sockets = sockets
 
     @classmethod
@@ -67,9 +69,10 @@ class AllocationActor(ReceivingActor):
         actor._start_actor_loop()
         return actor.actor_ref
 
-    def message(self, batch: list[Datagram]) -> NamedTuple:
-        """Put what peers sent into a message."""
-        return FromPeers(self._allocation, batch)
+    def tell(self, batch: list[Arrival]) -> None:
+        """Tell the server actor of what peers sent."""
+        if not self._inbox.forward_from_peer(self._allocation, batch):
+            self._inbox.take(FromPeers(self._allocation, batch))
 
     def on_stop(self) -> None:
         """Close the sockets, and say so."""

@@ -12,10 +12,16 @@ class Clock(Protocol):
     def now(self) -> Instant:
         """Give this moment."""
 
+    def monotonic(self) -> float:
+        """Give the first half of it, for who needs no more."""
+
 
 class SystemClock:
     """The machine's clocks."""
 
     def now(self) -> Instant:
         """Give this moment."""
-        return Instant(time.monotonic(), time.time())
+        # Half the cost of calling Instant, which does this by way of a function in Python.
+        return tuple.__new__(Instant, (time.monotonic(), time.time()))
+
+    monotonic = staticmethod(time.monotonic)

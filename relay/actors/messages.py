@@ -6,24 +6,30 @@ from typing import NamedTuple
 from relay.core.addresses import AllocationId, RelayedPort
 from relay.core.portal.commands import ConnectionId
 from relay.core.portal.refusal import Refusal
-from relay.net.udp import Datagram
+from relay.core.trains import Arrival
 
 
 class FromClients(NamedTuple):
-    """Datagrams that arrived on the port that clients talk to."""
+    """What arrived on the port that clients talk to, in one batch."""
 
-    datagrams: Sequence[Datagram]
+    arrivals: Sequence[Arrival]
 
 
 class FromPeers(NamedTuple):
-    """Datagrams that arrived on an allocation's relayed addresses."""
+    """What arrived on an allocation's relayed addresses, in one batch."""
 
     allocation: AllocationId
-    datagrams: Sequence[Datagram]
+    arrivals: Sequence[Arrival]
 
 
 class Tick(NamedTuple):
     """A deadline of the core has come."""
+
+
+class Failed(NamedTuple):
+    """A thread that worked for the actor failed: so has the actor."""
+
+    error: Exception
 
 
 class AllocationFailed(NamedTuple):

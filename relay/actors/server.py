@@ -2,10 +2,10 @@
 
 import contextlib
 import errno
-import socket
+import functools
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -21,15 +21,19 @@ from relay.actors.messages import (
     AllocationFailed,
     AreYouThere,
     Drain,
+    Failed,
     FromClients,
     FromPeers,
     Tick,
 )
-from relay.core.addresses import AllocationId, ClientAddress, Family, PeerAddress, RelayedPort, family_of
+from relay.core.addresses import AllocationId, Family, RelayedPort
 from relay.core.commands import BindPort, Drained, FreeAllocation, SendToClient, SendToPeer
+from relay.core.instant import Instant
 from relay.core.lifecycle import BindRefusal
 from relay.core.server import Server
-from relay.net.udp import Receiver, is_broken, send
+from relay.core.trains import Arrival
+from relay.net.receiver import Receiver
+from relay.net.udp import UdpCounters, UdpSocket, is_broken, name_of
 
 STOP_TIMEOUT = 1.5
 """Seconds in which all allocations have to be closed at the end; the process ends without those that are not."""
@@ -44,15 +48,15 @@ _PORT_REFUSALS = frozenset((errno.EADDRINUSE,))
 
 
 @dataclass(slots=True)
-class SocketCounters:
-    """What sockets did, beside what the core counts; plain integers that anyone may read at any time."""
+class ServerCounters:
+    """What carrying out commands came to, beside what the core counts; plain integers that anyone may read at any time."""
 
-    send_errors: Counter[str] = field(default_factory=Counter)
-    """Datagrams that the kernel refused to send, by the name of the error."""
     bind_errors: Counter[str] = field(default_factory=Counter)
     """Allocations for which sockets or a thread could not be had, by the name of the error."""
     late_sends: int = 0
-    """Datagrams for an allocation whose sockets were closed in the meantime."""
+    """Datagrams and trains for an allocation whose sockets were closed in the meantime."""
+    udp: UdpCounters = field(default_factory=UdpCounters)
+    """What the sockets themselves count."""
     faults: int = 0
     """Datagrams that the core failed on: each is a bug."""
 
@@ -60,7 +64,7 @@ class SocketCounters:
 class ServiceSockets(NamedTuple):
     """What is open from the start, and where to open more."""
 
-    listening: dict[Family, socket.socket]
+    listening: dict[Family, UdpSocket]
     """Of the port that clients talk to, by family; lent to the server actor, which does not close them."""
     bind_hosts: dict[Family, str]
     """Where the sockets of allocations are bound, by family."""
@@ -72,6 +76,8 @@ class Serving(NamedTuple):
     actor: pykka.ActorRef[AllocationActor]
     sockets: RelayedSockets
     receiver: Receiver
+    to_peers: dict[int, UdpSocket]
+    """The sockets by the length of the addresses that they send to."""
 
 
 class Closing(NamedTuple):
@@ -82,7 +88,7 @@ class Closing(NamedTuple):
 
 
 class ServerActor(Actor):
-    """The one thread in which the core runs, and from which everything is sent.
+    """The one place in which the core runs, and from which everything is sent; its inbox says in which thread.
 
     Args:
         core: the relay.
@@ -98,7 +104,7 @@ class ServerActor(Actor):
         core: Server,
         sockets: ServiceSockets,
         clock: Clock,
-        counters: SocketCounters,
+        counters: ServerCounters,
         failed: FailureListener,
         news: Callable[[Drained], None],
     ) -> None:
@@ -108,12 +114,19 @@ class ServerActor(Actor):
         self.inbox = cast(ServerInbox, self.actor_inbox)
         self.serving: dict[AllocationId, Serving] = {}
         self._closing: dict[RelayedPort, Closing] = {}
-        self._listening = sockets.listening
+        self.inbox.work = self._work
+        self.inbox.forward_from_client = self._forward_from_client
+        self.inbox.forward_from_peer = self._forward_from_peer
+        self._to_clients = by_address_length(sockets.listening)
         self._bind_hosts = sockets.bind_hosts
         self._clock = clock
+        self._monotonic = clock.monotonic
+        self._forward_to_peer = core.forward_to_peer
+        self._forward_to_client = core.forward_to_client
         self._inputs: dict[type, Callable[[Any], None]] = {
             FromClients: self._take_from_clients,
             FromPeers: self._take_from_peers,
+            Failed: _raise,
             Tick: self._tick,
             AllocationFailed: self._take_failure,
             AllocationClosed: self._forget_closed,
@@ -134,10 +147,17 @@ class ServerActor(Actor):
         return ServerInbox()
 
     def on_receive(self, message: object) -> None:
+        """Take one message, when no other thread is this actor."""
+        with self.inbox.turn:
+            self._work(message)
+
+    def _work(self, message: object) -> None:
         """Take one message, carry out what follows from it, and set the time to be woken."""
         self._inputs[type(message)](message)
         self._carry_out()
-        self.inbox.wake_at(self.core.poll_timeout(), self._clock)
+        deadline = self.core.poll_timeout()
+        if deadline != self.inbox.deadline:
+            self.inbox.wake_at(deadline, self._clock)
 
     def on_failure(self, *failure: Any) -> None:  # noqa: ANN401 - what sys.exc_info() gives
         """Tell the supervisor, and leave no allocation behind."""
@@ -146,6 +166,7 @@ class ServerActor(Actor):
 
     def on_stop(self) -> None:
         """Close all allocations, within a bounded time."""
+        self.inbox.close()
         waited_for = [self._close(serving) for serving in self.serving.values()]
         self.serving.clear()
         until = time.monotonic() + STOP_TIMEOUT
@@ -156,25 +177,76 @@ class ServerActor(Actor):
                 _log.warning("allocations not closed in time", seconds=STOP_TIMEOUT)
                 return
 
+    def _forward_from_client(self, batch: Sequence[Arrival]) -> bool:
+        """Relay what arrived from one client, if that is all there is to do, and nobody is this actor at the moment.
+
+        False says that nothing was done: it is to be told as a message. Any thread may call this.
+        """
+        inbox = self.inbox
+        if not inbox.turn.acquire(blocking=False):
+            return False
+        try:
+            forwarded = self._forward_to_peer(batch, self._monotonic())
+            if forwarded is None or inbox.work is None:
+                return False
+            allocation, payload, peer, segment, traffic_class = forwarded
+            error = self.serving[allocation].to_peers[len(peer)].transmit(payload, peer, segment, traffic_class)
+            if error is not None and is_broken(error):
+                self._work(AllocationFailed(allocation, error))
+        except Exception:  # noqa: BLE001 - see _note_fault
+            self._note_fault()
+        finally:
+            inbox.turn.release()
+        return True
+
+    def _forward_from_peer(self, allocation: AllocationId, batch: Sequence[Arrival]) -> bool:
+        """Relay what arrived from one peer, as `_forward_from_client` does."""
+        inbox = self.inbox
+        if not inbox.turn.acquire(blocking=False):
+            return False
+        try:
+            forwarded = self._forward_to_client(batch, self._monotonic(), allocation)
+            if forwarded is None or inbox.work is None:
+                return False
+            frames, client, segment, traffic_class = forwarded
+            self._to_clients[len(client)].transmit(frames, client, segment, traffic_class)
+        except Exception:  # noqa: BLE001 - see _note_fault
+            self._note_fault()
+        finally:
+            inbox.turn.release()
+        return True
+
     def _take_from_clients(self, message: FromClients) -> None:
-        self.inbox.release(message.datagrams)
-        now = self._clock.now()
-        take = self.core.handle_client_datagram
-        for data, client in message.datagrams:
+        (arrivals,) = message
+        if len(arrivals) == 1:
             try:
-                take(data, ClientAddress(client), now)
+                self.core.handle_client_arrival(arrivals[0], self._clock.now())
             except Exception:  # noqa: BLE001 - see _note_fault
                 self._note_fault()
+        else:
+            self._take_batch(arrivals, self.core.handle_client_arrivals)
 
     def _take_from_peers(self, message: FromPeers) -> None:
-        self.inbox.release(message.datagrams)
-        now = self._clock.now()
-        take = self.core.handle_peer_datagram
-        for data, peer in message.datagrams:
+        allocation, arrivals = message
+        if len(arrivals) == 1:
             try:
-                take(message.allocation, data, PeerAddress(peer), now)
+                self.core.handle_peer_arrival(allocation, arrivals[0], self._clock.now())
             except Exception:  # noqa: BLE001 - see _note_fault
                 self._note_fault()
+        else:
+            self._take_batch(arrivals, functools.partial(self.core.handle_peer_arrivals, allocation))
+
+    def _take_batch(self, arrivals: Sequence[Arrival], handle: Callable[[Iterator[Arrival], Instant], None]) -> None:
+        """Have the core take a batch, or what is left of it if it fails on something in it."""
+        now = self._clock.now()
+        rest = iter(arrivals)
+        for _ in range(len(arrivals) + 1):
+            try:
+                handle(rest, now)
+            except Exception:  # noqa: BLE001 - see _note_fault
+                self._note_fault()
+            else:
+                return
 
     def _note_fault(self) -> None:
         """Survive a datagram that the core failed on.
@@ -207,20 +279,18 @@ class ServerActor(Actor):
                 outputs[type(command)](command)
 
     def _send_to_client(self, command: SendToClient) -> None:
-        error = send(self._listening[family_of(command.client)], command.data, command.client)
-        if error is not None:
-            self.counters.send_errors[_name(error)] += 1
+        data, client, segment, traffic_class = command
+        self._to_clients[len(client)].transmit(data, client, segment, traffic_class)
 
     def _send_to_peer(self, command: SendToPeer) -> None:
-        serving = self.serving.get(command.allocation)
+        allocation, data, peer, segment, traffic_class = command
+        serving = self.serving.get(allocation)
         if serving is None:
             self.counters.late_sends += 1
             return
-        error = send(serving.sockets.by_family[family_of(command.peer)], command.data, command.peer)
-        if error is not None:
-            self.counters.send_errors[_name(error)] += 1
-            if is_broken(error):
-                self._take_failure(AllocationFailed(command.allocation, error))
+        error = serving.to_peers[len(peer)].transmit(data, peer, segment, traffic_class)
+        if error is not None and is_broken(error):
+            self._take_failure(AllocationFailed(allocation, error))
 
     def _bind_port(self, command: BindPort) -> None:
         closing = self._closing.get(command.port)
@@ -240,7 +310,9 @@ class ServerActor(Actor):
             OSError: a socket can't be opened or bound.
             RuntimeError: a thread can't be started.
         """
-        sockets = RelayedSockets({family: self._bind_hosts[family] for family in command.families}, command.port)
+        sockets = RelayedSockets(
+            {family: self._bind_hosts[family] for family in command.families}, command.port, self.counters.udp
+        )
         receiver = Receiver(tuple(sockets.by_family.values()))
 
         def failed(_: str, error: BaseException) -> None:
@@ -252,7 +324,7 @@ class ServerActor(Actor):
         except BaseException:
             sockets.close()
             raise
-        return Serving(actor, sockets, receiver)
+        return Serving(actor, sockets, receiver, by_address_length(sockets.by_family))
 
     def _report_refusal(self, command: BindPort, error: OSError | RuntimeError) -> None:
         self.counters.bind_errors[_name(error)] += 1
@@ -285,8 +357,15 @@ class ServerActor(Actor):
             return
 
 
+def by_address_length(sockets: Mapping[Family, UdpSocket]) -> dict[int, UdpSocket]:
+    """Give sockets by the length of the addresses of their family: a packet's tells which one, for the price of a len()."""
+    return {len(each.getsockname()): each for each in sockets.values()}
+
+
 def _name(error: OSError | RuntimeError) -> str:
-    """Give the name of an error for counting: one of errno's few."""
-    if isinstance(error, OSError):
-        return errno.errorcode.get(error.errno or 0, "unknown")
-    return type(error).__name__
+    return name_of(error) if isinstance(error, OSError) else type(error).__name__
+
+
+def _raise(message: Failed) -> None:
+    """Fail in the actor's own thread of what it failed of in another one: so pykka and the supervisor hear of it."""
+    raise message.error

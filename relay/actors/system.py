@@ -2,10 +2,9 @@
 
 import contextlib
 import dataclasses
+import os
 import queue
 import random
-import socket
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, Self, TypeAlias, cast
@@ -16,15 +15,16 @@ import structlog
 from relay import __version__
 from relay.actors.clock import Clock, SystemClock
 from relay.actors.inbox import ServerInbox
-from relay.actors.listener import ListenerActor
+from relay.actors.listener import ListenerActor, RequestListenerActor
 from relay.actors.messages import AreYouThere, Drain, LeavePortal
 from relay.actors.news import Event, Failure, News, Request
 from relay.actors.portal import PortalActor
-from relay.actors.server import ServerActor, ServiceSockets, SocketCounters
-from relay.config import Config, Endpoint, PortalAccess
+from relay.actors.server import ServerActor, ServerCounters, ServiceSockets
+from relay.config import ANY_CPU, BadUseError, Config, Endpoint, PortalAccess
 from relay.core.addresses import Family
 from relay.core.commands import Drained
 from relay.core.config import ServerConfig
+from relay.core.counters import Counters
 from relay.core.credentials import SECRET_LENGTH, RelaySecret
 from relay.core.peers import PeerPolicy
 from relay.core.portal import limits
@@ -33,22 +33,19 @@ from relay.core.portal.commands import Begin, Fatal, Left
 from relay.core.portal.endpoint import PortalConfig
 from relay.core.server import Server
 from relay.net.dial import Dialer
-from relay.net.udp import RECEIVE_BUFFER, Receiver, discard_waiting, is_receive_buffer_capped
+from relay.net.receiver import Receiver
+from relay.net.udp import RECEIVE_BUFFER, UdpCounters, UdpSocket, discard_waiting
 from relay.ops.http import HttpEndpoint, health_pages
 from relay.ops.machine import (
     bind_hosts,
-    open_service_socket,
+    open_service_sockets,
     own_addresses,
     raise_descriptor_limit,
     trusted_authorities,
     user_agent,
 )
 from relay.ops.systemd import Systemd
-
-SWITCH_INTERVAL = 0.5
-"""Seconds for which a thread may keep the interpreter while others wait for it. Threads here give it up at every read and
-send; taking it from them by force, as CPython does after 5 ms, lets a thousand threads with a packet each fight over it.
-With 1,000 busy allocations at 20,000 packets/s this doubled what was relayed, and a stop took 0.6 s instead of 7."""
+from relay.ops.threads import current_cpu, pinned, shared_fairly
 
 LISTENER_STOP_TIMEOUT = 0.5
 """Seconds. A listener is woken from its read at once; it may be telling the server actor something."""
@@ -97,9 +94,12 @@ class System:
         self.secret = config.secret or RelaySecret(source.randbytes(SECRET_LENGTH).hex())
         self.hosts = bind_hosts(config)
         self.core = Server(_server_config(config, self.secret, self.hosts), source)
-        self.socket_counters = SocketCounters()
+        self.server_counters = ServerCounters()
         self.portal: PortalChannel | None = None
-        self.listening: dict[Family, socket.socket] = {}
+        self.listening: dict[Family, UdpSocket] = {}
+        """Where clients send data, and what they are sent from."""
+        self.asking: dict[Family, UdpSocket] = {}
+        """Where clients send requests: on the same port, so that data can't take their place."""
         self._clock = clock or SystemClock()
         self._systemd = systemd or Systemd({})
         self._started_at = time.monotonic()
@@ -230,22 +230,22 @@ class System:
             "allocations": len(allocations.by_id),
             "live_channels": len(allocations.live_channels),
             "server_inbox": 0 if self._inbox is None else len(self._inbox),
-            "dropped_before_inbox": 0 if self._inbox is None else self._inbox.dropped,
-            **{name.name: getattr(counters, name.name) for name in dataclasses.fields(counters)},
-            **{name.name: getattr(self.socket_counters, name.name) for name in dataclasses.fields(self.socket_counters)},
+            "dropped_late": 0 if self._inbox is None else self._inbox.dropped,
+            **_fields(counters),
+            **_fields(self.server_counters),
+            **_fields(self.server_counters.udp),
         }
 
     def _start(self) -> None:
         """Start all there is but the listeners; what was started is undone by leaving the context, in reverse order."""
-        self._stack.callback(sys.setswitchinterval, sys.getswitchinterval())
-        sys.setswitchinterval(SWITCH_INTERVAL)
+        self._share_cpus()
         if self.config.rng_seed is not None:
             _log.warning("random numbers are seeded: whoever knows the seed knows the secret; for tests only")
         raise_descriptor_limit(self.config)
         self._open_sockets()
         self._start_pages()
         sockets = ServiceSockets(self.listening, self.hosts)
-        server = ServerActor.start(self.core, sockets, self._clock, self.socket_counters, self._failed, self.news.put)
+        server = ServerActor.start(self.core, sockets, self._clock, self.server_counters, self._failed, self.news.put)
         self._stack.callback(_stop, "server", server, SERVER_STOP_TIMEOUT)
         self._server = server
         self._inbox = cast(ServerInbox, server.actor_inbox)
@@ -255,13 +255,27 @@ class System:
         else:
             self._join(self.config.portal)
 
+    def _share_cpus(self) -> None:
+        """Put all threads on one CPU, unless it is to be left alone: they run Python one at a time anyway."""
+        self._stack.enter_context(shared_fairly(self.config.switch_interval))
+        if self.config.cpu is not None:
+            cpu = current_cpu() if self.config.cpu == ANY_CPU else self.config.cpu
+            try:
+                self._stack.enter_context(pinned(cpu))
+            except OSError as error:
+                usable = ",".join(str(each) for each in sorted(os.sched_getaffinity(0)))
+                raise BadUseError(f"can't run on CPU {cpu}: --cpu takes one of {usable}, auto, or off") from error
+
     def _open_sockets(self) -> None:
         """Take the port that clients talk to, so that a port that is in use is known of at once; nobody is answered yet."""
         for family, host in self.hosts.items():
-            opened = open_service_socket(family, host, self.config.service_port)
+            opened, asked = open_service_sockets(family, host, self.config.service_port, self.server_counters.udp)
             self._stack.callback(opened.close)
             self.listening[family] = opened
-            if is_receive_buffer_capped(opened):
+            if asked is not None:
+                self._stack.callback(asked.close)
+                self.asking[family] = asked
+            if opened.is_receive_buffer_capped:
                 _log.warning(
                     "receive buffers are small: bursts will lose packets", want=f"net.core.rmem_max={RECEIVE_BUFFER}"
                 )
@@ -296,15 +310,12 @@ class System:
     def _begin(self) -> None:
         """Answer clients from now on: the gate is open."""
         assert self._server is not None  # noqa: S101 - it is started before
-        assert self._inbox is not None  # noqa: S101
+        # What came before was for nobody, and its senders have long tried again.
+        discard_waiting((*self.listening.values(), *self.asking.values()))
         for family, opened in self.listening.items():
-            # What came before was for nobody, and its senders have long tried again.
-            discard_waiting(opened)
-            receiver = Receiver((opened,))
-            name = f"listener-{family.name.lower()}"
-            listener = ListenerActor.start(name, receiver, self._server, self._inbox, self._failed)
-            self._stack.callback(_stop, name, listener, LISTENER_STOP_TIMEOUT)
-            self._stack.callback(receiver.stop)
+            self._listen(ListenerActor, f"listener-{family.name.lower()}", opened)
+        for family, opened in self.asking.items():
+            self._listen(RequestListenerActor, f"requests-{family.name.lower()}", opened)
         self._has_begun = True
         _log.info(
             "ready",
@@ -316,6 +327,13 @@ class System:
         )
         self._systemd.ready("answering clients")
         self._systemd.watch(self._is_alive)
+
+    def _listen(self, listener: type[ListenerActor], name: str, opened: UdpSocket) -> None:
+        assert self._inbox is not None  # noqa: S101 - it is the server actor's
+        receiver = Receiver((opened,))
+        started = listener.start(name, receiver, self._inbox, self._failed)
+        self._stack.callback(_stop, name, started, LISTENER_STOP_TIMEOUT)
+        self._stack.callback(receiver.stop)
 
     def _is_alive(self, timeout: float) -> bool:
         """Tell whether the server actor works off its messages, within some seconds."""
@@ -338,6 +356,12 @@ class System:
 
     def _failed(self, actor: str, error: BaseException) -> None:
         self.news.put(Failure(actor, error))
+
+
+def _fields(counters: Counters | ServerCounters | UdpCounters) -> dict[str, object]:
+    """Give all that is counted but the counters that are counters of something else."""
+    values = {field.name: getattr(counters, field.name) for field in dataclasses.fields(counters)}
+    return {name: value for name, value in values.items() if not dataclasses.is_dataclass(value)}
 
 
 def _stop(name: str, actor: pykka.ActorRef[Any], timeout: float) -> None:

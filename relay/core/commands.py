@@ -12,18 +12,24 @@ from relay.core.counters import FreeReason
 
 
 class SendToClient(NamedTuple):
-    """Send a datagram from the port that clients talk to."""
+    """Send a datagram, or a train of them, from the port that clients talk to."""
 
     data: bytes
     client: ClientAddress
+    segment: int = 0
+    """The length of each datagram in ``data``, of which the last may be shorter; 0 if it is a single one."""
+    traffic_class: int = 0
+    """DSCP and ECN, 0–255."""
 
 
 class SendToPeer(NamedTuple):
-    """Send a datagram from the relayed address of an allocation, of the peer's family."""
+    """Send a datagram, or a train, from the relayed address of an allocation, of the peer's family."""
 
     allocation: AllocationId
     data: bytes
     peer: PeerAddress
+    segment: int = 0
+    traffic_class: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,10 @@
 How it works
 ============
 
-Inputs are datagrams (from clients, and from peers by way of an allocation's sockets), reports on sockets, the wish to end,
-and the passing of time; each comes with the `Instant` at which it happened. An input changes the tables once, and appends
-commands; whoever drives the server drains them after each input, or after a batch of datagrams: they keep their order.
+Inputs are batches of datagrams (from clients, and from peers by way of an allocation's sockets), reports on sockets, the
+wish to end, and the passing of time; each comes with the `Instant` at which it happened. An input changes the tables, and
+appends commands; whoever drives the server drains them after each: they keep their order. A batch leaves, flow by flow, the
+same datagrams in the same order as if each had come alone; but in fewer commands.
 `poll_timeout` says by when the server wants an input, at the latest.
 
 Time can't pass unseen: every input first does what is due. So a channel relays nothing after its expiry even if the wake-up
@@ -29,36 +30,30 @@ BINDING, ESTABLISHED  its sockets failed          (508 if BINDING); freed
 (none)                Allocate, while draining    508
 ====================  ==========================  ==============================================
 
-Three modules act on the tables of `relay.core.allocations`: this one (packets, reports, time), `relay.core.requests` (what
-clients ask), `relay.core.lifecycle` (how an allocation begins and ends, with the one function that frees).
+Four modules act on the tables of `relay.core.allocations`: this one (which datagram is what, reports, time),
+`relay.core.relaying` (data), `relay.core.requests` (what clients ask), `relay.core.lifecycle` (how an allocation begins and
+ends, with the one function that frees).
 """
 
 import math
-import struct
+from collections.abc import Iterable
 
 from relay.core.addresses import AllocationId, ClientAddress, PeerAddress
 from relay.core.allocations import Allocation, Allocations, AllocationState
 from relay.core.answers import Answers, Recipient
 from relay.core.attributes import NONCE, REALM, UNKNOWN_ATTRIBUTES, XOR_MAPPED_ADDRESS
 from relay.core.authentication import ErrorCode, authenticate, claim_of
-from relay.core.commands import Command, SendToClient, SendToPeer
+from relay.core.commands import Command
 from relay.core.config import ServerConfig
 from relay.core.counters import MALFORMED_DROPS, Counters, DropReason, FreeReason
 from relay.core.instant import Instant
 from relay.core.lifecycle import BindRefusal, Lifecycle
 from relay.core.nonces import Nonces
 from relay.core.randomness import RandomSource
+from relay.core.relaying import CHANNEL_DATA_FIRST_BYTES, CHANNEL_HEADER_LENGTH, Relaying
 from relay.core.requests import Request, Requests
-from relay.core.stun import Malformed, Message, MessageClass, Method, decode
-
-_CHANNEL_HEADER = struct.Struct("!HH")
-_CHANNEL_HEADER_LENGTH = 4
-
-# The first byte of a datagram tells its protocol (RFC 8656 §12, RFC 7983). ChannelData has 64-79 there; 80-127 belong to
-# the channel numbers of RFC 5766.
-_STUN_BELOW = 4
-_CHANNEL_DATA_FROM = 64
-_CHANNEL_DATA_BELOW = 128
+from relay.core.stun import Malformed, Message, MessageClass, Method, decode, is_stun
+from relay.core.trains import Arrival, cut
 
 _LONGEST_STUN = 1500
 """Bytes. A STUN message fits the path's MTU (RFC 8489 §6.1); one of 64 KiB could name 5,000 peers, each to be judged, and
@@ -87,51 +82,91 @@ class Server:
         self._nonces = Nonces(random)
         self._answers = Answers(config.software, self.counters, self._commands)
         self._lifecycle = Lifecycle(config, self.allocations, self._answers, self.counters, self._commands, random)
+        self._relaying = Relaying(self.allocations, self.counters, self._commands)
+        # The shortest way, for the commonest case: without a call in between.
+        self.forward_to_peer = self._relaying.forward_to_peer
+        self.forward_to_client = self._relaying.forward_to_client
         self._requests = Requests(config, self.allocations, self._lifecycle, self._answers, self.counters)
-        # A copy of the earliest deadline: reading it is all that a relayed packet pays for time.
-        self._wake_at = math.inf
 
     def drain(self) -> list[Command]:
         """Take the commands that inputs have left, in the order in which they are to be carried out."""
+        if not self._commands:
+            return []
         commands = self._commands.copy()
         self._commands.clear()
         return commands
 
     def poll_timeout(self) -> float | None:
         """Give the monotonic time by which `handle_timeout` wants to be called; None if nothing is waited for."""
-        return None if self._wake_at == math.inf else self._wake_at
+        return None if self._relaying.due_at == math.inf else self._relaying.due_at
 
     def handle_timeout(self, now: Instant) -> None:
         """Do what is due."""
         self._lifecycle.expire(now.monotonic)
         self._set_wake_up()
 
-    def handle_client_datagram(self, data: bytes, client: ClientAddress, now: Instant) -> None:
-        """Take what arrived on the port that clients talk to, from ``client``."""
-        if now.monotonic >= self._wake_at:
+    def handle_client_arrival(self, arrival: Arrival, now: Instant) -> None:
+        """Take what arrived on the port that clients talk to, if it is alone: most often, unless there is much traffic."""
+        if now.monotonic >= self._relaying.due_at:
             self.handle_timeout(now)
-        if not data:
-            self.counters.drops[DropReason.EMPTY] += 1
-        elif _CHANNEL_DATA_FROM <= data[0] < _CHANNEL_DATA_BELOW:
-            self._relay_to_peer(data, client)
-        elif data[0] < _STUN_BELOW:
-            self._handle_stun(data, client, now)
-            self._set_wake_up()
+        data, client, segment, traffic_class = arrival
+        if segment:
+            self.handle_client_arrivals((arrival,), now)
         else:
-            self.counters.drops[DropReason.UNKNOWN_PROTOCOL] += 1
+            self._take_from_client(data, ClientAddress(client), traffic_class, now, batched=False)
+
+    def handle_peer_arrival(self, allocation: AllocationId, arrival: Arrival, now: Instant) -> None:
+        """Take what arrived on a relayed address, if it is alone."""
+        if now.monotonic >= self._relaying.due_at:
+            self.handle_timeout(now)
+        data, peer, segment, traffic_class = arrival
+        if segment:
+            self._relaying.train_to_client(data, allocation, PeerAddress(peer), segment, traffic_class)
+        else:
+            self._relaying.to_client(data, allocation, PeerAddress(peer), traffic_class)
+
+    def handle_client_arrivals(self, arrivals: Iterable[Arrival], now: Instant) -> None:
+        """Take what arrived on the port that clients talk to, oldest first.
+
+        An exception is a bug. With an iterator, the rest can be handed in again: what was taken from it is done with.
+        """
+        if now.monotonic >= self._relaying.due_at:
+            self.handle_timeout(now)
+        runs = self._relaying.runs
+        for data, client, segment, traffic_class in arrivals:
+            run = runs.get((client, data[:CHANNEL_HEADER_LENGTH], traffic_class))
+            if run is not None and run.length == len(data) and not segment:
+                run.append(data[CHANNEL_HEADER_LENGTH:])
+            elif segment and self._relaying.train_to_peer(data, ClientAddress(client), segment, traffic_class):
+                continue
+            else:
+                for each in cut(data, segment):
+                    self._take_from_client(each, ClientAddress(client), traffic_class, now, batched=True)
+        self._relaying.finish()
+
+    def handle_peer_arrivals(self, allocation: AllocationId, arrivals: Iterable[Arrival], now: Instant) -> None:
+        """Take what arrived on a relayed address, oldest first, as with `handle_client_arrivals`."""
+        if now.monotonic >= self._relaying.due_at:
+            self.handle_timeout(now)
+        relaying = self._relaying
+        runs = relaying.runs
+        for data, peer, segment, traffic_class in arrivals:
+            run = runs.get((peer, len(data), traffic_class))
+            if segment:
+                relaying.train_to_client(data, allocation, PeerAddress(peer), segment, traffic_class)
+            elif run is not None:
+                run.append(run.header + data)
+            else:
+                relaying.to_client(data, allocation, PeerAddress(peer), traffic_class, batched=True)
+        relaying.finish()
+
+    def handle_client_datagram(self, data: bytes, client: ClientAddress, now: Instant) -> None:
+        """Take one datagram that arrived on the port that clients talk to, from ``client``."""
+        self.handle_client_arrival((data, client, 0, 0), now)
 
     def handle_peer_datagram(self, allocation: AllocationId, data: bytes, peer: PeerAddress, now: Instant) -> None:
-        """Take what arrived on a relayed address, from ``peer`` (RFC 8656 §12.7)."""
-        if now.monotonic >= self._wake_at:
-            self.handle_timeout(now)
-        binding = self.allocations.live_peers.get((allocation, peer))
-        counters = self.counters
-        if binding is None:
-            counters.drops[DropReason.UNBOUND_PEER] += 1
-            return
-        counters.to_client_packets += 1
-        counters.to_client_bytes += len(data)
-        self._commands.append(SendToClient(_CHANNEL_HEADER.pack(binding.number, len(data)) + data, binding.client))
+        """Take one datagram that arrived on a relayed address, from ``peer``."""
+        self.handle_peer_arrival(allocation, (data, peer, 0, 0), now)
 
     def handle_bound(self, allocation: AllocationId, now: Instant) -> None:
         """Take the report that every socket of a `BindPort` is bound."""
@@ -164,24 +199,20 @@ class Server:
         self.handle_timeout(now)
         self._lifecycle.drain()
 
-    def _relay_to_peer(self, data: bytes, client: ClientAddress) -> None:
-        """Relay ChannelData (RFC 8656 §12.6); what follows the length it states is padding."""
-        counters = self.counters
-        if len(data) < _CHANNEL_HEADER_LENGTH:
-            counters.drops[DropReason.SHORT_CHANNEL_DATA] += 1
-            return
-        number, length = _CHANNEL_HEADER.unpack_from(data)
-        end = _CHANNEL_HEADER_LENGTH + length
-        if end > len(data):
-            counters.drops[DropReason.SHORT_CHANNEL_DATA] += 1
-            return
-        binding = self.allocations.live_channels.get((client, number))
-        if binding is None:
-            counters.drops[DropReason.UNBOUND_CHANNEL] += 1
-            return
-        counters.to_peer_packets += 1
-        counters.to_peer_bytes += length
-        self._commands.append(SendToPeer(binding.allocation, data[_CHANNEL_HEADER_LENGTH:end], binding.peer))
+    def _take_from_client(
+        self, data: bytes, client: ClientAddress, traffic_class: int, now: Instant, *, batched: bool
+    ) -> None:
+        if not data:
+            self.counters.drops[DropReason.EMPTY] += 1
+        elif data[0] in CHANNEL_DATA_FIRST_BYTES:
+            self._relaying.to_peer(data, client, traffic_class, batched=batched)
+        elif is_stun(data):
+            # It may change what is relayed, and how.
+            self._relaying.leave_runs()
+            self._handle_stun(data, client, now)
+            self._set_wake_up()
+        else:
+            self.counters.drops[DropReason.UNKNOWN_PROTOCOL] += 1
 
     def _handle_stun(self, data: bytes, client: ClientAddress, now: Instant) -> None:
         if client[1] == 0:
@@ -243,4 +274,4 @@ class Server:
 
     def _set_wake_up(self) -> None:
         earliest = self.allocations.deadlines.earliest()
-        self._wake_at = math.inf if earliest is None else earliest
+        self._relaying.due_at = math.inf if earliest is None else earliest

@@ -28,9 +28,15 @@ TRANSACTION_ID_LENGTH = 12
 FINGERPRINT_MASK = 0x5354554E
 """XORed into the CRC, so that it differs from a CRC of a protocol that STUN may be multiplexed with (RFC 8489 §14.7)."""
 
+_FIRST_BYTE_BELOW = 4
 _INTEGRITY_LENGTH = 4 + 20
 _FINGERPRINT_LENGTH = 4 + 4
 _HEAD = struct.Struct("!HH")
+
+
+def is_stun(data: bytes) -> bool:
+    """Tell whether a datagram is STUN's, by its first byte (RFC 7983 §7)."""
+    return bool(data) and data[0] < _FIRST_BYTE_BELOW
 
 
 class Method(IntEnum):

@@ -1,89 +1,268 @@
-"""Blocking UDP sockets, read by one thread and sent from by another."""
+"""UDP sockets that send and are read in trains, where the kernel can do that."""
 
 import contextlib
 import errno
-import select
 import socket
+import struct
+from collections import Counter
 from collections.abc import Sequence
-from typing import TypeAlias
+from dataclasses import dataclass, field
 
 from relay.core.addresses import Family, SocketAddress
-
-Datagram: TypeAlias = tuple[bytes, SocketAddress]
+from relay.core.trains import Arrival, cut
 
 ADDRESS_FAMILIES = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
 
 RECEIVE_BUFFER = 4 * 1024 * 1024
 """Bytes asked of the kernel for each socket. With 64 KiB a bursty stream of 2 Mbit/s lost 9 % of its packets, with 4 MiB
-none; memory is used only while datagrams wait."""
+none; memory is used only while datagrams wait. Under overload it is less for a while: see `relay.net.backlog`."""
 
-_DATAGRAM_LIMIT = 65535
-_BATCH_DATAGRAMS = 32
-_BATCH_BYTES = 64 * 1024
-"""Bounds of a batch: large enough to share the cost of handing it over, small enough not to delay others."""
+SEND_BUFFER = 1024 * 1024
+"""Bytes asked of the kernel for each socket: some ten full trains that wait for the network card."""
 
-_PROBE_EVERY = 16
-"""A read that finds nothing costs 1.4 µs. So more is read after a wake-up only if the last one found more than one
-datagram, or if this many wake-ups have passed."""
+LARGEST_DATAGRAM = 65507
+"""Bytes that fit a UDP datagram over IPv4, and so a message that is sent as a train."""
 
-_READ_ERRORS_IN_A_ROW = 32
-"""A socket that gives nothing but errors is broken; a few are an ICMP message or a moment without memory."""
+MOST_SEGMENTS = 64
+"""Datagrams in a train that is sent: more are EINVAL before Linux 6.9 (UDP_MAX_SEGMENTS)."""
 
 _MOST_WAITING = 65536
 """Datagrams that fit a receive buffer, at the least: the kernel counts some 700 bytes for the smallest."""
 
+_SOL_UDP = 17
+_UDP_SEGMENT = 103
+_UDP_GRO = 104
+_SO_RCVBUFFORCE = 33
+_SO_MEMINFO = 55
+"""Numbers of Linux (linux/udp.h, asm-generic/socket.h) that the socket module has no names for."""
+
+_CONTROL_SPACE = 64
+"""Bytes for what the kernel says beside a datagram: its traffic class and, of a train, its segment length (48 in all)."""
+
+_SHORT = struct.Struct("=H")
+_INT = struct.Struct("=i")
+_MEMINFO = struct.Struct("=9I")
+_DROPS = 8
+
 _BROKEN = frozenset((errno.EBADF, errno.ENOTSOCK, errno.EPIPE))
-_READABLE = select.POLLIN | select.POLLRDHUP
+
+# What says that this path takes no trains at all (no checksum offload, or an old kernel); and what says that this train does
+# not go, since its segments with their headers are longer than the path's MTU.
+_NO_TRAINS = frozenset((errno.EIO, errno.EOPNOTSUPP, errno.ENOPROTOOPT))
+_NOT_THIS_TRAIN = frozenset((errno.EINVAL, errno.EMSGSIZE))
 
 
-def open_socket(family: Family, host: str, port: int) -> socket.socket:
-    """Open and bind a socket of one family.
+@dataclass(slots=True)
+class UdpCounters:
+    """What all sockets did; plain integers that anyone may read at any time, written by one thread at a time each."""
 
-    Args:
-        family: an IPv6 socket takes no IPv4 packets.
-        host: address of this machine, or the unspecified one, as text.
-        port: 1–65535, or 0 for any.
-
-    Raises:
-        OSError: it can't be opened or bound; nothing is left open.
-    """
-    opened = socket.socket(ADDRESS_FAMILIES[family], socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-    try:
-        if family is Family.IPV6:
-            opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
-        opened.bind((host, port))
-    except BaseException:
-        opened.close()
-        raise
-    return opened
+    trains_sent: int = 0
+    """Messages that left as trains."""
+    trains_cut: Counter[str] = field(default_factory=Counter)
+    """Trains that had to be sent datagram by datagram, by the name of the error."""
+    send_errors: Counter[str] = field(default_factory=Counter)
+    """Datagrams that the kernel refused to send, by the name of the error."""
+    no_coalescing: int = 0
+    """Sockets for which the kernel has no UDP_GRO: all arrives one by one."""
+    kernel_drops: int = 0
+    """Datagrams that found the buffer of a socket full, of sockets that are closed; see `UdpSocket.drops`."""
+    buffers_cut: int = 0
+    """How often a receive buffer was made small for an overload."""
 
 
-def is_receive_buffer_capped(sock: socket.socket) -> bool:
-    """Tell whether the kernel gave a socket less than `RECEIVE_BUFFER` (``net.core.rmem_max`` is its limit)."""
-    # The kernel reports twice what it grants, for its own bookkeeping (socket(7)).
-    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) < 2 * RECEIVE_BUFFER
+class UdpSocket(socket.socket):
+    """One bound socket. One thread reads it; whoever sends does so one at a time."""
+
+    __slots__ = ("_family", "_sends_trains", "_tells_class", "counters")
+
+    def __init__(
+        self, family: Family, host: str, port: int, counters: UdpCounters | None = None, *, shares_port: bool = False
+    ) -> None:
+        """Open and bind it.
+
+        Args:
+            family: an IPv6 socket takes no IPv4 packets.
+            host: address of this machine, or the unspecified one, as text.
+            port: 1–65535, or 0 for any.
+            counters: what it counts in.
+            shares_port: other sockets of this user that say so too can be bound to the same port.
+
+        Raises:
+            OSError: it can't be opened or bound; nothing is left open.
+        """
+        super().__init__(ADDRESS_FAMILIES[family], socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._family = family
+        self._sends_trains = True
+        self.counters = UdpCounters() if counters is None else counters
+        try:
+            if family is Family.IPV6:
+                self.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if shares_port:
+                self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            self.set_receive_buffer(RECEIVE_BUFFER)
+            self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+            self._ask_for_trains()
+            self.bind((host, port))
+        except BaseException:
+            super().close()
+            raise
+
+    def close(self) -> None:
+        """Close it; what it dropped stays counted."""
+        if self.fileno() >= 0:
+            self.counters.kernel_drops += self.drops()
+        super().close()
+
+    def set_receive_buffer(self, size: int) -> None:
+        """Ask for room for datagrams that wait, in bytes; the kernel counts its own part of each, too.
+
+        Whoever has CAP_NET_ADMIN may have more than ``net.core.rmem_max``.
+        """
+        try:
+            self.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, size)
+        except PermissionError:
+            self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+
+    @property
+    def is_receive_buffer_capped(self) -> bool:
+        """Whether the kernel gave less than `RECEIVE_BUFFER` (``net.core.rmem_max`` is its limit)."""
+        # The kernel reports twice what it grants, for its own bookkeeping (socket(7)).
+        return self.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) < 2 * RECEIVE_BUFFER
+
+    def drops(self) -> int:
+        """Give how many datagrams the kernel has dropped since there was no room for them; 0 if it does not tell."""
+        with contextlib.suppress(OSError):
+            told = self.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size)
+            if len(told) == _MEMINFO.size:
+                return int(_MEMINFO.unpack(told)[_DROPS])
+        return 0
+
+    def receive(self, flags: int = 0) -> Arrival | None:
+        """Read a datagram or a train, waiting for it unless ``flags`` say otherwise; None once it is shut down.
+
+        Raises:
+            OSError: as recvmsg(2) does; BlockingIOError with MSG_DONTWAIT if there is nothing.
+        """
+        data, control, _, source = self.recvmsg(LARGEST_DATAGRAM + 28, _CONTROL_SPACE, flags)
+        if source is None:
+            # Not an empty datagram: that has an address.
+            return None
+        if not control or control == _PLAIN[self._family]:
+            return data, source, 0, 0
+        segment = traffic_class = 0
+        for level, kind, value in control:
+            if level == _SOL_UDP and kind == _UDP_GRO:
+                segment = _INT.unpack_from(value)[0]
+            elif kind in _CLASS_KINDS:
+                # One byte for IPv4, an int for IPv6.
+                traffic_class = value[0] if len(value) == 1 else _INT.unpack_from(value)[0]
+        return data, source, segment if 0 < segment < len(data) else 0, traffic_class
+
+    def transmit(self, data: bytes, address: SocketAddress, segment: int = 0, traffic_class: int = 0) -> OSError | None:
+        """Send a datagram or a train without ever waiting; give the last error if any of it was lost.
+
+        A full send buffer loses the datagram, as a full queue in any router would: to wait would hold up everybody.
+
+        Args:
+            data: a datagram, or datagrams one after another.
+            address: where to.
+            segment: the length of each datagram in ``data`` but the last; 0 if it is a single one.
+            traffic_class: DSCP and ECN.
+        """
+        if segment == 0 or segment >= len(data):
+            if traffic_class:
+                return self._send_one(data, address, traffic_class)
+            try:
+                self.sendto(data, socket.MSG_DONTWAIT, address)
+            except OSError as error:
+                self.counters.send_errors[name_of(error)] += 1
+                return error
+            return None
+        if not self._sends_trains:
+            return self._send_each(data, address, segment, traffic_class)
+        most = min(MOST_SEGMENTS, LARGEST_DATAGRAM // segment) * segment
+        if len(data) <= most:
+            return self._send_train(data, address, segment, traffic_class)
+        lost = None
+        for train in cut(data, most):
+            lost = self.transmit(train, address, segment, traffic_class) or lost
+        return lost
+
+    def _send_one(self, data: bytes, address: SocketAddress, traffic_class: int) -> OSError | None:
+        try:
+            if traffic_class:
+                self.sendmsg((data,), (self._class_control(traffic_class),), socket.MSG_DONTWAIT, address)
+            else:
+                self.sendto(data, socket.MSG_DONTWAIT, address)
+        except OSError as error:
+            self.counters.send_errors[name_of(error)] += 1
+            return error
+        return None
+
+    def _send_train(self, data: bytes, address: SocketAddress, segment: int, traffic_class: int) -> OSError | None:
+        control = [(_SOL_UDP, _UDP_SEGMENT, _SHORT.pack(segment))]
+        if traffic_class:
+            control.append(self._class_control(traffic_class))
+        try:
+            self.sendmsg((data,), control, socket.MSG_DONTWAIT, address)
+        except OSError as error:
+            if error.errno in _NO_TRAINS:
+                self._sends_trains = False
+            elif error.errno not in _NOT_THIS_TRAIN:
+                self.counters.send_errors[name_of(error)] += -(-len(data) // segment)
+                return error
+            self.counters.trains_cut[name_of(error)] += 1
+            return self._send_each(data, address, segment, traffic_class)
+        self.counters.trains_sent += 1
+        return None
+
+    def _send_each(self, data: bytes, address: SocketAddress, segment: int, traffic_class: int) -> OSError | None:
+        lost = None
+        for datagram in cut(data, segment):
+            lost = self._send_one(datagram, address, traffic_class) or lost
+        return lost
+
+    def _class_control(self, traffic_class: int) -> tuple[int, int, bytes]:
+        level, kind = _CLASS_OPTIONS[self._family]
+        return level, kind, _INT.pack(traffic_class)
+
+    def _ask_for_trains(self) -> None:
+        """Have the kernel hand over trains whole, and tell the traffic class of what arrives."""
+        try:
+            self.setsockopt(_SOL_UDP, _UDP_GRO, 1)
+        except OSError:
+            # Linux before 5.0, or a sandbox: all arrives one by one, which works as well.
+            self.counters.no_coalescing += 1
+        level, option = _TELL_CLASS[self._family]
+        with contextlib.suppress(OSError):
+            self.setsockopt(level, option, 1)
 
 
-def send(sock: socket.socket, data: bytes, address: SocketAddress) -> OSError | None:
-    """Send one datagram without ever waiting; give the error if it was lost.
+_CLASS_OPTIONS = {
+    Family.IPV4: (socket.IPPROTO_IP, socket.IP_TOS),
+    Family.IPV6: (socket.IPPROTO_IPV6, socket.IPV6_TCLASS),
+}
+_TELL_CLASS = {
+    Family.IPV4: (socket.IPPROTO_IP, socket.IP_RECVTOS),
+    Family.IPV6: (socket.IPPROTO_IPV6, socket.IPV6_RECVTCLASS),
+}
+_CLASS_KINDS = frozenset((socket.IP_TOS, socket.IPV6_TCLASS))
 
-    A full send buffer loses the datagram, as a full queue in any router would: waiting would hold up everybody's packets.
-    """
-    try:
-        sock.sendto(data, socket.MSG_DONTWAIT, address)
-    except OSError as error:
-        return error
-    return None
+# What the kernel says beside most datagrams: a traffic class of 0. To compare costs a fifth of looking closer.
+_PLAIN = {
+    Family.IPV4: [(*_CLASS_OPTIONS[Family.IPV4], b"\0")],
+    Family.IPV6: [(*_CLASS_OPTIONS[Family.IPV6], bytes(4))],
+}
 
 
-def discard_waiting(sock: socket.socket) -> int:
-    """Throw away the datagrams that wait to be read; give how many. Those that go on arriving may be left over."""
+def discard_waiting(sockets: Sequence[UdpSocket]) -> int:
+    """Throw away what waits to be read; give how many reads it took. What goes on arriving may be left over."""
     discarded = 0
-    with contextlib.suppress(OSError):
-        while discarded < _MOST_WAITING:
-            sock.recv(1, socket.MSG_DONTWAIT)
-            discarded += 1
+    for each in sockets:
+        with contextlib.suppress(OSError):
+            for _ in range(_MOST_WAITING):
+                each.recv(1, socket.MSG_DONTWAIT)
+                discarded += 1
     return discarded
 
 
@@ -92,96 +271,6 @@ def is_broken(error: OSError) -> bool:
     return error.errno in _BROKEN
 
 
-class Receiver:
-    """Reads from one socket or several until it is stopped.
-
-    With one socket, `receive` blocks in the read itself; with several it waits for any of them first.
-    """
-
-    def __init__(self, sockets: Sequence[socket.socket]) -> None:
-        self._sockets = tuple(sockets)
-        self._by_descriptor = {each.fileno(): each for each in sockets}
-        self._poll: select.poll | None = None
-        if len(self._sockets) > 1:
-            self._poll = select.poll()
-            for each in self._sockets:
-                self._poll.register(each, _READABLE)
-        self._stopped = False
-        self._wakes = 0
-        self._busy = False
-        self._errors = 0
-
-    def receive(self) -> list[Datagram]:
-        """Wait for datagrams and give them, oldest first; an empty list once it is stopped.
-
-        Raises:
-            OSError: the socket is broken.
-        """
-        while not self._stopped:
-            batch = self._read(self._sockets[0], 0) if self._poll is None else self._wait(self._poll)
-            if batch:
-                self._errors = 0
-                return batch
-        return []
-
-    def stop(self) -> None:
-        """Make `receive` return, now and from now on; to be called from any thread.
-
-        Closing a socket does not wake a thread that is blocked in reading it; shutting it down does. It can still be sent
-        from.
-        """
-        self._stopped = True
-        for each in self._sockets:
-            try:
-                each.shutdown(socket.SHUT_RD)
-            except OSError:
-                # ENOTCONN, though it did wake the reader; EBADF if the reader was faster.
-                continue
-
-    def _wait(self, poll: select.poll) -> list[Datagram]:
-        batch: list[Datagram] = []
-        for descriptor, events in poll.poll():
-            if events & ~select.POLLIN:
-                self._note_shutdown()
-            batch += self._read(self._by_descriptor[descriptor], socket.MSG_DONTWAIT)
-        return batch
-
-    def _read(self, sock: socket.socket, flags: int) -> list[Datagram]:
-        """Read what there is, within the bounds of a batch; nothing if stopped, or if the socket gave an error."""
-        try:
-            data, address = sock.recvfrom(_DATAGRAM_LIMIT, flags)
-        except OSError as error:
-            self._tolerate(error)
-            return []
-        if address is None:
-            # Not an empty datagram: that has an address.
-            self._note_shutdown()
-            return []
-        batch: list[Datagram] = [(data, address)]
-        self._wakes += 1
-        if self._busy or self._wakes % _PROBE_EVERY == 0:
-            self._drain(sock, batch, len(data))
-            self._busy = len(batch) > 1
-        return batch
-
-    def _drain(self, sock: socket.socket, batch: list[Datagram], size: int) -> None:
-        while len(batch) < _BATCH_DATAGRAMS and size < _BATCH_BYTES:
-            try:
-                data, address = sock.recvfrom(_DATAGRAM_LIMIT, socket.MSG_DONTWAIT)
-            except OSError:
-                # Mostly that there is no more; an error of the socket comes again at the next read.
-                return
-            if address is None:
-                return
-            batch.append((data, address))
-            size += len(data)
-
-    def _note_shutdown(self) -> None:
-        """Find a socket shut down: by `stop`, or it is broken; reading on would give nothing, over and over."""
-        if not self._stopped:
-            raise OSError(errno.EPIPE, "the socket was shut down")
-
-    def _tolerate(self, error: OSError) -> None:
-        self._errors += not isinstance(error, BlockingIOError)
-        if not self._stopped and (is_broken(error) or self._errors > _READ_ERRORS_IN_A_ROW):
-            raise error
+def name_of(error: OSError) -> str:
+    """Give the name of an error for counting: one of errno's few."""
+    return errno.errorcode.get(error.errno or 0, "unknown")

@@ -4,7 +4,6 @@ import errno
 import os
 import platform
 import resource
-import socket
 import ssl
 from pathlib import Path
 
@@ -13,7 +12,9 @@ import psutil
 from relay import __version__
 from relay.config import BadUseError, Config, Endpoint
 from relay.core.addresses import Family
-from relay.net.udp import ADDRESS_FAMILIES, open_socket
+from relay.core.relaying import CHANNEL_DATA_FIRST_BYTES
+from relay.net.steering import open_steered
+from relay.net.udp import ADDRESS_FAMILIES, UdpCounters, UdpSocket
 
 _UNSPECIFIED = {Family.IPV4: "0.0.0.0", Family.IPV6: "::"}  # noqa: S104 - a relay serves whoever reaches it
 
@@ -36,7 +37,7 @@ def _bindable(family: Family, public: str) -> str:
     Behind a 1:1 NAT, as most clouds have it, the machine does not know its public address.
     """
     try:
-        open_socket(family, public, 0).close()
+        UdpSocket(family, public, 0).close()
     except OSError:
         return _UNSPECIFIED[family]
     return public
@@ -52,14 +53,14 @@ def own_addresses() -> frozenset[str]:
     )
 
 
-def open_service_socket(family: Family, host: str, port: int) -> socket.socket:
-    """Open the socket for clients.
+def open_service_sockets(family: Family, host: str, port: int, counters: UdpCounters) -> tuple[UdpSocket, UdpSocket | None]:
+    """Open the sockets for clients: one for data, one for requests; the second is None if the first has to get all.
 
     Raises:
         BadUseError: it is in use, or the machine does not have the address.
     """
     try:
-        return open_socket(family, host, port)
+        return open_steered(family, host, port, CHANNEL_DATA_FIRST_BYTES.start, counters)
     except OSError as error:
         at = Endpoint(host, port)
         if error.errno == errno.EADDRINUSE:

@@ -43,6 +43,9 @@ class JumpingClock:
         now = self._clock.now()
         return Instant(now.monotonic + self._ahead, now.unix + self._wall_ahead)
 
+    def monotonic(self) -> float:
+        return self.now().monotonic
+
     def jump(self, seconds: float) -> None:
         """Let time pass, as far as deadlines can tell."""
         self._ahead += seconds

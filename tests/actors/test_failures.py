@@ -4,7 +4,7 @@ import random
 import resource
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import pykka
 import pytest
@@ -12,12 +12,14 @@ import structlog
 
 from relay.actors.messages import FromClients
 from relay.actors.news import Failure, Request
-from relay.actors.server import ServerActor, ServiceSockets, SocketCounters
-from relay.core.addresses import ClientAddress, Family
+from relay.actors.server import ServerActor, ServerCounters, ServiceSockets
+from relay.core.addresses import Family
 from relay.core.counters import FreeReason
 from relay.core.instant import Instant
 from relay.core.server import Server
 from relay.core.stun import MessageClass, Method, encode
+from relay.core.trains import Arrival
+from relay.net.udp import UdpSocket
 from tests.actors.conftest import JumpingClock, Relay
 from tests.actors.test_lifetime import allocate_refused, server_of, settle, wait_until_bindable
 from tests.turn_client import udp_socket
@@ -61,7 +63,7 @@ def test_an_allocation_that_can_not_send_any_more_is_freed(relay: Relay) -> None
         assert client.refresh(600) == 437
     wait_until_bindable(relayed)
     client.allocate()
-    assert relay.system.socket_counters.send_errors == {"EPIPE": 1}
+    assert relay.system.server_counters.udp.send_errors == {"EPIPE": 1}
 
 
 def test_a_send_that_fails_loses_one_packet_and_no_more(relay: Relay) -> None:
@@ -75,7 +77,7 @@ def test_a_send_that_fails_loses_one_packet_and_no_more(relay: Relay) -> None:
         client.send(0x4000, b"lost")
         client.send(0x4001, b"arrives")
         assert peer.recv(100) == b"arrives"
-    assert sum(relay.system.socket_counters.send_errors.values()) == 1
+    assert sum(relay.system.server_counters.udp.send_errors.values()) == 1
 
 
 def test_508_without_descriptors_and_service_once_there_are_some(relay: Relay) -> None:
@@ -89,7 +91,7 @@ def test_508_without_descriptors_and_service_once_there_are_some(relay: Relay) -
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     client.allocate()
-    assert relay.system.socket_counters.bind_errors == {"EMFILE": 1}
+    assert relay.system.server_counters.bind_errors == {"EMFILE": 1}
 
 
 def test_a_server_actor_that_fails_ends_the_system_with_an_error_and_closes_what_it_served(relay: Relay) -> None:
@@ -118,23 +120,36 @@ def test_a_system_that_is_told_to_stop_ends_well_and_dumps_when_told_to(relay: R
     assert len(dumps) == 1
 
 
+POISON = b"\x00poison"
+
+
 class Fragile(Server):
     """A core with a bug."""
 
-    def handle_client_datagram(self, data: bytes, client: ClientAddress, now: Instant) -> None:
-        if data == b"\x00poison":
+    def handle_client_arrival(self, arrival: Arrival, now: Instant) -> None:
+        if arrival[0] == POISON:
             raise ZeroDivisionError
-        super().handle_client_datagram(data, client, now)
+        super().handle_client_arrival(arrival, now)
+
+    def handle_client_arrivals(self, arrivals: Iterable[Arrival], now: Instant) -> None:
+        def checked() -> Iterator[Arrival]:
+            for arrival in arrivals:
+                if arrival[0] == POISON:
+                    raise ZeroDivisionError
+                yield arrival
+
+        super().handle_client_arrivals(checked(), now)
 
 
+@pytest.mark.parametrize("alone", [True, False])
 def test_a_datagram_that_the_core_fails_on_is_counted_and_ends_nobodys_session(
-    relay: Relay, request: pytest.FixtureRequest
+    relay: Relay, request: pytest.FixtureRequest, *, alone: bool
 ) -> None:
     """Whoever finds a bug in the core shall not end the relay with it."""
     core = Fragile(relay.system.core._config, random.Random(1))
-    counters = SocketCounters()
+    counters = ServerCounters()
     failures: list[object] = []
-    with udp_socket("127.0.0.1") as listening, udp_socket("127.0.0.1") as client:
+    with UdpSocket(Family.IPV4, "127.0.0.1", 0) as listening, udp_socket("127.0.0.1") as client:
         server = ServerActor.start(
             core,
             ServiceSockets({Family.IPV4: listening}, {}),
@@ -144,9 +159,12 @@ def test_a_datagram_that_the_core_fails_on_is_counted_and_ends_nobodys_session(
             failures.append,
         )
         request.addfinalizer(server.stop)
-        binding = encode(MessageClass.REQUEST, Method.BINDING, bytes(12), [])
+        address = client.getsockname()
+        poison = (POISON, address, 0, 0)
+        binding = (encode(MessageClass.REQUEST, Method.BINDING, bytes(12), []), address, 0, 0)
         with structlog.testing.capture_logs() as log:
-            server.tell(FromClients([(b"\x00poison", client.getsockname())] * 3 + [(binding, client.getsockname())]))
+            for batch in [[poison], [poison], [poison], [binding]] if alone else [[poison, poison, poison, binding]]:
+                server.tell(FromClients(batch))
             assert client.recv(100)[8:20] == bytes(12)
     assert counters.faults == 3
     assert len(log) == 1

@@ -1,16 +1,18 @@
-"""The server actor's inbox: it is the timer, and it is bounded."""
+"""The server actor's inbox: it is the timer, and no packets pile up in it."""
 
+import threading
 import time
 
 from relay.actors.clock import SystemClock
-from relay.actors.inbox import CAPACITY, OVERHEAD, ServerInbox
-from relay.actors.listener import ListenerActor
-from relay.actors.messages import FromClients, FromPeers, Tick
-from relay.core.addresses import AllocationId, Family
+from relay.actors.inbox import LONGEST_WAIT, ServerInbox
+from relay.actors.messages import Failed, FromClients, FromPeers, Tick
+from relay.core.addresses import AllocationId
 from relay.core.instant import Instant
-from relay.net.udp import Receiver, open_socket
-from tests.conftest import wait_until
-from tests.turn_client import udp_socket
+from relay.core.stun import MessageClass, Method, encode
+from relay.core.trains import Arrival
+
+PACKET: Arrival = (b"\x40\0\0\0", ("127.0.0.1", 1), 0, 0)
+REQUEST = encode(MessageClass.REQUEST, Method.BINDING, bytes(12), [])
 
 
 class Letter:
@@ -48,35 +50,105 @@ def test_the_deadline_is_measured_on_the_clock_that_was_handed_in() -> None:
         def now(self) -> Instant:
             return Instant(1e9, 0.0)
 
+        def monotonic(self) -> float:
+            return 1e9
+
     inbox = ServerInbox()
     inbox.wake_at(1e9, Stopped())
     assert inbox.get().message == Tick()
 
 
-def test_what_arrives_while_the_inbox_is_full_is_dropped_and_counted() -> None:
+def test_a_deadline_that_is_set_while_the_reader_waits_is_kept() -> None:
+    """A lone packet is worked on in another thread, which may set a deadline that the actor's own thread has to keep."""
     inbox = ServerInbox()
-    waiting = [(bytes(CAPACITY - OVERHEAD), ("127.0.0.1", 1))]
-    assert inbox.admit(waiting)
-    with open_socket(Family.IPV4, "127.0.0.1", 0) as listening, udp_socket("127.0.0.1") as client:
-        receiver = Receiver((listening,))
-        failures: list[object] = []
-        # It tells its server actor nothing here, so itself will do for one.
-        started = ListenerActor.start("listener", receiver, None, inbox, lambda *failure: failures.append(failure))
-        for _ in range(5):
-            client.sendto(b"x", listening.getsockname())
-        wait_until(lambda: inbox.dropped == 5)
-        receiver.stop()
-        started.stop(timeout=5)
-    assert failures == []
-    inbox.release(waiting)
-    assert inbox.admit(waiting)
+    got: list[object] = []
+    reader = threading.Thread(target=lambda: got.extend(inbox.get().message for _ in range(2)))
+    reader.start()
+    inbox.wake_at(time.monotonic() + 0.05, SystemClock())
+    reader.join(5)
+    assert got == [Tick(), Tick()]
 
 
-def test_a_closed_inbox_gives_up_its_datagrams_and_keeps_the_rest() -> None:
+def test_packets_are_worked_on_by_who_tells_of_them() -> None:
     inbox = ServerInbox()
-    batch = [(b"x", ("127.0.0.1", 1))]
-    for message in (FromClients(batch), "stop", FromPeers(AllocationId(1), batch), "and wait"):
-        inbox.put(Letter(message))
+    threads: list[str] = []
+    inbox.work = lambda _: threads.append(threading.current_thread().name)
+    for name in ("one", "two"):
+        teller = threading.Thread(name=name, target=inbox.put, args=(Letter(FromClients([PACKET])),))
+        teller.start()
+        teller.join(5)
+    assert threads == ["one", "two"]
+    assert inbox.empty()
+
+
+def test_one_thread_at_a_time_works_on_packets() -> None:
+    inbox = ServerInbox()
+    working = 0
+    most = 0
+
+    def work(_: object) -> None:
+        nonlocal working, most
+        working += 1
+        most = max(most, working)
+        time.sleep(0.001)
+        working -= 1
+
+    def take_twenty() -> None:
+        for _ in range(20):
+            inbox.take(FromClients([PACKET]))
+
+    inbox.work = work
+    tellers = [threading.Thread(target=take_twenty) for _ in range(5)]
+    for teller in tellers:
+        teller.start()
+    for teller in tellers:
+        teller.join(10)
+    assert most == 1
+
+
+def test_packets_that_waited_too_long_for_the_turn_are_dropped_and_requests_are_not() -> None:
+    inbox = ServerInbox()
+    taken: list[object] = []
+    inbox.work = taken.append
+    batch = [PACKET, (REQUEST, *PACKET[1:]), PACKET]
+    messages = [FromClients(batch), FromPeers(AllocationId(1), batch)]
+    tellers = [threading.Thread(target=inbox.take, args=(message,)) for message in messages]
+    with inbox.turn:
+        for teller in tellers:
+            teller.start()
+        # This time is what the test is about.
+        time.sleep(LONGEST_WAIT * 3)
+    for teller in tellers:
+        teller.join(5)
+    assert sorted(taken, key=lambda message: type(message).__name__) == [
+        FromClients([batch[1]]),
+        FromPeers(AllocationId(1), []),
+    ]
+    assert inbox.dropped == 5
+
+
+def test_work_that_fails_fails_the_actor_in_its_own_thread_and_no_more_is_taken() -> None:
+    inbox = ServerInbox()
+    error = ZeroDivisionError()
+    taken: list[object] = []
+
+    def work(message: object) -> None:
+        taken.append(message)
+        raise error
+
+    inbox.work = work
+    for _ in range(2):
+        inbox.put(Letter(FromClients([PACKET])))
+    assert inbox.get().message == Failed(error)
+    assert len(taken) == 1
+
+
+def test_a_closed_inbox_drops_packets_and_keeps_the_rest() -> None:
+    inbox = ServerInbox()
+    taken: list[object] = []
+    inbox.work = taken.append
     inbox.close()
-    assert not inbox.admit(batch)
+    for message in (FromClients([PACKET]), "stop", FromPeers(AllocationId(1), [PACKET]), "and wait"):
+        inbox.put(Letter(message))
     assert [inbox.get().message for _ in range(2)] == ["stop", "and wait"]
+    assert taken == []

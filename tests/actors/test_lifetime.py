@@ -122,7 +122,7 @@ def test_508_when_other_programs_have_every_port_and_service_once_they_let_go(ma
         assert allocate_refused(client) == 508
     (relayed,) = client.allocate()
     assert relayed[1] == taken
-    assert relay.system.socket_counters.bind_errors == {"EADDRINUSE": 1}
+    assert relay.system.server_counters.bind_errors == {"EADDRINUSE": 1}
 
 
 def test_a_credential_expires_by_the_wall_clock_and_the_allocation_by_its_lifetime(relay: Relay) -> None:

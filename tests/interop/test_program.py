@@ -275,7 +275,7 @@ def test_sigusr1_shows_every_thread_by_name_and_the_state_while_packets_flow(pro
     assert re.search(r"^uptime_seconds: \d", said, re.MULTILINE)
     for line in ("allocations: 1", "live_channels: 1", "successes: allocate=1, channel_bind=1"):
         assert line in said
-    for inbox in ("server_inbox", "to_peer_packets", "dropped_before_inbox"):
+    for inbox in ("server_inbox", "to_peer_packets", "dropped_late"):
         assert re.search(rf"^{inbox}: \d+$", said, re.MULTILINE)
     for secret in (program.credential.password, program.credential.username, payload.decode()):
         assert secret not in said

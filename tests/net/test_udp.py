@@ -9,7 +9,9 @@ from typing import TypeAlias
 import pytest
 
 from relay.core.addresses import Family
-from relay.net import udp
+from relay.core.trains import Arrival
+from relay.net.receiver import Receiver
+from relay.net.udp import UdpSocket, is_broken
 from tests.conftest import needs_ipv6
 
 HOSTS = [
@@ -18,15 +20,15 @@ HOSTS = [
 ]
 
 
-Opener: TypeAlias = Callable[[Family, str], socket.socket]
+Opener: TypeAlias = Callable[[Family, str], UdpSocket]
 
 
 @pytest.fixture
 def open_socket() -> Iterator[Opener]:
-    opened: list[socket.socket] = []
+    opened: list[UdpSocket] = []
 
-    def open_(family: Family, host: str) -> socket.socket:
-        opened.append(udp.open_socket(family, host, 0))
+    def open_(family: Family, host: str) -> UdpSocket:
+        opened.append(UdpSocket(family, host, 0))
         return opened[-1]
 
     yield open_
@@ -39,35 +41,35 @@ def test_datagrams_come_in_the_order_they_were_sent_empty_ones_too(open_socket: 
     receiving, sending = open_socket(family, host), open_socket(family, host)
     sent = [b"", *(b"%d" % number for number in range(200)), bytes(60_000), b""]
     for data in sent:
-        assert udp.send(sending, data, receiving.getsockname()) is None
-    receiver = udp.Receiver([receiving])
-    received: list[udp.Datagram] = []
+        assert sending.transmit(data, receiving.getsockname()) is None
+    receiver = Receiver([receiving])
+    received: list[Arrival] = []
     while len(received) < len(sent):
         received += receiver.receive()
-    assert [data for data, _ in received] == sent
-    assert {address for _, address in received} == {sending.getsockname()}
+    assert [data for data, *_ in received] == sent
+    assert {tuple(rest) for _, *rest in received} == {(sending.getsockname(), 0, 0)}
 
 
 @needs_ipv6
 def test_one_receiver_reads_sockets_of_both_families(open_socket: Opener) -> None:
     sockets = [open_socket(Family.IPV4, "127.0.0.1"), open_socket(Family.IPV6, "::1")]
-    receiver = udp.Receiver(sockets)
+    receiver = Receiver(sockets)
     for family, host, receiving in ((Family.IPV4, "127.0.0.1", sockets[0]), (Family.IPV6, "::1", sockets[1])):
         sending = open_socket(family, host)
-        udp.send(sending, host.encode(), receiving.getsockname())
-        assert receiver.receive() == [(host.encode(), sending.getsockname())]
+        sending.transmit(host.encode(), receiving.getsockname())
+        assert receiver.receive() == [(host.encode(), sending.getsockname(), 0, 0)]
 
 
 @needs_ipv6
 def test_an_ipv4_and_an_ipv6_socket_share_a_port() -> None:
-    with udp.open_socket(Family.IPV6, "::", 0) as six, udp.open_socket(Family.IPV4, "0.0.0.0", six.getsockname()[1]) as four:
+    with UdpSocket(Family.IPV6, "::", 0) as six, UdpSocket(Family.IPV4, "0.0.0.0", six.getsockname()[1]) as four:
         assert four.getsockname()[1] == six.getsockname()[1]
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_stop_wakes_a_thread_that_is_blocked_in_receive(open_socket: Opener, count: int) -> None:
-    receiver = udp.Receiver([open_socket(Family.IPV4, "127.0.0.1") for _ in range(count)])
-    result: list[list[udp.Datagram]] = []
+    receiver = Receiver([open_socket(Family.IPV4, "127.0.0.1") for _ in range(count)])
+    result: list[list[Arrival]] = []
     thread = threading.Thread(target=lambda: result.append(receiver.receive()))
     thread.start()
     receiver.stop()
@@ -78,7 +80,7 @@ def test_stop_wakes_a_thread_that_is_blocked_in_receive(open_socket: Opener, cou
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_socket_that_someone_else_shut_down_is_an_error_not_a_busy_loop(open_socket: Opener, count: int) -> None:
     sockets = [open_socket(Family.IPV4, "127.0.0.1") for _ in range(count)]
-    receiver = udp.Receiver(sockets)
+    receiver = Receiver(sockets)
     with pytest.raises(OSError, match="not connected"):
         sockets[0].shutdown(socket.SHUT_RD)
     with pytest.raises(OSError, match="shut down"):
@@ -89,23 +91,23 @@ def test_a_port_in_use_is_an_error_and_leaves_no_socket_open(open_socket: Opener
     taken = open_socket(Family.IPV4, "127.0.0.1").getsockname()[1]
     # pytest turns the warning of a socket that is not closed into an error.
     with pytest.raises(OSError, match="in use") as caught:
-        udp.open_socket(Family.IPV4, "127.0.0.1", taken)
+        UdpSocket(Family.IPV4, "127.0.0.1", taken)
     assert caught.value.errno == errno.EADDRINUSE
 
 
 def test_a_datagram_that_can_not_be_sent_is_lost_and_the_socket_lives(open_socket: Opener) -> None:
     sending = open_socket(Family.IPV4, "127.0.0.1")
-    error = udp.send(sending, bytes(65_508), ("127.0.0.1", 9))
+    error = sending.transmit(bytes(65_508), ("127.0.0.1", 9))
     assert error is not None
     assert error.errno == errno.EMSGSIZE
-    assert not udp.is_broken(error)
-    assert udp.send(sending, b"", sending.getsockname()) is None
+    assert not is_broken(error)
+    assert sending.transmit(b"", sending.getsockname()) is None
 
 
 def test_a_socket_that_can_not_send_any_more_is_broken(open_socket: Opener) -> None:
     sending = open_socket(Family.IPV4, "127.0.0.1")
     with pytest.raises(OSError, match="not connected"):
         sending.shutdown(socket.SHUT_RDWR)
-    error = udp.send(sending, b"x", sending.getsockname())
+    error = sending.transmit(b"x", sending.getsockname())
     assert error is not None
-    assert udp.is_broken(error)
+    assert is_broken(error)

@@ -1,0 +1,70 @@
+"""How the threads of this process share CPUs and the interpreter.
+
+One thread at a time runs Python, whatever the number of CPUs. On several CPUs they fight over that: each wake-up is another
+thread on another CPU that finds the interpreter taken. On one CPU a thread only ever runs while no other does; and if those
+that relay don't interrupt each other (SCHED_BATCH), each finds the interpreter free.
+"""
+
+import contextlib
+import ctypes
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+STACK_SIZE = 256 * 1024
+"""Bytes of address space for the stack of a thread; what is not touched takes no memory. Python itself uses little of it:
+128 KiB would do, and twice that is for a library's callback."""
+
+_PROCESSOR = 38
+"""Of the fields of /proc/PID/stat, counted from 0: the CPU that it last ran on (proc(5))."""
+
+
+# With the interpreter given up meanwhile, which is the point of it; os.sched_yield keeps it before CPython 3.12.
+yield_cpu: Callable[[], object] = (
+    os.sched_yield if sys.version_info >= (3, 12) else ctypes.CDLL(None, use_errno=False).sched_yield
+)
+"""Let other threads that are ready have the CPU."""
+
+
+@contextlib.contextmanager
+def shared_fairly(switch_interval: float) -> Iterator[None]:
+    """Set what new threads of this process get, and put it back afterwards."""
+    interval, size = sys.getswitchinterval(), threading.stack_size()
+    sys.setswitchinterval(switch_interval)
+    threading.stack_size(STACK_SIZE)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        threading.stack_size(size)
+
+
+def yield_to_others() -> None:
+    """Have this thread never take the CPU from one that is running: it waits until that one gives it up."""
+    # A sandbox may forbid it; then it is as fair as any other thread.
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def current_cpu() -> int:
+    """Give the CPU that the main thread last ran on: as good as any that the kernel would choose now."""
+    # The second field, a name in parentheses, may have anything in it.
+    fields = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    return int(fields[_PROCESSOR - 2])
+
+
+@contextlib.contextmanager
+def pinned(cpu: int) -> Iterator[None]:
+    """Keep all threads that are made from now on, and this one, on one CPU.
+
+    Raises:
+        OSError: this process may not use it.
+    """
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {cpu})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
