@@ -12,6 +12,7 @@ from relay.core.addresses import AllocationId, Family, RelayedPort
 from relay.core.trains import Arrival
 from relay.net.receiver import Receiver
 from relay.net.udp import UdpCounters, UdpSocket
+from relay.ops.threads import start_light
 
 
 class RelayedSockets:
@@ -68,6 +69,9 @@ class AllocationActor(ReceivingActor):
         actor = cls(*args, **kwargs)
         actor._start_actor_loop()
         return actor.actor_ref
+
+    def _start_actor_loop(self) -> None:
+        start_light(self._actor_loop, self.name)
 
     def tell(self, batch: list[Arrival]) -> None:
         """Tell the server actor of what peers sent."""

@@ -43,6 +43,8 @@ CLOSE_TIMEOUT = 0.5
 
 _log = structlog.get_logger("relay.actors.server")
 
+_ADDRESS_LENGTHS = {Family.IPV4: 2, Family.IPV6: 4}
+
 # Not EACCES and EPERM: what forbids one port of the range forbids them all, and trying each would hold everybody up.
 _PORT_REFUSALS = frozenset((errno.EADDRINUSE,))
 
@@ -359,7 +361,7 @@ class ServerActor(Actor):
 
 def by_address_length(sockets: Mapping[Family, UdpSocket]) -> dict[int, UdpSocket]:
     """Give sockets by the length of the addresses of their family: a packet's tells which one, for the price of a len()."""
-    return {len(each.getsockname()): each for each in sockets.values()}
+    return {_ADDRESS_LENGTHS[family]: each for family, each in sockets.items()}
 
 
 def _name(error: OSError | RuntimeError) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-from relay.core.addresses import IPV4_LENGTH, IPV6_LENGTH, Family, SocketAddress, pack_host, unpack_address
+from relay.core.addresses import IPV4_LENGTH, IPV6_LENGTH, Family, SocketAddress, family_of, pack_host, unpack_address
 
 T = TypeVar("T")
 
@@ -60,10 +60,13 @@ class AddressErrorValue(NamedTuple):
 
 def _pack_address(address: SocketAddress, transaction_id: bytes) -> bytes:
     host = pack_host(address)
-    mask = MAGIC_COOKIE + transaction_id
-    port = address[1] ^ 0x2112
-    family = Family.IPV4 if len(host) == IPV4_LENGTH else Family.IPV6
-    return _HEAD.pack(family, port) + bytes(a ^ b for a, b in zip(host, mask, strict=False))
+    return _HEAD.pack(family_of(address), address[1] ^ 0x2112) + _mask(host, transaction_id)
+
+
+def _mask(host: bytes, transaction_id: bytes) -> bytes:
+    """XOR a host with the magic cookie and, as far as it is longer, the transaction id (RFC 8489 §14.2)."""
+    mask = (MAGIC_COOKIE + transaction_id)[: len(host)]
+    return (int.from_bytes(host, "big") ^ int.from_bytes(mask, "big")).to_bytes(len(host), "big")
 
 
 def _unpack_address(value: bytes, transaction_id: bytes) -> SocketAddress:
@@ -72,8 +75,7 @@ def _unpack_address(value: bytes, transaction_id: bytes) -> SocketAddress:
     family, port = _HEAD.unpack_from(value)
     if family != (Family.IPV4 if len(value) == 4 + IPV4_LENGTH else Family.IPV6):
         raise MalformedAttributeError("the family of an XOR address does not fit its length")
-    mask = MAGIC_COOKIE + transaction_id
-    return unpack_address(bytes(a ^ b for a, b in zip(value[4:], mask, strict=False)), port ^ 0x2112)
+    return unpack_address(_mask(value[4:], transaction_id), port ^ 0x2112)
 
 
 def _pack_text(text: str, _: bytes) -> bytes:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from relay.core.addresses import AllocationId, ClientAddress, Family, RelayedPort, SocketAddress, socket_address
+from relay.core.addresses import AllocationId, ClientAddress, Family, socket_address
 from relay.core.allocations import Allocation, Allocations, AllocationState
 from relay.core.answers import Answers, Recipient
 from relay.core.attributes import (
@@ -69,11 +69,16 @@ class Lifecycle:
         self._commands = commands
         self._random = random
         self._ports = PortPool(config.ports)
+        self._public = {family: socket_address(host, 0)[0] for family, host in config.public_hosts.items()}
+        # Of the one Allocate that is just being answered, most often. An allocation itself holds no secret.
+        self._keys: dict[AllocationId, bytes] = {}
         self._next_id = 1
         self._draining = False
 
-    def begin(self, request: AllocationRequest, now: float) -> ErrorCode | None:
+    def begin(self, request: AllocationRequest, key: bytes | None, now: float) -> ErrorCode | None:
         """Make an allocation, to be answered once its sockets are bound; or give the error that stands against it.
+
+        ``key`` signs the answer; None derives it then.
 
         The allocation that its username had (roaming) is freed once nothing stands against the new one; its ports and its
         place count as free.
@@ -94,6 +99,8 @@ class Lifecycle:
         assert port is not None, "one was counted above"  # noqa: S101
         allocation = Allocation(AllocationId(self._next_id), port=port, **request._asdict())
         self._next_id += 1
+        if key is not None:
+            self._keys[allocation.id] = key
         self._tables.add(allocation, now + BIND_TIMEOUT)
         self._commands.append(BindPort(allocation.id, port, allocation.families))
         return None
@@ -126,6 +133,7 @@ class Lifecycle:
         self._commands.append(FreeAllocation(allocation.id, reason))
         if allocation.state is AllocationState.BINDING and reason in (FreeReason.REFUSED, FreeReason.FAILED):
             self._answers.refuse(self._recipient(allocation), ErrorCode.INSUFFICIENT_CAPACITY)
+        self._keys.pop(allocation.id, None)
         self._note_if_drained()
 
     def drain(self) -> None:
@@ -157,20 +165,19 @@ class Lifecycle:
 
     def _granted(self, allocation: Allocation) -> Iterator[tuple[Attribute[Any], Any]]:
         for family in allocation.families:
-            yield XOR_RELAYED_ADDRESS, self._relayed_address(family, allocation.port)
+            relayed = (self._public[family], allocation.port)
+            yield XOR_RELAYED_ADDRESS, relayed if family is Family.IPV4 else (*relayed, 0, 0)
         yield XOR_MAPPED_ADDRESS, allocation.client
         yield LIFETIME, allocation.lifetime
         for family in allocation.missing_families:
             yield ADDRESS_ERROR_CODE, AddressErrorValue(family, ErrorCode.ADDRESS_FAMILY_NOT_SUPPORTED)
 
-    def _relayed_address(self, family: Family, port: RelayedPort) -> SocketAddress:
-        return socket_address(self._config.public_hosts[family], port)
-
     def _recipient(self, allocation: Allocation) -> Recipient:
-        # The key is derived anew, rather than kept: an allocation holds no secret.
-        username = parse_username(allocation.username)
-        assert username is not None, "an allocation's username was authenticated"  # noqa: S101
-        key = integrity_key(username.text, self._config.realm, password_of(username, self._config.secret))
+        key = self._keys.pop(allocation.id, None)
+        if key is None:
+            username = parse_username(allocation.username)
+            assert username is not None, "an allocation's username was authenticated"  # noqa: S101
+            key = integrity_key(username.text, self._config.realm, password_of(username, self._config.secret))
         return Recipient(
             allocation.client,
             Method.ALLOCATE,

@@ -110,6 +110,7 @@ class Requests:
                 even_port=reserve is not None,
                 lifetime=_granted_lifetime(message.get(LIFETIME)),
             ),
+            request.recipient.key,
             request.now,
         )
         if error is not None:

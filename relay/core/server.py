@@ -59,7 +59,10 @@ _LONGEST_STUN = 1500
 """Bytes. A STUN message fits the path's MTU (RFC 8489 §6.1); one of 64 KiB could name 5,000 peers, each to be judged, and
 held up everybody's packets for 130 ms."""
 
-_REQUESTS = frozenset((Method.BINDING, Method.ALLOCATE, Method.REFRESH, Method.CREATE_PERMISSION, Method.CHANNEL_BIND))
+_REQUESTS: dict[int, Method] = {
+    int(method): method
+    for method in (Method.BINDING, Method.ALLOCATE, Method.REFRESH, Method.CREATE_PERMISSION, Method.CHANNEL_BIND)
+}
 _DROPPED_INDICATIONS: dict[int, DropReason] = {
     Method.SEND: DropReason.SEND_INDICATION,
     Method.DATA: DropReason.DATA_INDICATION,
@@ -236,11 +239,11 @@ class Server:
             self.counters.drops[_DROPPED_INDICATIONS.get(message.method, DropReason.INDICATION)] += 1
 
     def _handle_request(self, message: Message, client: ClientAddress, now: Instant) -> None:
-        if message.method not in _REQUESTS:
+        method = _REQUESTS.get(message.method)
+        if method is None:
             # RFC 8489 §6.3: silence for a method that is not known.
             self.counters.drops[DropReason.UNKNOWN_METHOD] += 1
             return
-        method = Method(message.method)
         binds = method is Method.BINDING
         claim = None if binds else claim_of(message, self._config.realm, self._config.secret)
         key = None if claim is None else claim.key

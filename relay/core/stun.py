@@ -32,6 +32,8 @@ _FIRST_BYTE_BELOW = 4
 _INTEGRITY_LENGTH = 4 + 20
 _FINGERPRINT_LENGTH = 4 + 4
 _HEAD = struct.Struct("!HH")
+_INTEGRITY_HEAD = _HEAD.pack(MESSAGE_INTEGRITY.type, 20)
+_PADDING = (b"", bytes(3), bytes(2), bytes(1))
 
 
 def is_stun(data: bytes) -> bool:
@@ -63,6 +65,10 @@ class MessageClass(IntEnum):
     ERROR = 3
 
 
+_CLASSES = tuple(MessageClass)
+"""By number: a look-up takes a tenth of the time of ``MessageClass(number)``."""
+
+
 class Malformed(StrEnum):
     """Why bytes are no STUN message."""
 
@@ -92,8 +98,9 @@ class Message(NamedTuple):
         Raises:
             MalformedAttributeError: it is there, and its value has not the right form.
         """
+        wanted = attribute.type
         for type_, value in self.attributes:
-            if type_ == attribute.type:
+            if type_ == wanted:
                 return attribute.unpack(value, self.transaction_id)
         return None
 
@@ -103,12 +110,16 @@ class Message(NamedTuple):
 
     def has(self, attribute: Attribute[Any]) -> bool:
         """Tell whether an attribute is there, whatever its value."""
-        return any(type_ == attribute.type for type_, _ in self.attributes)
+        wanted = attribute.type
+        for type_, _ in self.attributes:  # noqa: SIM110 - half the cost of any()
+            if type_ == wanted:
+                return True
+        return False
 
     def unknown_attributes(self) -> tuple[int, ...]:
         """Give the types that must be understood and are not, each once."""
-        unknown = (t for t, _ in self.attributes if t < COMPREHENSION_OPTIONAL and t not in KNOWN_TYPES)
-        return tuple(dict.fromkeys(unknown))
+        unknown = [t for t, _ in self.attributes if t < COMPREHENSION_OPTIONAL and t not in KNOWN_TYPES]
+        return tuple(dict.fromkeys(unknown)) if unknown else ()
 
     def integrity_holds(self, key: bytes) -> bool:
         """Check MESSAGE-INTEGRITY in constant time (RFC 8489 §14.5); False if there is none."""
@@ -148,7 +159,7 @@ def decode(data: bytes) -> Message | Malformed:
                 attributes.append((type_, value))
         at += 4 + (size + 3 & ~3)
     return Message(
-        MessageClass((message_type >> 4 & 1) | (message_type >> 7 & 2)),
+        _CLASSES[(message_type >> 4 & 1) | (message_type >> 7 & 2)],
         (message_type & 0x000F) | (message_type >> 1 & 0x0070) | (message_type >> 2 & 0x0F80),
         data[8:HEADER_LENGTH],
         tuple(attributes),
@@ -179,21 +190,22 @@ def encode(
         key: signs the message with MESSAGE-INTEGRITY.
         fingerprint: appends FINGERPRINT.
     """
-    parts = []
+    parts: list[bytes] = []
     for attribute, value in attributes:
         packed = attribute.pack(value, transaction_id)
-        parts.append(_HEAD.pack(attribute.type, len(packed)))
-        parts.append(packed)
-        parts.append(bytes(-len(packed) % 4))
+        size = len(packed)
+        parts += (_HEAD.pack(attribute.type, size), packed, _PADDING[size & 3])
     body = b"".join(parts)
     message_type = (
         (method & 0x000F) | (method & 0x0070) << 1 | (method & 0x0F80) << 2
         | (message_class & 1) << 4 | (message_class & 2) << 7
     )  # fmt: skip
-    message = _HEAD.pack(message_type, len(body)) + MAGIC_COOKIE + transaction_id + body
+    # MESSAGE-INTEGRITY covers a length that counts it, but no FINGERPRINT after it (RFC 8489 §14.5).
+    length = len(body) + (0 if key is None else _INTEGRITY_LENGTH)
+    message = b"".join((_HEAD.pack(message_type, length), MAGIC_COOKIE, transaction_id, body))
     if key is not None:
-        mac = _integrity(message, key)
-        message = _with_length(message, _INTEGRITY_LENGTH) + _HEAD.pack(MESSAGE_INTEGRITY.type, len(mac)) + mac
+        mac = hmac.digest(key, message, "sha1")
+        message = b"".join((message, _INTEGRITY_HEAD, mac))
     if fingerprint:
         message = _with_length(message, _FINGERPRINT_LENGTH)
         message += _HEAD.pack(FINGERPRINT.type, 4) + _fingerprint(message)

@@ -137,6 +137,14 @@ class UdpSocket(socket.socket):
                 return int(_MEMINFO.unpack(told)[_DROPS])
         return 0
 
+    def wait(self) -> None:
+        """Wait until there is something to read, or the socket is shut down.
+
+        Raises:
+            OSError: the socket had an error to tell, which `receive` does not tell again.
+        """
+        self.recv(1, socket.MSG_PEEK)
+
     def receive(self, flags: int = 0) -> Arrival | None:
         """Read a datagram or a train, waiting for it unless ``flags`` say otherwise; None once it is shut down.
 

