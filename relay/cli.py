@@ -26,8 +26,10 @@ from relay.ops import logs, signals
 from relay.ops.dump import dump, register_wedged_dump
 from relay.ops.systemd import Systemd
 from relay.options import (
+    CpuType,
     DurationType,
     EndpointType,
+    IntervalType,
     IpAddressType,
     NetworksType,
     PortalUrlType,
@@ -195,6 +197,23 @@ def _setting(
     EndpointType(),
     default="127.0.0.1:9999",
     text="Where operators will look inside; for now it answers what the health address does.",
+)
+@_setting(
+    "--cpu-affinity",
+    "cpu",
+    "CPU_AFFINITY",
+    CpuType(),
+    default="auto",
+    text="The CPU for all threads: Python runs one at a time, and on several CPUs they fight over whose turn it is. auto "
+    "is the one it starts on, off leaves threads wherever the kernel puts them.",
+)
+@_setting(
+    "--switch-interval",
+    "switch_interval",
+    "SWITCH_INTERVAL",
+    IntervalType(),
+    default="0.5",
+    text="How long a thread may keep the interpreter while others wait for it. off is Python's own, 0.005.",
 )
 @_setting(
     "--log-format",

@@ -1,19 +1,21 @@
 """The types of command line options: text to values, with one line that says what is wrong."""
 
 import re
+import sys
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
 import click
 
-from relay.config import Endpoint
+from relay.config import ANY_CPU, Endpoint
 from relay.core.credentials import RelaySecret
 from relay.core.peers import Network
 from relay.core.portal.endpoint import PortalToken, PortalUrl
 
 _LONGEST_TEXT = 4096
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_SHORTEST_INTERVAL, _LONGEST_INTERVAL = 0.0001, 10.0
 
 
 class IpAddressType(click.ParamType[IPv4Address | IPv6Address]):
@@ -92,6 +94,45 @@ class DurationType(click.ParamType[int]):
         if match is None or int(match[1]) < self._least:
             self.fail(f"{str(value)!r} is no duration: write 90s, 15m, 12h or 1d", param, ctx)
         return int(match[1]) * _UNITS[match[2] or "s"]
+
+
+class CpuType(click.ParamType[int | None]):
+    """The CPU for all threads."""
+
+    name = "auto|off|N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:  # noqa: ANN401
+        """Read ``auto`` as any CPU, ``off`` as none, and ``2`` as that one."""
+        if isinstance(value, int):
+            return value
+        text = str(value).strip().lower()
+        if text == "off":
+            return None
+        if text == "auto":
+            return ANY_CPU
+        # No machine has more digits, and what takes any number would take gigabytes to look for a large one.
+        if re.fullmatch("[0-9]{1,5}", text) is None:
+            self.fail(f"{str(value)!r} is no CPU: write auto, off, or the number of one", param, ctx)
+        return int(text)
+
+
+class IntervalType(click.ParamType[float]):
+    """How long a thread may keep the interpreter, in seconds."""
+
+    name = "SECONDS|off"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:  # noqa: ANN401
+        """Read ``0.5``; ``off`` is what the interpreter has without being told."""
+        if isinstance(value, float):
+            return value
+        text = str(value).strip().lower()
+        if text == "off":
+            return sys.getswitchinterval()
+        match = re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text)
+        if match is None or not _SHORTEST_INTERVAL <= float(text) <= _LONGEST_INTERVAL:
+            bounds = f"{_SHORTEST_INTERVAL} to {_LONGEST_INTERVAL:g}"
+            self.fail(f"{str(value)!r} is no such interval: write seconds, {bounds}, or off", param, ctx)
+        return float(text)
 
 
 class PortalUrlType(click.ParamType[PortalUrl]):

@@ -264,7 +264,7 @@ class System:
                 self._stack.enter_context(pinned(cpu))
             except OSError as error:
                 usable = ",".join(str(each) for each in sorted(os.sched_getaffinity(0)))
-                raise BadUseError(f"can't run on CPU {cpu}: --cpu takes one of {usable}, auto, or off") from error
+                raise BadUseError(f"can't run on CPU {cpu}: --cpu-affinity takes one of {usable}, auto, or off") from error
 
     def _open_sockets(self) -> None:
         """Take the port that clients talk to, so that a port that is in use is known of at once; nobody is answered yet."""

@@ -17,7 +17,7 @@ STANDALONE = ("--standalone", *PUBLIC, "--health-address", f"{HOST}:0", "--contr
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (
         *("FIREZONE_TOKEN", "FIREZONE_NAME", "FIREZONE_API_URL", "DRAIN_TIMEOUT", "RELAY_SECRET_FILE", "SSL_CERT_FILE"),
-        *("PUBLIC_IP4_ADDR", "PUBLIC_IP6_ADDR", "LOWEST_PORT", "HIGHEST_PORT"),
+        *("PUBLIC_IP4_ADDR", "PUBLIC_IP6_ADDR", "LOWEST_PORT", "HIGHEST_PORT", "CPU_AFFINITY", "SWITCH_INTERVAL"),
         *("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "NO_PROXY", "no_proxy"),
     ):
         monkeypatch.delenv(name, raising=False)
@@ -75,6 +75,15 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         (("--standalone", *PUBLIC, "--deny-peer", "everything"), "is no network: write 10.0.0.0/8"),
         (("--standalone", *PUBLIC, "--health-address", "8080"), "write 127.0.0.1:8080"),
         (("--standalone", *PUBLIC, "--health-address", "1.2.3.4:65536"), "write 127.0.0.1:8080"),
+        (("--standalone", *PUBLIC, "--cpu-affinity", "-1"), "is no CPU: write auto, off, or the number of one"),
+        (("--standalone", *PUBLIC, "--cpu-affinity", "0,1"), "is no CPU: write auto, off, or the number of one"),
+        (("--standalone", *PUBLIC, "--cpu-affinity", ""), "is no CPU: write auto, off, or the number of one"),
+        (("--standalone", *PUBLIC, "--cpu-affinity", "1000000"), "is no CPU: write auto, off, or the number of one"),
+        (("--standalone", *PUBLIC, "--switch-interval", "0"), "write seconds, 0.0001 to 10, or off"),
+        (("--standalone", *PUBLIC, "--switch-interval", "0.00009"), "write seconds, 0.0001 to 10, or off"),
+        (("--standalone", *PUBLIC, "--switch-interval", "10.1"), "write seconds, 0.0001 to 10, or off"),
+        (("--standalone", *PUBLIC, "--switch-interval", "nan"), "write seconds, 0.0001 to 10, or off"),
+        (("--standalone", *PUBLIC, "--switch-interval", "5ms"), "write seconds, 0.0001 to 10, or off"),
         (("--standalone", *PUBLIC, "--log-format", "xml"), "is not one of 'human', 'json'"),
         (("--standalone", *PUBLIC, "--max-allocations", "0"), "is not in the range"),
         (("--standalone", *PUBLIC, "--relay-secret-file", "/nowhere"), "can't read the relay secret from /nowhere"),
@@ -203,6 +212,7 @@ def test_help_names_each_environment_variable_and_default(
         *("HEALTH_CHECK_ADDR", "CONTROL_ENDPOINT", "LOG_FORMAT", "RNG_SEED", "ALLOW_PEER", "DENY_PEER", "MAX_ALLOCATIONS"),
         *("49152", "65535", "0.0.0.0:8080", "127.0.0.1:9999", "human"),
         *("FIREZONE_TOKEN", "FIREZONE_NAME", "FIREZONE_API_URL", "wss://api.firezone.dev", "DRAIN_TIMEOUT"),
+        *("CPU_AFFINITY", "auto", "SWITCH_INTERVAL", "0.5"),
     ):
         assert text in said
     # It would be seen by every user of the machine.
