@@ -34,6 +34,7 @@ from relay.core.portal.endpoint import PortalConfig
 from relay.core.server import Server
 from relay.net.dial import Dialer
 from relay.net.receiver import Receiver
+from relay.net.steering import Steered
 from relay.net.udp import RECEIVE_BUFFER, UdpCounters, UdpSocket, discard_waiting
 from relay.ops.http import HttpEndpoint, health_pages
 from relay.ops.machine import (
@@ -97,9 +98,9 @@ class System:
         self.server_counters = ServerCounters()
         self.portal: PortalChannel | None = None
         self.listening: dict[Family, UdpSocket] = {}
-        """Where clients send data, and what they are sent from."""
-        self.asking: dict[Family, UdpSocket] = {}
-        """Where clients send requests: on the same port, so that data can't take their place."""
+        """What clients are sent from."""
+        self._steered: dict[Family, Steered] = {}
+        """Where clients send to, `listening` among them."""
         self._clock = clock or SystemClock()
         self._systemd = systemd or Systemd({})
         self._started_at = time.monotonic()
@@ -269,12 +270,11 @@ class System:
     def _open_sockets(self) -> None:
         """Take the port that clients talk to, so that a port that is in use is known of at once; nobody is answered yet."""
         for family, host in self.hosts.items():
-            opened, asked = open_service_sockets(family, host, self.config.service_port, self.server_counters.udp)
-            self._stack.callback(opened.close)
-            self.listening[family] = opened
-            if asked is not None:
-                self._stack.callback(asked.close)
-                self.asking[family] = asked
+            steered = open_service_sockets(family, host, self.config.service_port, self.server_counters.udp)
+            for each in (*steered.data, *([] if steered.rest is None else [steered.rest])):
+                self._stack.callback(each.close)
+            self._steered[family] = steered
+            opened = self.listening[family] = steered.data[0]
             if opened.is_receive_buffer_capped:
                 _log.warning(
                     "receive buffers are small: bursts will lose packets", want=f"net.core.rmem_max={RECEIVE_BUFFER}"
@@ -310,12 +310,13 @@ class System:
     def _begin(self) -> None:
         """Answer clients from now on: the gate is open."""
         assert self._server is not None  # noqa: S101 - it is started before
-        # What came before was for nobody, and its senders have long tried again.
-        discard_waiting((*self.listening.values(), *self.asking.values()))
-        for family, opened in self.listening.items():
-            self._listen(ListenerActor, f"listener-{family.name.lower()}", opened)
-        for family, opened in self.asking.items():
-            self._listen(RequestListenerActor, f"requests-{family.name.lower()}", opened)
+        for family, (data, rest) in self._steered.items():
+            # What came before was for nobody, and its senders have long tried again.
+            discard_waiting((*data, *([] if rest is None else [rest])))
+            for number, opened in enumerate(data, 1):
+                self._listen(ListenerActor, f"listener-{family.name.lower()}-{number}", opened)
+            if rest is not None:
+                self._listen(RequestListenerActor, f"requests-{family.name.lower()}", rest)
         self._has_begun = True
         _log.info(
             "ready",

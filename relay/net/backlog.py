@@ -10,7 +10,7 @@ import time
 
 from relay.net.udp import RECEIVE_BUFFER, UdpSocket
 
-DELAY = 0.012
+DELAY = 0.015
 """Seconds of reading that a small buffer holds, about: what a packet then waits for."""
 
 PATIENCE = 0.010

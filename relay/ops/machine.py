@@ -13,7 +13,7 @@ from relay import __version__
 from relay.config import BadUseError, Config, Endpoint
 from relay.core.addresses import Family
 from relay.core.relaying import CHANNEL_DATA_FIRST_BYTES
-from relay.net.steering import open_steered
+from relay.net.steering import Steered, open_steered
 from relay.net.udp import ADDRESS_FAMILIES, UdpCounters, UdpSocket
 
 _UNSPECIFIED = {Family.IPV4: "0.0.0.0", Family.IPV6: "::"}  # noqa: S104 - a relay serves whoever reaches it
@@ -53,8 +53,8 @@ def own_addresses() -> frozenset[str]:
     )
 
 
-def open_service_sockets(family: Family, host: str, port: int, counters: UdpCounters) -> tuple[UdpSocket, UdpSocket | None]:
-    """Open the sockets for clients: one for data, one for requests; the second is None if the first has to get all.
+def open_service_sockets(family: Family, host: str, port: int, counters: UdpCounters) -> Steered:
+    """Open the sockets for clients: some for data, one for requests.
 
     Raises:
         BadUseError: it is in use, or the machine does not have the address.

@@ -111,7 +111,7 @@ def test_a_listener_that_fails_ends_the_system_with_an_error(relay: Relay) -> No
     break_socket(relay.system.listening[Family.IPV4], socket.SHUT_RD)
     with structlog.testing.capture_logs() as log:
         assert relay.system.run(dump=lambda: None) == 1
-    assert [entry["actor"] for entry in log] == ["listener-ipv4"]
+    assert [entry["actor"] for entry in log] == ["listener-ipv4-1"]
 
 
 def test_a_system_that_is_told_to_stop_ends_well_and_dumps_when_told_to(relay: Relay) -> None:

@@ -5,11 +5,10 @@ import socket
 import pykka
 import pytest
 
-from relay.actors.messages import Tick
+from relay.actors.messages import AreYouThere, Tick
 from relay.actors.server import ServerActor
-from relay.core.addresses import Family, SocketAddress
+from relay.core.addresses import SocketAddress
 from relay.core.counters import DropReason, FreeReason
-from relay.core.stun import MessageClass, Method, encode
 from tests.actors.conftest import Relay, RelayMaker
 from tests.conftest import wait_until
 from tests.turn_client import TurnClient, udp_socket
@@ -54,9 +53,8 @@ def test_the_deadline_wakes_the_server_without_any_traffic(relay: Relay) -> None
     client = relay.client()
     client.allocate()
     relay.clock.jump(599.8)
-    # Any datagram makes it look at the clock, and sleep for the fifth of a second that is left.
-    at = relay.system.address_of(Family.IPV4)
-    client.socket.sendto(encode(MessageClass.INDICATION, Method.BINDING, bytes(12), []), (at.host, at.port))
+    # Any message makes its thread look at the clock, and sleep for the fifth of a second that is left.
+    server_of(relay).ask(AreYouThere(), timeout=5)
     wait_until(lambda: not relay.system.core.allocations.by_id)
 
 

@@ -270,7 +270,7 @@ def test_sigusr1_shows_every_thread_by_name_and_the_state_while_packets_flow(pro
             assert peer.recv(100) == payload
         program.wait_for_log("--- end of dump")
     said = program.log
-    for thread in ("MainThread", "server", "listener-ipv4", f"allocation-1-port-{relayed[1]}"):
+    for thread in ("MainThread", "server", "listener-ipv4-1", f"allocation-1-port-{relayed[1]}"):
         assert f"thread {thread}:" in said
     assert re.search(r"^uptime_seconds: \d", said, re.MULTILINE)
     for line in ("allocations: 1", "live_channels: 1", "successes: allocate=1, channel_bind=1"):
