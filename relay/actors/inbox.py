@@ -3,7 +3,6 @@
 import math
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -126,10 +125,14 @@ class ServerInbox(TimedInbox):
 
     def take(self, message: Packets) -> None:
         """Work on a message about packets as soon as it is this thread's turn: as if it were told, but cheaper."""
-        waited = 0.0 if self.turn.acquire(blocking=False) else self._wait_for_turn()
+        if not self.turn.acquire(blocking=False) and not self._wait_for_turn():
+            message = self._without_late(message)
+            if not message.arrivals:
+                return
+            self.turn.acquire()
         try:
             if self.work is not None:
-                self.work(message if waited <= LONGEST_WAIT else self._without_late(message))
+                self.work(message)
         except Exception as error:  # noqa: BLE001 - the actor failed, so it has to fail in its own thread too
             self.work = None
             self._queue.put(_Letter(Failed(error)))
@@ -141,15 +144,14 @@ class ServerInbox(TimedInbox):
         with self.turn:
             self.work = None
 
-    def _wait_for_turn(self) -> float:
-        before = time.monotonic()
+    def _wait_for_turn(self) -> bool:
+        """Wait for as long as packets may; False if that was in vain."""
         # Whoever has it was interrupted: it goes on when this thread lets it. To wait in a queue would cost a switch more.
         for _ in range(_TRIES):
             yield_cpu()
             if self.turn.acquire(blocking=False):
-                return time.monotonic() - before
-        self.turn.acquire()
-        return time.monotonic() - before
+                return True
+        return self.turn.acquire(timeout=LONGEST_WAIT)
 
     def _without_late(self, message: Packets) -> Packets:
         kept = [arrival for arrival in message.arrivals if type(message) is FromClients and is_stun(arrival[0])]

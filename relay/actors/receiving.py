@@ -29,6 +29,8 @@ class ReceivingActor(Actor):
         try:
             while batch := receiver.receive():
                 tell(batch)
+                # What a batch took is for the next one: else each read would use memory that is not in the cache.
+                del batch
                 if receiver.is_behind:
                     # It could go on without end: now others may.
                     yield_cpu()

@@ -15,8 +15,9 @@ BATCH_BYTES = 96 * 1024
 """Bounds of a batch: large enough to share the cost of handing it over, small enough not to delay others."""
 
 _PROBE_EVERY = 16
-"""A read that finds nothing costs 1.4 µs. So more is read after a wake-up only if the last one found more than one
-datagram, or if this many wake-ups have passed."""
+_FEW = 4
+"""A read that finds nothing costs 1.4 µs. So where the last wake-up found fewer datagrams than `_FEW`, no more than that are
+asked for, but every so many wake-ups. If there are more, they come with the next batch."""
 
 _QUIET_WAKES = 4
 """A socket that was read less often than this is waited for without the 64 KiB that a read may need: most allocations are
@@ -34,7 +35,17 @@ class Receiver:
     With one socket, `receive` blocks in the read itself; with several it waits for any of them first.
     """
 
-    __slots__ = ("_backlogs", "_busy", "_by_descriptor", "_errors", "_poll", "_sockets", "_stopped", "_wakes", "is_behind")
+    __slots__ = (
+        "_backlogs",
+        "_by_descriptor",
+        "_errors",
+        "_expected",
+        "_poll",
+        "_sockets",
+        "_stopped",
+        "_wakes",
+        "is_behind",
+    )
 
     def __init__(self, sockets: Sequence[UdpSocket]) -> None:
         self._sockets = tuple(sockets)
@@ -47,7 +58,7 @@ class Receiver:
                 self._poll.register(each, _READABLE)
         self._stopped = False
         self._wakes = 0
-        self._busy = False
+        self._expected = 1
         self._errors = 0
         self._backlogs: dict[UdpSocket, Backlog] | None = None
         self.is_behind = False
@@ -77,8 +88,10 @@ class Receiver:
             self._errors = 0
             self._wakes += 1
             batch = [first]
-            if self._busy or self._wakes % _PROBE_EVERY == 0:
-                self._drain(sock, batch)
+            if self._wakes % _PROBE_EVERY == 0 or self._expected >= _FEW:
+                self._drain(sock, batch, BATCH_DATAGRAMS)
+            elif self._expected > 1:
+                self._drain(sock, batch, self._expected)
             return batch
         return []
 
@@ -102,12 +115,12 @@ class Receiver:
             self._note_shutdown()
         return self._by_descriptor[descriptor]
 
-    def _drain(self, sock: UdpSocket, batch: list[Arrival]) -> None:
+    def _drain(self, sock: UdpSocket, batch: list[Arrival], most: int) -> None:
         """Read what there is beside the first, within the bounds of a batch."""
         size = len(batch[0][0])
         receive = sock.receive
         self.is_behind = False
-        while len(batch) < BATCH_DATAGRAMS and size < BATCH_BYTES:
+        while len(batch) < most and size < BATCH_BYTES:
             try:
                 arrival = receive(socket.MSG_DONTWAIT)
             except OSError:
@@ -118,8 +131,8 @@ class Receiver:
             batch.append(arrival)
             size += len(arrival[0])
         else:
-            self.is_behind = True
-        self._busy = len(batch) > 1
+            self.is_behind = most == BATCH_DATAGRAMS
+        self._expected = len(batch)
         if self.is_behind or self._backlogs is not None:
             self._note_backlog(sock, size, len(batch))
 
