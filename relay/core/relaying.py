@@ -114,6 +114,9 @@ class Relaying:
         payload = data[CHANNEL_HEADER_LENGTH:end]
         count = len(arrivals)
         if count > 1:
+            if not length:
+                # Nothing, many times over, can't be told from nothing.
+                return None
             header = data[:CHANNEL_HEADER_LENGTH]
             for more, *rest in arrivals:
                 if len(more) != end or more[:CHANNEL_HEADER_LENGTH] != header or rest != [client, 0, traffic_class]:
@@ -203,7 +206,7 @@ class Relaying:
 
         The last datagram may be shorter; there is no empty one.
         """
-        if segment <= CHANNEL_HEADER_LENGTH or len(data) < segment:
+        if segment <= CHANNEL_HEADER_LENGTH or len(data) < segment or data[0] not in CHANNEL_DATA_FIRST_BYTES:
             return False
         header = data[:CHANNEL_HEADER_LENGTH]
         number, length = _unpack_header(header)

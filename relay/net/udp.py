@@ -186,9 +186,9 @@ class UdpSocket(socket.socket):
                 self.counters.send_errors[name_of(error)] += 1
                 return error
             return None
-        if not self._sends_trains:
-            return self._send_each(data, address, segment, traffic_class)
         most = min(MOST_SEGMENTS, LARGEST_DATAGRAM // segment) * segment
+        if most <= segment or not self._sends_trains:
+            return self._send_each(data, address, segment, traffic_class)
         if len(data) <= most:
             return self._send_train(data, address, segment, traffic_class)
         lost = None

@@ -367,7 +367,6 @@ def test_each_datagram_of_a_train_on_an_unbound_channel_is_counted(world: World)
     assert world.counters.drops[DropReason.UNBOUND_PEER] == 3
 
 
-@pytest.mark.xfail(strict=True, reason="a train that is no ChannelData counts as an unbound channel")
 def test_a_train_of_requests_is_answered_one_by_one(world: World) -> None:
     """A client that binds many channels at once sends requests of one length; the kernel may hand them over as one."""
     request = binding_request(padding=8)
@@ -375,7 +374,6 @@ def test_a_train_of_requests_is_answered_one_by_one(world: World) -> None:
     assert [answer_in([command]).code for command in commands] == [None, None]
 
 
-@pytest.mark.xfail(strict=True, reason="a train that is no ChannelData counts as an unbound channel")
 @given(
     st.integers(0, 255).filter(lambda first: not 64 <= first < 128),
     st.integers(5, 30),
@@ -434,7 +432,6 @@ def test_an_empty_payload_goes_alone_to_a_peer_and_ends_the_train_before_it(worl
     assert world.counters.to_peer_packets == 5
 
 
-@pytest.mark.xfail(strict=True, reason="all but one are lost, and counted")
 def test_empty_payloads_on_the_short_way_are_not_lost(world: World) -> None:
     batch = lone(*frames(b"", b""))
     forwarded = world.server.forward_to_peer(batch, world.relay.now.monotonic)

@@ -164,7 +164,6 @@ def test_a_train_that_is_too_large_for_the_kernel_is_sent_as_several(
     assert sending.counters == UdpCounters(trains_sent=trains)
 
 
-@pytest.mark.xfail(raises=RecursionError, strict=True, reason="cut into pieces of nothing, over and over")
 @FAMILIES
 def test_a_train_of_datagrams_longer_than_any_train_is_sent_one_by_one(
     open_socket: Opener, family: Family, host: str
