@@ -22,8 +22,8 @@ REVIEW = 0.1
 CALM = 1.0
 """Seconds without a drop after which it is made large again."""
 
-SMALLEST = 64 * 1024
-"""Bytes that are left in any case, or a thread that has to wait for its turn would find too little."""
+LEAST = 48
+"""Datagrams for which there is room in any case, or a thread that has to wait for its turn would find too little."""
 
 _BOOKKEEPING = 256
 _ROOM = 340
@@ -38,12 +38,14 @@ def counted_size(size: int, datagrams: int) -> int:
 class Backlog:
     """What waits in one socket, as its reader sees it."""
 
-    __slots__ = ("_calm_since", "_drops", "_read", "_since", "_socket", "is_small")
+    __slots__ = ("_calm_since", "_count", "_drops", "_least", "_read", "_since", "_socket", "is_small")
 
-    def __init__(self, sock: UdpSocket) -> None:
+    def __init__(self, sock: UdpSocket, least: int = LEAST) -> None:
         self._socket = sock
+        self._least = least
         self._since = 0.0
         self._read = 0
+        self._count = 0
         self._drops = 0
         self._calm_since = 0.0
         self.is_small = False
@@ -60,14 +62,16 @@ class Backlog:
         now = time.monotonic() if now is None else now
         if self.is_small:
             self._read += counted_size(size, datagrams)
+            self._count += datagrams
             if now - self._since >= REVIEW:
                 self._review(now)
         elif not is_behind:
             self._since = 0.0
         elif self._since == 0.0:
-            self._since, self._read = now, 0
+            self._since, self._read, self._count = now, 0, 0
         else:
             self._read += counted_size(size, datagrams)
+            self._count += datagrams
             if now - self._since >= PATIENCE:
                 self.is_small = True
                 self._socket.counters.buffers_cut += 1
@@ -86,7 +90,9 @@ class Backlog:
 
     def _fit(self, now: float) -> None:
         """Make the buffer as large as what is read in `DELAY`, at the pace of late."""
-        wanted = max(SMALLEST, int(self._read / (now - self._since) * DELAY))
+        room = max(self._least / max(self._count, 1), DELAY / (now - self._since))
+        wanted = int(self._read * room)
         # The kernel doubles what it is asked for (socket(7)).
-        self._socket.set_receive_buffer(min(RECEIVE_BUFFER, wanted // 2))
-        self._since, self._read = now, 0
+        if self._read:
+            self._socket.set_receive_buffer(min(RECEIVE_BUFFER, wanted // 2))
+        self._since, self._read, self._count = now, 0, 0

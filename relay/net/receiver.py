@@ -7,7 +7,7 @@ import socket
 from collections.abc import Sequence
 
 from relay.core.trains import Arrival
-from relay.net.backlog import Backlog
+from relay.net.backlog import LEAST, Backlog
 from relay.net.udp import UdpSocket, is_broken
 
 BATCH_DATAGRAMS = 64
@@ -33,6 +33,10 @@ class Receiver:
     """Reads from one socket or several until it is stopped.
 
     With one socket, `receive` blocks in the read itself; with several it waits for any of them first.
+
+    Args:
+        sockets: open ones; they stay the caller's.
+        least: datagrams that may wait in each, however large an overload is.
     """
 
     __slots__ = (
@@ -40,6 +44,7 @@ class Receiver:
         "_by_descriptor",
         "_errors",
         "_expected",
+        "_least",
         "_poll",
         "_sockets",
         "_stopped",
@@ -47,7 +52,7 @@ class Receiver:
         "is_behind",
     )
 
-    def __init__(self, sockets: Sequence[UdpSocket]) -> None:
+    def __init__(self, sockets: Sequence[UdpSocket], least: int = LEAST) -> None:
         self._sockets = tuple(sockets)
         self._by_descriptor: dict[int, UdpSocket] = {}
         self._poll: select.poll | None = None
@@ -56,6 +61,7 @@ class Receiver:
             self._poll = select.poll()
             for each in self._sockets:
                 self._poll.register(each, _READABLE)
+        self._least = least
         self._stopped = False
         self._wakes = 0
         self._expected = 1
@@ -139,7 +145,7 @@ class Receiver:
     def _note_backlog(self, sock: UdpSocket, size: int, datagrams: int) -> None:
         if self._backlogs is None:
             # Most sockets never have one.
-            self._backlogs = {each: Backlog(each) for each in self._sockets}
+            self._backlogs = {each: Backlog(each, self._least) for each in self._sockets}
         self._backlogs[sock].note(size, datagrams, is_behind=self.is_behind)
 
     def _note_shutdown(self) -> None:
