@@ -134,7 +134,7 @@ def test_threads_that_relay_wait_for_others_and_those_that_others_wait_for_do_no
     of_the_allocation = set(schedulers()) - before
     assert len(of_the_allocation) == 1
     relaying = of_the_allocation | named("listener-")
-    assert len(relaying) == 1 + len(CONFIG.public_hosts)
+    assert len(relaying) > len(CONFIG.public_hosts)
     # A thread says so of itself, as the first thing it does.
     wait_until(lambda: {how for thread, how in schedulers().items() if thread in relaying} == {"waits"})
     others = {thread: how for thread, how in schedulers().items() if thread not in relaying | earlier}

@@ -1,0 +1,543 @@
+"""Trains of datagrams through the program, between machines of their own: what arrives is what was sent one by one.
+
+The machines are network namespaces of the kernel, with the client on one side of the relay and the peers on the other. Their
+links coalesce what they receive, as network cards do.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeAlias
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from relay.core.addresses import Family, SocketAddress, socket_address
+from relay.core.credentials import RelaySecret, mint
+from tests.conftest import HAS_IPV6, needs_ipv6
+from tests.interop.conftest import Program
+from tests.turn_client import TurnClient
+
+CLONE_NEWNET = 0x40000000
+SOL_UDP, UDP_SEGMENT, UDP_GRO = 17, 103, 104
+SO_RCVBUFFORCE = 33
+SIOCETHTOOL, ETHTOOL_SGRO = 0x8946, 0x2C
+
+FLUSH_NANOSECONDS = 100_000
+"""For which a link keeps what it has received, in the hope of more."""
+
+CLIENT = {Family.IPV4: "10.77.1.2", Family.IPV6: "fd77:1::2"}
+RELAY = {Family.IPV4: "10.77.1.1", Family.IPV6: "fd77:1::1"}
+PEER = {Family.IPV4: "10.77.2.2", Family.IPV6: "fd77:2::2"}
+FAMILIES = [
+    pytest.param((one, other), marks=needs_ipv6 if Family.IPV6 in (one, other) else (), id=f"{one.name}-{other.name}")
+    for one in Family
+    for other in Family
+]
+LARGEST = 1400
+"""Bytes of payload that fit a link with all headers."""
+SECRET = "secret of the trains"
+END = b"the end of it"
+
+_libc = ctypes.CDLL(None, use_errno=True)
+Pair: TypeAlias = tuple[Family, Family]
+
+
+class Machine:
+    """A network of its own: what is made inside, sockets and processes, stays there."""
+
+    def __init__(self) -> None:
+        """Make it.
+
+        Raises:
+            OSError: this process may not.
+        """
+        # A thread that leaves its network and ends, so that no other has to find its way back.
+        with ThreadPoolExecutor(1) as pool:
+            self.descriptor = pool.submit(self._make).result()
+
+    @staticmethod
+    def _make() -> int:
+        if _libc.unshare(CLONE_NEWNET):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+    @property
+    def path(self) -> str:
+        return f"/proc/{os.getpid()}/fd/{self.descriptor}"
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Let this thread be there for a while."""
+        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            assert _libc.setns(self.descriptor, CLONE_NEWNET) == 0
+            yield
+        finally:
+            assert _libc.setns(home, CLONE_NEWNET) == 0
+            os.close(home)
+
+    def run(self, *command: str, text: str = "") -> None:
+        """Run a command there."""
+        with self.entered():
+            done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=20, check=False)
+        assert done.returncode == 0, f"{command}: {done.stderr}{text}"
+
+    def configure(self, **addresses: dict[Family, str]) -> None:
+        """Give addresses to links, and let them coalesce what they receive."""
+        lines = ["link set lo up"]
+        for link, hosts in addresses.items():
+            lines += [f"addr add {host}/{_length(host)} dev {link}" + " nodad" * (":" in host) for host in hosts.values()]
+            lines.append(f"link set {link} up")
+        self.run("ip", "-batch", "-", text="\n".join(lines))
+        with self.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+            for link in addresses:
+                value = ctypes.create_string_buffer(struct.pack("=II", ETHTOOL_SGRO, 1))
+                fcntl.ioctl(any_socket, SIOCETHTOOL, struct.pack("16sP16x", link.encode(), ctypes.addressof(value)))
+        knobs = "".join(
+            f"echo {FLUSH_NANOSECONDS} >/sys/class/net/{link}/gro_flush_timeout; "
+            f"echo 1 >/sys/class/net/{link}/napi_defer_hard_irqs; "
+            for link in addresses
+        )
+        # /sys shows the network in which it was mounted.
+        self.run("unshare", "--mount", "sh", "-ec", f"mount -t sysfs none /sys; {knobs}")
+
+    def set_mtu(self, link: str, size: int) -> None:
+        self.run("ip", "link", "set", link, "mtu", str(size))
+
+    def close(self) -> None:
+        """Forget it: it is gone once nothing is there any more."""
+        os.close(self.descriptor)
+
+
+def _length(host: str) -> int:
+    return 64 if ":" in host else 24
+
+
+class Network(NamedTuple):
+    """Three machines in a row."""
+
+    client: Machine
+    relay: Machine
+    peer: Machine
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[Network]:
+    missing = [name for name in ("ip", "unshare") if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"no trains are tested between machines: {' and '.join(missing)} not installed (iproute2, util-linux)")
+    families = Family if HAS_IPV6 else (Family.IPV4,)
+    with contextlib.ExitStack() as stack:
+        try:
+            made = []
+            for _ in Network._fields:
+                made.append(Machine())
+                stack.callback(made[-1].close)
+        except OSError as error:
+            pytest.skip(f"no trains are tested between machines: namespaces take root ({error.strerror})")
+        machines = Network(*made)
+        for link, machine in (("toclient", machines.client), ("topeer", machines.peer)):
+            machines.relay.run(
+                *("ip", "link", "add", link, "type", "veth", "peer", "name", "torelay", "netns", machine.path)
+            )
+        far = {family: PEER[family][:-1] + "1" for family in families}
+        machines.relay.configure(toclient={each: RELAY[each] for each in families}, topeer=far)
+        machines.client.configure(torelay={each: CLIENT[each] for each in families})
+        machines.peer.configure(torelay={each: PEER[each] for each in families})
+        for family in families:
+            machines.peer.run("ip", "route", "add", "default", "via", far[family])
+        yield machines
+
+
+@pytest.fixture(scope="module")
+def program(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """A relay on the machine in the middle."""
+    secret = tmp_path_factory.mktemp("relay") / "secret"
+    secret.write_text(SECRET)
+    hosts = tuple(RELAY.values()) if HAS_IPV6 else (RELAY[Family.IPV4],)
+    with network.relay.entered():
+        started = Program("--relay-secret-file", str(secret), hosts=hosts)
+    try:
+        started.wait_until_ready()
+        yield started
+    finally:
+        started.close()
+
+
+def send(sock: socket.socket, datagrams: Sequence[bytes], to: SocketAddress, *, train: bool) -> None:
+    """Send datagrams as a train, all as long as the first but the last, or one by one."""
+    if not train or len(datagrams) == 1:
+        for each in datagrams:
+            sock.sendto(each, to[:2])
+        return
+    segment = struct.pack("=H", len(datagrams[0]))
+    sock.sendmsg([b"".join(datagrams)], [(SOL_UDP, UDP_SEGMENT, segment)], 0, to[:2])
+
+
+def frame(number: int, payload: bytes, padding: int = 0) -> bytes:
+    return struct.pack("!HH", number, len(payload)) + payload + bytes(padding)
+
+
+class Way:
+    """One allocation: a client with a channel to each of some peers, which other allocations may share."""
+
+    def __init__(self, client: TurnClient, peers: Sequence[socket.socket], family: Family, server: SocketAddress) -> None:
+        self.client = client
+        self.server = server
+        self.peers = peers
+        (relayed,) = client.allocate(family=family)
+        self.relayed: SocketAddress = relayed
+        self.numbers = [0x4000 + 7 * index for index in range(len(peers))]
+        for number, peer in zip(self.numbers, peers, strict=True):
+            host, port, *_ = peer.getsockname()
+            assert client.bind_channel(number, socket_address(host, port)) is None
+
+    def end_to_peers(self) -> None:
+        for number in self.numbers:
+            self.client.send(number, END)
+
+    def end_to_client(self) -> None:
+        for peer in self.peers:
+            peer.sendto(END, self.relayed[:2])
+
+    def at_peers(self) -> list[list[bytes]]:
+        """Give what each peer gets, until the end."""
+        found = []
+        for peer in self.peers:
+            found.append(list[bytes]())
+            while True:
+                try:
+                    data, source = peer.recvfrom(65535)
+                except TimeoutError:
+                    # What is missing is told by what is there.
+                    return found
+                assert source[:2] == self.relayed[:2]
+                if data == END:
+                    break
+                found[-1].append(data)
+        return found
+
+    def at_client(self) -> list[list[bytes]]:
+        """Give what the client gets on each channel, until the end on all of them."""
+        found: dict[int, list[bytes]] = {number: [] for number in self.numbers}
+        ended = set[int]()
+        while len(ended) < len(found):
+            try:
+                number, data = self.client.receive()
+            except TimeoutError:
+                break
+            assert number not in ended, "something came after the end"
+            if data == END:
+                ended.add(number)
+            else:
+                found[number].append(data)
+        return list(found.values())
+
+
+WayMaker: TypeAlias = Callable[[Pair], tuple[Way, Way]]
+
+
+@pytest.fixture
+def two_ways(network: Network, program: Program) -> Iterator[WayMaker]:
+    """Make two allocations of one relay with channels to the same three peers."""
+    assert program.process.poll() is None
+    with contextlib.ExitStack() as stack:
+
+        def make(families: Pair) -> tuple[Way, Way]:
+            server = (RELAY[families[0]], 3478)
+            with network.peer.entered():
+                peers = [stack.enter_context(udp_socket(PEER[families[1]])) for _ in range(3)]
+            clients = []
+            with network.client.entered():
+                for _ in range(2):
+                    credential = mint(RelaySecret(SECRET), int(time.time()) + 600, os.urandom(8).hex())
+                    clients.append(stack.enter_context(TurnClient(server, credential, CLIENT[families[0]])))
+            for each in clients:
+                each.socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 4 << 20)
+            one, other = (Way(client, peers, families[1], socket_address(*server)) for client in clients)
+            return one, other
+
+        yield make
+
+
+def udp_socket(host: str) -> socket.socket:
+    opened = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+    opened.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 4 << 20)
+    opened.bind((host, 0))
+    opened.settimeout(5)
+    return opened
+
+
+class Burst(NamedTuple):
+    """Datagrams that are sent together. The numbers of payloads make them all differ, as far as their lengths let them."""
+
+    size: int
+    """Of the room for payload in each but the last."""
+    number: int
+    channel: int
+    last: int
+    """Bytes by which the last is shorter, if there is room for that."""
+    odd: dict[int, tuple[str, int]]
+    """What some of the datagrams are instead of ChannelData that fills its room, by their place."""
+
+
+OTHER_CHANNEL, PADDED, UNBOUND, TOO_LONG, BINDING = "other channel", "padded", "unbound", "too long", "binding"
+
+SIZES = st.sampled_from([0, 1, 3, 4, 16, 100, 1200, LARGEST]) | st.integers(0, LARGEST)
+BURSTS = st.builds(
+    Burst,
+    size=SIZES,
+    number=st.integers(1, 45),
+    channel=st.integers(0, 2),
+    last=st.just(0) | st.integers(0, LARGEST),
+    odd=st.dictionaries(
+        st.integers(0, 45),
+        st.tuples(st.sampled_from([OTHER_CHANNEL, PADDED, UNBOUND, TOO_LONG, BINDING]), st.integers(0, LARGEST)),
+        max_size=4,
+    ),
+)
+SEQUENCES = st.lists(BURSTS, min_size=1, max_size=6)
+# What failed is shown, not shrunk: what is lost is waited for each time.
+checked = settings(max_examples=25, deadline=None, database=None, phases=(Phase.explicit, Phase.generate))
+
+
+MOST_DATAGRAMS, MOST_BYTES = 60, 90_000
+"""What the relay reads at once, about. Of more than that it may drop something, if it has to wait for the CPU meanwhile."""
+
+
+def rounds(bursts: list[Burst]) -> Iterator[list[Burst]]:
+    """Divide bursts into those that may be on the way together."""
+    together: list[Burst] = []
+    for burst in bursts:
+        sent = [*together, burst]
+        if sum(each.number for each in sent) > MOST_DATAGRAMS or sum(each.number * each.size for each in sent) > MOST_BYTES:
+            yield together
+            sent = [burst]
+        together = sent
+    yield together
+
+
+class Stamps:
+    """Payloads that differ."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def payload(self, length: int) -> bytes:
+        self._count += 1
+        return (b"%07d " % self._count * (length // 8 + 1))[:length]
+
+
+def binding_request(length: int) -> bytes:
+    """A Binding request so long; its attribute is one that nobody needs to know."""
+    attribute = struct.pack("!HH", 0xFF00, length - 24) + bytes(length - 24)
+    return struct.pack("!HHI", 0x0001, length - 20, 0x2112A442) + os.urandom(12) + attribute
+
+
+def from_client(burst: Burst, way: Way, stamps: Stamps, expected: list[list[bytes]]) -> tuple[list[bytes], int]:
+    """Give what a client sends, and the number of answers that it gets; add what peers get."""
+    datagrams = []
+    answers = 0
+    for place in range(burst.number):
+        is_last = place == burst.number - 1
+        room = burst.size - min(burst.size, burst.last) * is_last
+        channel, padding = burst.channel, 0
+        kind, parameter = burst.odd.get(place, ("", 0))
+        if kind == OTHER_CHANNEL:
+            channel = (channel + 1 + parameter) % 3
+        elif kind == PADDED:
+            padding = min(parameter, room)
+        elif kind == BINDING and place and room >= 20 and room % 4 == 0:
+            datagrams.append(binding_request(4 + room))
+            answers += 1
+            continue
+        payload = stamps.payload(room - padding)
+        if kind == UNBOUND:
+            datagrams.append(frame(0x4FF0, payload))
+        elif kind == TOO_LONG:
+            datagrams.append(struct.pack("!HH", way.numbers[channel], room + 1 + parameter) + payload)
+        else:
+            datagrams.append(frame(way.numbers[channel], payload, padding))
+            expected[channel].append(payload)
+    return datagrams, answers
+
+
+@pytest.mark.parametrize("families", FAMILIES)
+def test_peers_get_the_same_from_trains_as_from_datagrams_one_by_one(two_ways: WayMaker, families: Pair) -> None:
+    trains, singles = two_ways(families)
+
+    def check_round(way: Way, bursts: list[Burst], *, train: bool) -> None:
+        stamps, expected, answers = Stamps(), list[list[bytes]]([[], [], []]), 0
+        for burst in bursts:
+            datagrams, more = from_client(burst, way, stamps, expected)
+            answers += more
+            send(way.client.socket, datagrams, way.server, train=train)
+        way.end_to_peers()
+        assert way.at_peers() == expected, "as a train" if train else "one by one"
+        for _ in range(answers):
+            assert way.client.socket.recv(65535)[:2] == b"\x01\x01"
+
+    @checked
+    @given(bursts=SEQUENCES)
+    def check(bursts: list[Burst]) -> None:
+        for together in rounds(bursts):
+            check_round(trains, together, train=True)
+            check_round(singles, together, train=False)
+
+    check()
+
+
+@pytest.mark.parametrize("families", FAMILIES)
+def test_clients_get_the_same_from_trains_as_from_datagrams_one_by_one(two_ways: WayMaker, families: Pair) -> None:
+    trains, singles = two_ways(families)
+
+    def check_round(way: Way, bursts: list[Burst], *, train: bool) -> None:
+        stamps, expected = Stamps(), list[list[bytes]]([[], [], []])
+        for burst in bursts:
+            datagrams = [stamps.payload(burst.size) for _ in range(burst.number - 1)]
+            datagrams.append(stamps.payload(burst.size - min(burst.size, burst.last)))
+            expected[burst.channel] += datagrams
+            # There is no train of empty datagrams, nor one with an empty one at its end.
+            send(way.peers[burst.channel], datagrams, way.relayed, train=train and len(datagrams[-1]) > 0)
+        way.end_to_client()
+        assert way.at_client() == expected, "as a train" if train else "one by one"
+
+    @checked
+    @given(bursts=SEQUENCES)
+    def check(bursts: list[Burst]) -> None:
+        for together in rounds(bursts):
+            check_round(trains, together, train=True)
+            check_round(singles, together, train=False)
+
+    check()
+
+
+def test_a_train_that_begins_with_a_request_is_answered_and_the_rest_of_it_relayed(two_ways: WayMaker) -> None:
+    """Data that is sent along with a request comes to where requests are read."""
+    way, _ = two_ways((Family.IPV4, Family.IPV4))
+    stamps = Stamps()
+    sent = [stamps.payload(100) for _ in range(20)]
+    for middle in (1, 10, 21):
+        datagrams = [frame(way.numbers[0], each) for each in sent]
+        for place in (0, middle):
+            datagrams.insert(place, binding_request(104))
+        send(way.client.socket, datagrams, way.server, train=True)
+        assert [way.peers[0].recv(65535) for _ in sent] == sent
+        for _ in range(2):
+            assert way.client.socket.recv(65535)[:2] == b"\x01\x01"
+
+
+def test_empty_datagrams_sent_one_by_one_arrive_one_by_one(two_ways: WayMaker) -> None:
+    way, _ = two_ways((Family.IPV4, Family.IPV4))
+    for _ in range(100):
+        way.client.send(way.numbers[0], b"")
+    way.end_to_peers()
+    assert way.at_peers() == [[b""] * 100, [], []]
+
+
+def receive_whole(sock: socket.socket) -> tuple[bytes, int]:
+    """Give what arrives together, and the length of each datagram in it; 0 if it is a single one."""
+    data, control, *_ = sock.recvmsg(65535, 256)
+    segments = [struct.unpack_from("=i", value)[0] for level, kind, value in control if (level, kind) == (SOL_UDP, UDP_GRO)]
+    return data, segments[0] if segments else 0
+
+
+@pytest.mark.parametrize("families", FAMILIES)
+def test_a_train_leaves_the_relay_as_a_train(two_ways: WayMaker, families: Pair) -> None:
+    """That is the point of them: it costs as much as one datagram, on the next machines too."""
+    way, _ = two_ways(families)
+    peer, client = way.peers[0], way.client.socket
+    peer.setsockopt(SOL_UDP, UDP_GRO, 1)
+    client.setsockopt(SOL_UDP, UDP_GRO, 1)
+    stamps = Stamps()
+    datagrams = [stamps.payload(1200) for _ in range(40)]
+    for padding in (0, 3):
+        send(client, [frame(way.numbers[0], each, padding) for each in datagrams], way.server, train=True)
+        assert receive_whole(peer) == (b"".join(datagrams), 1200)
+    send(peer, datagrams, way.relayed, train=True)
+    assert receive_whole(client) == (b"".join(frame(way.numbers[0], each) for each in datagrams), 1204)
+
+
+# Expedited forwarding; both kinds of ECN-capable, and congestion experienced, which routers write; all bits; none.
+CLASSES = [0xB8, 0x01, 0x02, 0x03, 0xFF, 0]
+CLASS_OPTIONS = {
+    Family.IPV4: (socket.IPPROTO_IP, socket.IP_TOS, socket.IP_RECVTOS),
+    Family.IPV6: (socket.IPPROTO_IPV6, socket.IPV6_TCLASS, socket.IPV6_RECVTCLASS),
+}
+
+
+def receive_with_class(sock: socket.socket) -> tuple[bytes, int]:
+    data, control, *_ = sock.recvmsg(65535, 256)
+    # One byte for IPv4, an int for IPv6.
+    return data, next(
+        int.from_bytes(value, "little") for _, kind, value in control if kind in (socket.IP_TOS, socket.IPV6_TCLASS)
+    )
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("families", FAMILIES)
+def test_dscp_and_ecn_arrive_with_each_datagram(two_ways: WayMaker, families: Pair, train: bool) -> None:  # noqa: FBT001
+    """Both ways, and without mixing up those that are on the way together."""
+    way, _ = two_ways(families)
+    peer, client = way.peers[0], way.client.socket
+    for sock, family in ((client, families[0]), (peer, families[1])):
+        level, _, tell = CLASS_OPTIONS[family]
+        sock.setsockopt(level, tell, 1)
+    stamps = Stamps()
+    to_peer, to_client = [], []
+    for traffic_class in CLASSES * 3:
+        for sock, family in ((client, families[0]), (peer, families[1])):
+            level, option, _ = CLASS_OPTIONS[family]
+            sock.setsockopt(level, option, traffic_class)
+        there = [stamps.payload(500) for _ in range(3)]
+        send(client, [frame(way.numbers[0], each) for each in there], way.server, train=train)
+        to_peer += [(each, traffic_class) for each in there]
+        back = [stamps.payload(500) for _ in range(3)]
+        send(peer, back, way.relayed, train=train)
+        to_client += [(frame(way.numbers[0], each), traffic_class) for each in back]
+    assert [receive_with_class(peer) for _ in to_peer] == to_peer
+    assert [receive_with_class(client) for _ in to_client] == to_client
+
+
+@contextlib.contextmanager
+def narrow(relay: Machine, link: str, far: Machine) -> Iterator[None]:
+    """Let no more than 1280 bytes through a link, as many a tunnel."""
+    for machine, name in ((relay, link), (far, "torelay")):
+        machine.set_mtu(name, 1280)
+    try:
+        yield
+    finally:
+        for machine, name in ((relay, link), (far, "torelay")):
+            machine.set_mtu(name, 1500)
+
+
+@pytest.mark.parametrize("families", FAMILIES)
+def test_trains_whose_datagrams_are_longer_than_the_next_link_takes_arrive_all_the_same(
+    network: Network, two_ways: WayMaker, families: Pair
+) -> None:
+    """The kernel sends no such train; single datagrams it cuts into fragments."""
+    way, _ = two_ways(families)
+    stamps = Stamps()
+    bursts = [[stamps.payload(size) for _ in range(15)] for size in (LARGEST, 1000, LARGEST, 1250)]
+    expected = [[each for burst in bursts for each in burst], list[bytes](), list[bytes]()]
+    with narrow(network.relay, "topeer", network.peer):
+        for burst in bursts:
+            send(way.client.socket, [frame(way.numbers[0], each) for each in burst], way.server, train=True)
+        way.end_to_peers()
+        assert way.at_peers() == expected
+    with narrow(network.relay, "toclient", network.client):
+        for burst in bursts:
+            send(way.peers[0], burst, way.relayed, train=True)
+        way.end_to_client()
+        assert way.at_client() == expected
