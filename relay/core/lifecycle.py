@@ -97,7 +97,18 @@ class Lifecycle:
             self.free(replaced, FreeReason.REPLACED)
         port = self._ports.draw(self._random, even=request.even_port)
         assert port is not None, "one was counted above"  # noqa: S101
-        allocation = Allocation(AllocationId(self._next_id), port=port, **request._asdict())
+        allocation = Allocation(
+            AllocationId(self._next_id),
+            request.client,
+            request.username,
+            request.transaction_id,
+            request.families,
+            request.missing_families,
+            port,
+            request.even_port,
+            request.lifetime,
+            request.fingerprint,
+        )
         self._next_id += 1
         if key is not None:
             self._keys[allocation.id] = key

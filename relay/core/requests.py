@@ -64,6 +64,18 @@ class Requests:
         self._lifecycle = lifecycle
         self._answers = answers
         self._counters = counters
+        self._service = {
+            (int(single), additional): (
+                tuple(family for family in asked if family in config.public_hosts),
+                tuple(family for family in asked if family not in config.public_hosts),
+            )
+            for single, additional, asked in (
+                (Family.IPV4, False, (Family.IPV4,)),
+                (Family.IPV6, False, (Family.IPV6,)),
+                (Family.IPV4, True, (Family.IPV4, Family.IPV6)),
+            )
+        }
+        """What is served and what is not, by the family that is asked for, and whether IPv6 is asked for as well."""
         self._handlers = {
             Method.ALLOCATE: self._allocate,
             Method.REFRESH: self._refresh,
@@ -132,11 +144,10 @@ class Requests:
         if additional is not None and (requested is not None or additional != Family.IPV6):
             raise RefusalError(ErrorCode.BAD_REQUEST)
         single = Family.IPV4 if requested is None else requested
-        asked = (single,) if additional is None else (Family.IPV4, Family.IPV6)
-        served = tuple(family for family in self._config.public_hosts if family in asked)
+        served, missing = self._service.get((single, additional is not None), ((), ()))
         if not served:
             raise RefusalError(ErrorCode.ADDRESS_FAMILY_NOT_SUPPORTED)
-        return served, tuple(Family(each) for each in asked if each not in served)
+        return served, missing
 
     def _refresh(self, request: Request) -> AttributeValues:
         message = request.message

@@ -46,7 +46,7 @@ def yield_to_others() -> None:
     """Have this thread never take the CPU from one that is running: it waits until that one gives it up."""
     # A sandbox may forbid it; then it is as fair as any other thread.
     with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        os.sched_setscheduler(0, os.SCHED_BATCH, _NO_PRIORITY)
 
 
 def current_cpu() -> int:
@@ -70,6 +70,8 @@ def pinned(cpu: int) -> Iterator[None]:
     finally:
         os.sched_setaffinity(0, before)
 
+
+_NO_PRIORITY = os.sched_param(0)
 
 _light: dict[int, str] = {}
 """The names of light threads that run, by identifier."""
