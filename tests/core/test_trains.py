@@ -352,6 +352,12 @@ def test_a_train_with_a_last_datagram_of_another_kind_is_taken_apart(world: Worl
     assert world.counters.to_peer_packets >= 2
 
 
+@pytest.mark.parametrize("padding", [0, 1, 4])
+def test_a_train_of_empty_payloads_is_taken_apart(world: World, padding: int) -> None:
+    (empty,) = frames(b"")
+    assert world.take([train(*[empty + bytes(padding)] * 3)]) == [SendToPeer(world.allocations[0], b"", PEER)] * 3
+
+
 def test_a_train_of_two_channels_is_taken_apart(world: World) -> None:
     (one, three), (two,) = frames(b"11", b"33"), frames(b"22", number=OTHER_CHANNEL)
     assert flows_of(world.take([train(one, two, three)])) == {
@@ -408,6 +414,11 @@ def test_a_shorter_datagram_is_the_last_of_its_train(world: World) -> None:
         SendToClient(frames(b"4")[0], world.clients[0].address),
         SendToClient(frames(b"55")[0], world.clients[0].address),
     ]
+
+
+def test_a_padded_datagram_can_be_the_last_of_a_train(world: World) -> None:
+    (padded,) = frames(b"22")
+    assert world.take(lone(*frames(b"11"), padded + b"\0\0")) == [SendToPeer(world.allocations[0], b"1122", PEER, 2)]
 
 
 def test_a_longer_datagram_begins_a_train_of_its_own(world: World) -> None:
@@ -570,6 +581,12 @@ def test_the_short_way_to_a_client_takes_a_whole_batch_at_once(world: World) -> 
     sent = (b"".join(frames(b"11", b"22")), CLIENT, 6, EXPEDITED)
     assert world.server.forward_to_client(batch, now, world.allocations[0]) == sent
     assert (world.counters.to_client_packets, world.counters.to_client_bytes) == (2, 4)
+
+
+def test_the_short_way_takes_no_train(world: World) -> None:
+    now = world.relay.now.monotonic
+    assert world.server.forward_to_peer([train(*frames(b"11", b"22"))], now) is None
+    assert world.server.forward_to_client([train(b"11", b"22", source=PEER)], now, world.allocations[0]) is None
 
 
 @pytest.mark.parametrize(
