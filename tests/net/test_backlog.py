@@ -111,6 +111,15 @@ def test_a_buffer_never_becomes_smaller_than_a_late_thread_needs(overloaded: Ove
     assert overloaded.buffer == pytest.approx(counted_size(LEAST * SIZE, LEAST), rel=0.05)
 
 
+@pytest.mark.parametrize("size", [20, 1200])
+def test_what_may_wait_at_the_least_is_the_callers_and_is_counted_in_datagrams(overloaded: Overloaded, size: int) -> None:
+    overloaded.backlog = Backlog(overloaded.socket, 100)
+    for _ in range(round(PATIENCE / MILLISECOND) + 2):
+        overloaded.backlog.note(size, 1, is_behind=True, now=overloaded.now)
+        overloaded.now += MILLISECOND
+    assert overloaded.buffer == pytest.approx(counted_size(100 * size, 100), rel=0.05)
+
+
 def test_a_fast_reader_keeps_its_buffer(overloaded: Overloaded) -> None:
     overloaded.become_small(per_millisecond=100_000)
     assert overloaded.buffer == overloaded.large
