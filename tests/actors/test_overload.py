@@ -164,21 +164,25 @@ floods = pytest.mark.parametrize(("sender", "count"), [("client", 1), ("client",
 
 @floods
 def test_requests_are_answered_under_a_flood(make_flow: FlowMaker, sender: str, count: int) -> None:
-    flooding, asking = make_flow(), make_flow()
+    flooding, other = make_flow(), make_flow()
+    # What a flooded client is answered, it may not find any more among all the data.
+    asking = (flooding, other) if sender == "client" else (other,)
 
     def refresh() -> None:
-        assert asking.client.refresh(600) is None
+        for each in asking:
+            assert each.client.refresh(600) is None
 
     def ask_for_own_address() -> None:
-        assert code_of(asking.client.request(Method.BINDING)) is None
+        for each in asking:
+            assert code_of(each.client.request(Method.BINDING)) is None
 
     flood = flooding.flood(sender, count)
     waits = []
     for _ in range(20):
         waits += [seconds_for(refresh), seconds_for(ask_for_own_address)]
         time.sleep(0.02)
-    # Whoever is new, and the one that floods, have requests answered as well. It is Allocate and ChannelBind, twice each.
-    waits.append(seconds_for(make_flow) / 4)
+    # Whoever is new has to ask for an allocation twice, and for a channel.
+    waits.append(seconds_for(make_flow) / 3)
     assert not flood.is_over
     # It takes some 7 ms.
     assert max(waits) < 1
@@ -217,3 +221,5 @@ def test_the_relay_ends_in_time_under_a_flood(tmp_path: Path, sender: str, count
         assert seconds_for(program.stop) < 3
         assert program.process.returncode == 0
         assert not flood.is_over
+        # What does not is said, and left to the end of the process.
+        assert "in time" not in program.log

@@ -19,6 +19,7 @@ import pytest
 
 from relay.actors.system import System
 from relay.config import BadUseError, Endpoint, PortalAccess
+from relay.core.credentials import RelaySecret, mint
 from relay.core.portal.endpoint import PortalToken, PortalUrl
 from relay.ops.threads import STACK_SIZE, current_cpu, yield_cpu
 from tests.actors.conftest import CONFIG, Relay, RelayMaker
@@ -26,7 +27,9 @@ from tests.actors.conftest import make_relay as make_relay  # noqa: PLC0414 - a 
 from tests.actors.conftest import relay as relay  # noqa: PLC0414 - likewise
 from tests.conftest import wait_until
 from tests.interop.conftest import Program
+from tests.turn_client import TurnClient, udp_socket
 
+SECRET = "secret of the threads"
 SCHEDULERS = {0: "interrupts", os.SCHED_BATCH: "waits"}
 
 # The ways to call what sandboxes forbid (systemd's @resources, for one), by machine.
@@ -205,13 +208,26 @@ def test_the_current_cpu_is_one_that_the_process_may_use() -> None:
         os.sched_setaffinity(0, before)
 
 
-def run_program(*options: str, variables: dict[str, str] | None = None) -> set[str]:
-    """Start a program, and give the CPUs that its threads may use."""
-    program = Program("--standalone", *options, network=variables or {})
+def run_program(directory: Path, *options: str, variables: dict[str, str] | None = None) -> set[str]:
+    """Start a program, see that it relays, and give the CPUs that its threads may use."""
+    secret = directory / "secret"
+    secret.write_text(SECRET)
+    program = Program(
+        *("--standalone", "--allow-peer", "127.0.0.0/8", "--relay-secret-file", str(secret), *options),
+        network=variables or {},
+    )
     try:
         program.wait_until_ready()
         assert " ready " in program.log
-        return set(affinities(program.process.pid).values())
+        credential = mint(RelaySecret(SECRET), int(time.time()) + 600, "salt")
+        with TurnClient((program.host, 3478), credential, "127.0.0.1") as client, udp_socket("127.0.0.1") as peer:
+            (relayed,) = client.allocate()
+            assert client.bind_channel(0x4000, peer.getsockname()) is None
+            client.send(0x4000, b"there")
+            assert peer.recv(1500) == b"there"
+            peer.sendto(b"back", relayed[:2])
+            assert client.receive() == (0x4000, b"back")
+            return set(affinities(program.process.pid).values())
     finally:
         program.close()
 
@@ -222,11 +238,13 @@ CPU = str(max(os.sched_getaffinity(0)))
 @pytest.mark.parametrize(
     ("options", "variables"), [(("--cpu-affinity", CPU), {}), ((), {"CPU_AFFINITY": CPU}), (("--cpu-affinity", "off"), {})]
 )
-def test_the_program_does_as_its_option_or_variable_says(options: tuple[str, ...], variables: dict[str, str]) -> None:
+def test_the_program_does_as_its_option_or_variable_says(
+    tmp_path: Path, options: tuple[str, ...], variables: dict[str, str]
+) -> None:
     everywhere = affinities("self")[threading.get_native_id()]
     expected = {everywhere} if "off" in options else {CPU, everywhere}
     # Those that wait for signals and write the log were there before.
-    assert run_program(*options, variables=variables) == expected
+    assert run_program(tmp_path, *options, variables=variables) == expected
 
 
 class _Instructions(ctypes.Structure):
@@ -257,12 +275,12 @@ def forbid(*calls: str) -> None:
         "sched_setscheduler",
     ],
 )
-def test_a_sandbox_that_forbids_to_share_cpus_keeps_no_relay_from_running(call: str) -> None:
+def test_a_sandbox_that_forbids_to_share_cpus_keeps_no_relay_from_running(tmp_path: Path, call: str) -> None:
     """deploy/firezone-relay.service is one, with all of systemd's @resources."""
 
     def start() -> set[str]:
         forbid(call)
-        return run_program()
+        return run_program(tmp_path)
 
     # What is forbidden can't be allowed again: that takes a thread which ends.
     with ThreadPoolExecutor(1) as pool:
