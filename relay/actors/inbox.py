@@ -11,7 +11,7 @@ from relay.actors.messages import Failed, FromClients, FromPeers, Tick
 from relay.core.addresses import AllocationId
 from relay.core.stun import is_stun
 from relay.core.trains import Arrival
-from relay.ops.threads import yield_cpu
+from relay.ops.threads import Load, yield_cpu
 
 LONGEST_WAIT = 0.020
 """Seconds for which packets may wait until the server actor takes them. Packets that are late are worth little to whoever
@@ -113,6 +113,8 @@ class ServerInbox(TimedInbox):
         self.forward_from_peer: Callable[[AllocationId, Sequence[Arrival]], bool] = lambda _, __: False
         """Relay a batch at once, if nothing but that is to be done and it is nobody's turn; also set by the actor. False
         says that nothing was done, and that the batch is to be told as a message."""
+        self.load = Load()
+        """Of this process, as its readers see it."""
         self.dropped = 0
         """Datagrams and trains that had to wait too long for the turn. Requests are never dropped."""
 

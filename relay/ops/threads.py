@@ -11,6 +11,7 @@ import ctypes
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -70,6 +71,34 @@ def pinned(cpu: int) -> Iterator[None]:
     finally:
         os.sched_setaffinity(0, before)
 
+
+class Load:
+    """How much of its CPU this process uses, as seen by those who use it."""
+
+    __slots__ = ("_cpu", "_since", "is_high", "work")
+
+    def __init__(self) -> None:
+        self.work = 0
+        """Pieces of work done: who does one adds one, and calls `look` every `LOOK_EVERY`. Some may get lost."""
+        self.is_high = False
+        """Whether there is hardly a moment without work."""
+        self._since = time.monotonic()
+        self._cpu = time.process_time()
+
+    def look(self, now: float | None = None, cpu: float | None = None) -> None:
+        """Compare the time that has passed with the CPU time that was used; both in seconds, of any begin."""
+        now = time.monotonic() if now is None else now
+        cpu = time.process_time() if cpu is None else cpu
+        passed = now - self._since
+        if passed >= _LOOK_PERIOD:
+            self.is_high = cpu - self._cpu > _HIGH * passed
+            self._since, self._cpu = now, cpu
+
+
+LOOK_EVERY = 64
+
+_LOOK_PERIOD = 0.01
+_HIGH = 0.8
 
 _NO_PRIORITY = os.sched_param(0)
 
