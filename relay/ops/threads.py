@@ -73,24 +73,29 @@ def pinned(cpu: int) -> Iterator[None]:
 
 
 class Load:
-    """How much of its CPU this process uses, as seen by those who use it."""
+    """How much of its CPU this process uses, as seen by those who use it.
+
+    Args:
+        now: monotonic seconds; the clock's without it, as everywhere here.
+        cpu: seconds of CPU time that were used so far, likewise.
+    """
 
     __slots__ = ("_cpu", "_since", "is_high", "work")
 
-    def __init__(self) -> None:
+    def __init__(self, now: float | None = None, cpu: float | None = None) -> None:
         self.work = 0
         """Pieces of work done: who does one adds one, and calls `look` every `LOOK_EVERY`. Some may get lost."""
         self.is_high = False
         """Whether there is hardly a moment without work."""
-        self._since = time.monotonic()
-        self._cpu = time.process_time()
+        self._since = time.monotonic() if now is None else now
+        self._cpu = time.process_time() if cpu is None else cpu
 
     def look(self, now: float | None = None, cpu: float | None = None) -> None:
-        """Compare the time that has passed with the CPU time that was used; both in seconds, of any begin."""
+        """Compare the time that has passed with the CPU time that was used."""
         now = time.monotonic() if now is None else now
-        cpu = time.process_time() if cpu is None else cpu
         passed = now - self._since
         if passed >= _LOOK_PERIOD:
+            cpu = time.process_time() if cpu is None else cpu
             self.is_high = cpu - self._cpu > _HIGH * passed
             self._since, self._cpu = now, cpu
 

@@ -7,9 +7,7 @@ from relay.ops.threads import Load
 
 @pytest.fixture
 def load() -> Load:
-    load = Load()
-    load.look(100.0, 10.0)
-    return load
+    return Load(100.0, 10.0)
 
 
 def test_a_process_that_uses_nearly_all_of_its_cpu_is_busy_until_it_does_not(load: Load) -> None:
@@ -31,10 +29,3 @@ def test_moments_are_too_short_to_tell(load: Load) -> None:
     assert not load.is_high
     load.look(100.1, 10.002)
     assert not load.is_high
-
-
-def test_it_reads_the_clocks_by_itself() -> None:
-    load = Load()
-    while not load.is_high:
-        # This is the work.
-        load.look()
