@@ -352,6 +352,23 @@ def test_a_train_with_a_last_datagram_of_another_kind_is_taken_apart(world: Worl
     assert world.counters.to_peer_packets >= 2
 
 
+@pytest.mark.parametrize("last", [channel_data(CHANNEL, b"333"), channel_data(CHANNEL, b"\0\0", length=0)], ids=bytes.hex)
+def test_a_padded_train_with_a_longer_or_empty_last_payload_is_taken_apart(world: World, last: bytes) -> None:
+    payload = last[4 : 4 + last[3]]
+    padded = [frame + bytes(4) for frame in frames(b"11", b"22")]
+    assert flows_of(world.take([train(*padded, last)])) == {
+        (world.allocations[0], PEER): [(b"11", 0), (b"22", 0), (payload, 0)]
+    }
+
+
+def test_a_train_that_looks_like_the_next_datagram_of_another_is_none(world: World) -> None:
+    whole = channel_data(CHANNEL, b"x" * 12)
+    # Cut, the first half states more than it has, and so does the second.
+    commands = world.take([*lone(whole), (whole, CLIENT, 8, 0)])
+    assert flows_of(commands) == {(world.allocations[0], PEER): [(b"x" * 12, 0)]}
+    assert world.counters.drops[DropReason.SHORT_CHANNEL_DATA] == 2
+
+
 @pytest.mark.parametrize("padding", [0, 1, 4])
 def test_a_train_of_empty_payloads_is_taken_apart(world: World, padding: int) -> None:
     (empty,) = frames(b"")
