@@ -18,3 +18,7 @@ class RequestListenerActor(ListenerActor):
     """Reads a socket that gets requests only. They are few, and others wait for what they bring about."""
 
     is_urgent = True
+
+    def tell(self, batch: list[Arrival]) -> None:
+        """Tell the server actor of what clients ask."""
+        self._inbox.take(FromClients(batch))

@@ -41,6 +41,12 @@ DENIED_BY_DEFAULT: tuple[Network, ...] = tuple(
 )
 """RFC 1918 and unique local addresses are not here: the peers of a Firezone network may well live there."""
 
+# As numbers: fifteen comparisons of networks would take 20 µs, half of what a ChannelBind takes in all.
+_DENIED = {
+    version: tuple((int(each.network_address), int(each.netmask)) for each in DENIED_BY_DEFAULT if each.version == version)
+    for version in (4, 6)
+}
+
 _MAPPED = IPv6Network("::ffff:0:0/96")
 _TRANSLATED = IPv6Network("::ffff:0:0:0/96")
 _COMPATIBLE = IPv6Network("::/96")
@@ -71,6 +77,11 @@ def judged_addresses(address: Address) -> tuple[Address, ...]:
 
 def _within(address: Address, networks: Iterable[Network]) -> bool:
     return any(address in network for network in networks)
+
+
+def _is_denied_by_default(address: Address) -> bool:
+    number = int(address)
+    return any(number & mask == network for network, mask in _DENIED[address.version])
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +128,7 @@ class PeerPolicy:
             return True
         if str(address) in self.relay_addresses:
             return str(address) in self.public_addresses and (port is None or port in self.relayed_ports)
-        return not _within(address, DENIED_BY_DEFAULT)
+        return not _is_denied_by_default(address)
 
     def _is_this_machine(self, address: Address) -> bool:
         return address.is_loopback or address.is_unspecified or str(address) in self.relay_addresses
