@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import queue
 import random
 import time
@@ -20,7 +19,7 @@ from relay.actors.messages import AreYouThere, Drain, LeavePortal
 from relay.actors.news import Event, Failure, News, Request
 from relay.actors.portal import PortalActor
 from relay.actors.server import ServerActor, ServerCounters, ServiceSockets
-from relay.config import ANY_CPU, BadUseError, Config, Endpoint, PortalAccess
+from relay.config import Config, Endpoint, PortalAccess
 from relay.core.addresses import Family
 from relay.core.commands import Drained
 from relay.core.config import ServerConfig
@@ -46,7 +45,7 @@ from relay.ops.machine import (
     user_agent,
 )
 from relay.ops.systemd import Systemd
-from relay.ops.threads import current_cpu, pinned, shared_fairly
+from relay.ops.threads import sharing_a_cpu
 
 WAITING_FROM_CLIENTS = 320
 """Datagrams that may wait in each socket that clients share, however large an overload is: a batch for each of a few busy
@@ -243,7 +242,7 @@ class System:
 
     def _start(self) -> None:
         """Start all there is but the listeners; what was started is undone by leaving the context, in reverse order."""
-        self._share_cpus()
+        self._stack.enter_context(sharing_a_cpu(self.config))
         if self.config.rng_seed is not None:
             _log.warning("random numbers are seeded: whoever knows the seed knows the secret; for tests only")
         raise_descriptor_limit(self.config)
@@ -260,22 +259,11 @@ class System:
         else:
             self._join(self.config.portal)
 
-    def _share_cpus(self) -> None:
-        """Put all threads on one CPU, unless it is to be left alone: they run Python one at a time anyway."""
-        self._stack.enter_context(shared_fairly(self.config.switch_interval))
-        if self.config.cpu is not None:
-            cpu = current_cpu() if self.config.cpu == ANY_CPU else self.config.cpu
-            try:
-                self._stack.enter_context(pinned(cpu))
-            except OSError as error:
-                usable = ",".join(str(each) for each in sorted(os.sched_getaffinity(0)))
-                raise BadUseError(f"can't run on CPU {cpu}: --cpu-affinity takes one of {usable}, auto, or off") from error
-
     def _open_sockets(self) -> None:
         """Take the port that clients talk to, so that a port that is in use is known of at once; nobody is answered yet."""
         for family, host in self.hosts.items():
             steered = open_service_sockets(family, host, self.config.service_port, self.server_counters.udp)
-            for each in (*steered.data, *([] if steered.rest is None else [steered.rest])):
+            for each in steered.all:
                 self._stack.callback(each.close)
             self._steered[family] = steered
             opened = self.listening[family] = steered.data[0]
@@ -314,13 +302,13 @@ class System:
     def _begin(self) -> None:
         """Answer clients from now on: the gate is open."""
         assert self._server is not None  # noqa: S101 - it is started before
-        for family, (data, rest) in self._steered.items():
+        for family, steered in self._steered.items():
             # What came before was for nobody, and its senders have long tried again.
-            discard_waiting((*data, *([] if rest is None else [rest])))
-            for number, opened in enumerate(data, 1):
+            discard_waiting(steered.all)
+            for number, opened in enumerate(steered.data, 1):
                 self._listen(ListenerActor, f"listener-{family.name.lower()}-{number}", opened)
-            if rest is not None:
-                self._listen(RequestListenerActor, f"requests-{family.name.lower()}", rest)
+            if steered.rest is not None:
+                self._listen(RequestListenerActor, f"requests-{family.name.lower()}", steered.rest)
         self._has_begun = True
         _log.info(
             "ready",

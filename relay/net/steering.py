@@ -45,6 +45,11 @@ class Steered(NamedTuple):
     rest: UdpSocket | None
     """For all else; None if the first one of the others gets everything."""
 
+    @property
+    def all(self) -> tuple[UdpSocket, ...]:
+        """Give all of them."""
+        return self.data if self.rest is None else (*self.data, self.rest)
+
 
 def open_steered(family: Family, host: str, port: int, threshold: int, counters: UdpCounters, *, spread: int = 4) -> Steered:
     """Open sockets for datagrams whose first byte is ``threshold`` or more, and another one for the rest.

@@ -8,12 +8,19 @@ that relay don't interrupt each other (SCHED_BATCH), each finds the interpreter 
 import _thread
 import contextlib
 import ctypes
+import errno
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import structlog
+
+from relay.config import ANY_CPU, BadUseError, Config
+
+_log = structlog.get_logger("relay.ops.threads")
 
 STACK_SIZE = 256 * 1024
 """Bytes of address space for the stack of a thread; what is not touched takes no memory. Python itself uses little of it:
@@ -70,6 +77,33 @@ def pinned(cpu: int) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+@contextlib.contextmanager
+def sharing_a_cpu(config: Config) -> Iterator[None]:
+    """Have threads share a CPU and the interpreter as the config says, for as long as the context lasts.
+
+    Raises:
+        BadUseError: this process may not use the CPU.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(shared_fairly(config.switch_interval))
+        try:
+            if config.cpu is not None:
+                stack.enter_context(pinned(current_cpu() if config.cpu == ANY_CPU else config.cpu))
+        except OSError as error:
+            if config.cpu != ANY_CPU:
+                raise BadUseError(_why_not(config.cpu, error)) from error
+            # A sandbox forbids it. It works without, only slower.
+            _log.warning("threads can't be put on one CPU: relaying costs more", error=error.strerror)
+        yield
+
+
+def _why_not(cpu: int | None, error: OSError) -> str:
+    if error.errno == errno.EINVAL:
+        usable = ",".join(str(each) for each in sorted(os.sched_getaffinity(0)))
+        return f"can't run on CPU {cpu}: --cpu-affinity takes one of {usable}, auto, or off"
+    return f"can't choose a CPU ({error.strerror}): allow sched_setaffinity, or give --cpu-affinity off"
 
 
 class Load:

@@ -268,15 +268,9 @@ def forbid(*calls: str) -> None:
 
 
 @pytest.mark.skipif(platform.machine() not in CALLS, reason="the numbers of its system calls are not known here")
-@pytest.mark.parametrize(
-    "call",
-    [
-        pytest.param("sched_setaffinity", marks=pytest.mark.xfail(reason="System takes it for bad use, auto or not")),
-        "sched_setscheduler",
-    ],
-)
+@pytest.mark.parametrize("call", ["sched_setaffinity", "sched_setscheduler"])
 def test_a_sandbox_that_forbids_to_share_cpus_keeps_no_relay_from_running(tmp_path: Path, call: str) -> None:
-    """deploy/firezone-relay.service is one, with all of systemd's @resources."""
+    """Many forbid all of systemd's @resources."""
 
     def start() -> set[str]:
         forbid(call)
