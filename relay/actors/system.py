@@ -51,6 +51,9 @@ WAITING_FROM_CLIENTS = 320
 """Datagrams that may wait in each socket that clients share, however large an overload is: a batch for each of a few busy
 clients. With four such sockets this is 8 ms of what one CPU relays."""
 
+BATCH_FROM_CLIENTS = 128
+"""Datagrams and trains that are read in one go from a socket that clients share."""
+
 LISTENER_STOP_TIMEOUT = 0.5
 """Seconds. A listener is woken from its read at once; it may be telling the server actor something."""
 
@@ -323,7 +326,7 @@ class System:
 
     def _listen(self, listener: type[ListenerActor], name: str, opened: UdpSocket) -> None:
         assert self._inbox is not None  # noqa: S101 - it is the server actor's
-        receiver = Receiver((opened,), WAITING_FROM_CLIENTS)
+        receiver = Receiver((opened,), WAITING_FROM_CLIENTS, BATCH_FROM_CLIENTS)
         started = listener.start(name, receiver, self._inbox, self._failed)
         self._stack.callback(_stop, name, started, LISTENER_STOP_TIMEOUT)
         self._stack.callback(receiver.stop)

@@ -10,9 +10,12 @@ from relay.core.trains import Arrival
 from relay.net.backlog import LEAST, Backlog
 from relay.net.udp import UdpSocket, is_broken
 
-BATCH_DATAGRAMS = 64
-BATCH_BYTES = 96 * 1024
-"""Bounds of a batch: large enough to share the cost of handing it over, small enough not to delay others."""
+BATCH_DATAGRAMS = 48
+"""Bound of a batch: large enough to share the cost of handing it over, small enough not to delay others. A reader of what
+many flows share does with more, since there are few such readers, and more of a flow in a batch."""
+
+BATCH_BYTES = 160 * 1024
+"""Likewise; a train counts with all its bytes."""
 
 _PROBE_EVERY = 16
 _FEW = 4
@@ -37,6 +40,7 @@ class Receiver:
     Args:
         sockets: open ones; they stay the caller's.
         least: datagrams that may wait in each, however large an overload is.
+        most: datagrams and trains in a batch.
     """
 
     __slots__ = (
@@ -45,6 +49,7 @@ class Receiver:
         "_errors",
         "_expected",
         "_least",
+        "_most",
         "_poll",
         "_sockets",
         "_stopped",
@@ -52,7 +57,7 @@ class Receiver:
         "is_behind",
     )
 
-    def __init__(self, sockets: Sequence[UdpSocket], least: int = LEAST) -> None:
+    def __init__(self, sockets: Sequence[UdpSocket], least: int = LEAST, most: int = BATCH_DATAGRAMS) -> None:
         self._sockets = tuple(sockets)
         self._by_descriptor: dict[int, UdpSocket] = {}
         self._poll: select.poll | None = None
@@ -62,6 +67,7 @@ class Receiver:
             for each in self._sockets:
                 self._poll.register(each, _READABLE)
         self._least = least
+        self._most = most
         self._stopped = False
         self._wakes = 0
         self._expected = 1
@@ -95,7 +101,7 @@ class Receiver:
             self._wakes += 1
             batch = [first]
             if self._wakes % _PROBE_EVERY == 0 or self._expected >= _FEW:
-                self._drain(sock, batch, BATCH_DATAGRAMS)
+                self._drain(sock, batch, self._most)
             elif self._expected > 1:
                 self._drain(sock, batch, self._expected)
             return batch
@@ -137,7 +143,7 @@ class Receiver:
             batch.append(arrival)
             size += len(arrival[0])
         else:
-            self.is_behind = most == BATCH_DATAGRAMS
+            self.is_behind = most == self._most
         self._expected = len(batch)
         if self.is_behind or self._backlogs is not None:
             self._note_backlog(sock, size, len(batch))
