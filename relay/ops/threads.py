@@ -107,37 +107,41 @@ def _why_not(cpu: int | None, error: OSError) -> str:
 
 
 class Load:
-    """How much of its CPU this process uses, as seen by those who use it.
+    """Whether those who do the work of this process get in each other's way.
+
+    Not the CPU time of the process: with 16,384 threads it takes a millisecond to add that up.
 
     Args:
-        now: monotonic seconds; the clock's without it, as everywhere here.
-        cpu: seconds of CPU time that were used so far, likewise.
+        yield_: lets other threads have the CPU.
+        clock: gives monotonic seconds.
     """
 
-    __slots__ = ("_cpu", "_since", "is_high", "work")
+    __slots__ = ("_clock", "_yield", "is_high", "work")
 
-    def __init__(self, now: float | None = None, cpu: float | None = None) -> None:
+    def __init__(self, yield_: Callable[[], object] = yield_cpu, clock: Callable[[], float] = time.monotonic) -> None:
         self.work = 0
         """Pieces of work done: who does one adds one, and calls `look` every `LOOK_EVERY`. Some may get lost."""
         self.is_high = False
-        """Whether there is hardly a moment without work."""
-        self._since = time.monotonic() if now is None else now
-        self._cpu = time.process_time() if cpu is None else cpu
+        """Whether others of this process are ready to do theirs, most often."""
+        self._yield = yield_
+        self._clock = clock
 
-    def look(self, now: float | None = None, cpu: float | None = None) -> None:
-        """Compare the time that has passed with the CPU time that was used."""
-        now = time.monotonic() if now is None else now
-        passed = now - self._since
-        if passed >= _LOOK_PERIOD:
-            cpu = time.process_time() if cpu is None else cpu
-            self.is_high = cpu - self._cpu > _HIGH * passed
-            self._since, self._cpu = now, cpu
+    def look(self) -> None:
+        """Let others have the CPU, and see what comes of it.
+
+        If they did their work in that time, they were waiting to. If the time went elsewhere, then to another process, which
+        shall not have it given more often.
+        """
+        work, began = self.work, self._clock()
+        self._yield()
+        done = self.work - work
+        self.is_high = done > 0 and self._clock() - began < done * _LONGEST_PIECE
 
 
 LOOK_EVERY = 64
 
-_LOOK_PERIOD = 0.01
-_HIGH = 0.8
+_LONGEST_PIECE = 0.0005
+"""Seconds for a piece of work, on the average: a full batch, on a slow machine."""
 
 _NO_PRIORITY = os.sched_param(0)
 

@@ -1,31 +1,47 @@
-"""Whether this process has hardly a moment without work."""
+"""Whether those who do the work of this process get in each other's way."""
 
 import pytest
 
 from relay.ops.threads import Load
 
 
+class Machine:
+    """What happens while a thread lets others have the CPU."""
+
+    def __init__(self) -> None:
+        self.load = Load(self.pass_time, lambda: self.now)
+        self.now = 1000.0
+        self.seconds = 0.0
+        self.done = 0
+
+    def pass_time(self) -> None:
+        self.now += self.seconds
+        self.load.work += self.done
+
+    def look(self, seconds: float, done: int) -> bool:
+        """Tell whether the load is high when others do so much in so many seconds."""
+        self.seconds, self.done = seconds, done
+        self.load.look()
+        return self.load.is_high
+
+
 @pytest.fixture
-def load() -> Load:
-    return Load(100.0, 10.0)
+def machine() -> Machine:
+    return Machine()
 
 
-def test_a_process_that_uses_nearly_all_of_its_cpu_is_busy_until_it_does_not(load: Load) -> None:
-    load.look(100.1, 10.09)
-    assert load.is_high
-    load.look(100.2, 10.18)
-    assert load.is_high
-    load.look(100.3, 10.22)
-    assert not load.is_high
+def test_the_load_is_high_while_others_have_work_to_do(machine: Machine) -> None:
+    assert not machine.load.is_high
+    assert machine.look(0.0001, 1)
+    assert machine.look(0.02, 400)
+    assert not machine.look(0.000001, 0)
 
 
-def test_half_a_cpu_is_not_much(load: Load) -> None:
-    load.look(100.1, 10.05)
-    assert not load.is_high
+def test_another_process_that_takes_the_cpu_is_no_load_of_this_one(machine: Machine) -> None:
+    assert not machine.look(0.003, 0)
+    assert not machine.look(0.012, 4)
 
 
-def test_moments_are_too_short_to_tell(load: Load) -> None:
-    load.look(100.001, 10.001)
-    assert not load.is_high
-    load.look(100.1, 10.002)
-    assert not load.is_high
+def test_it_lets_others_have_the_cpu_once(machine: Machine) -> None:
+    machine.look(0.0001, 3)
+    assert machine.load.work == 3
