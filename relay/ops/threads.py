@@ -122,7 +122,7 @@ class Load:
         self.work = 0
         """Pieces of work done: who does one adds one, and calls `look` every `LOOK_EVERY`. Some may get lost."""
         self.is_high = False
-        """Whether others of this process are ready to do theirs, most often."""
+        """Whether many others of this process are ready to do theirs, most often."""
         self._yield = yield_
         self._clock = clock
 
@@ -135,10 +135,13 @@ class Load:
         work, began = self.work, self._clock()
         self._yield()
         done = self.work - work
-        self.is_high = done > 0 and self._clock() - began < done * _LONGEST_PIECE
+        self.is_high = done >= _MANY and self._clock() - began < done * _LONGEST_PIECE
 
 
 LOOK_EVERY = 64
+
+_MANY = 4
+"""Others that were waiting. One or two now and then are no load: to let them go first costs more than it saves."""
 
 _LONGEST_PIECE = 0.0005
 """Seconds for a piece of work, on the average: a full batch, on a slow machine."""

@@ -32,14 +32,18 @@ def machine() -> Machine:
 
 def test_the_load_is_high_while_others_have_work_to_do(machine: Machine) -> None:
     assert not machine.load.is_high
-    assert machine.look(0.0001, 1)
+    assert machine.look(0.0005, 5)
     assert machine.look(0.02, 400)
     assert not machine.look(0.000001, 0)
 
 
+def test_one_other_now_and_then_is_no_load(machine: Machine) -> None:
+    assert not machine.look(0.0001, 2)
+
+
 def test_another_process_that_takes_the_cpu_is_no_load_of_this_one(machine: Machine) -> None:
     assert not machine.look(0.003, 0)
-    assert not machine.look(0.012, 4)
+    assert not machine.look(0.012, 8)
 
 
 def test_it_lets_others_have_the_cpu_once(machine: Machine) -> None:
