@@ -28,6 +28,9 @@ class Family(IntEnum):
     IPV4 = 1
     IPV6 = 2
 
+    # As its number has, in C: an enumeration's own is a function in Python, which look-ups would call.
+    __hash__ = int.__hash__
+
     def __str__(self) -> str:
         return "IPv4" if self is Family.IPV4 else "IPv6"
 

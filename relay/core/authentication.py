@@ -29,6 +29,8 @@ class ErrorCode(IntEnum):
     ALLOCATION_QUOTA_REACHED = 486
     INSUFFICIENT_CAPACITY = 508
 
+    __hash__ = int.__hash__
+
     @property
     def phrase(self) -> str:
         """The reason in words, for people."""

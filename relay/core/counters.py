@@ -34,6 +34,9 @@ class DropReason(StrEnum):
     UNBOUND_PEER = "unbound_peer"
     """From a peer that no live channel of the allocation is bound to."""
 
+    # As its text has, in C: floods are counted here.
+    __hash__ = str.__hash__
+
 
 MALFORMED_DROPS = {
     Malformed.HEADER: DropReason.MALFORMED_HEADER,

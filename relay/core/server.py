@@ -259,7 +259,7 @@ class Server:
         if error is not None or claim is None:
             self._challenge(to, error or ErrorCode.UNAUTHENTICATED, now)
             return
-        proven = to._replace(authenticated=True)
+        proven = Recipient(client, method, message.transaction_id, message.has_fingerprint, key, authenticated=True)
         self._requests.handle(Request(message, client, claim.username.text, proven, now.monotonic))
 
     def _challenge(self, to: Recipient, error: ErrorCode, now: Instant) -> None:

@@ -52,6 +52,9 @@ class Method(IntEnum):
     CREATE_PERMISSION = 0x008
     CHANNEL_BIND = 0x009
 
+    # As its number has, in C: an enumeration's own is a function in Python, which look-ups would call.
+    __hash__ = int.__hash__
+
     def __str__(self) -> str:
         return self.name.lower()
 
