@@ -241,6 +241,9 @@ class System:
             **_fields(counters),
             **_fields(self.server_counters),
             **_fields(self.server_counters.udp),
+            # With those of the sockets that clients send to, which are not closed yet.
+            "kernel_drops": self.server_counters.udp.kernel_drops
+            + sum(opened.drops() for steered in self._steered.values() for opened in steered.all),
         }
 
     def _start(self) -> None:

@@ -1,11 +1,13 @@
 """Packets through a running relay, over real sockets."""
 
+from typing import cast
+
 import pytest
 
 from relay.core.addresses import Family, SocketAddress, socket_address
 from relay.core.stun import MessageClass, Method, decode, encode
 from tests.actors.conftest import Relay, RelayMaker
-from tests.conftest import needs_ipv6
+from tests.conftest import needs_ipv6, wait_until
 from tests.turn_client import TurnClient, udp_socket
 
 HOST = {Family.IPV4: "127.0.0.1", Family.IPV6: "::1"}
@@ -90,3 +92,17 @@ def test_garbage_leaves_the_relay_answering(relay: Relay) -> None:
     answer = decode(client.socket.recv(1500))
     assert not isinstance(answer, str)
     assert answer.message_class is MessageClass.SUCCESS
+
+
+def test_what_the_kernel_drops_for_want_of_room_is_in_the_summary(relay: Relay) -> None:
+    client = relay.client()
+    client.allocate()
+    inbox = relay.system._inbox
+    assert inbox is not None
+    with inbox.turn:
+        # Its reader waits for the turn meanwhile, with what it has read.
+        for opened in relay.system._steered[Family.IPV4].data:
+            opened.set_receive_buffer(1)
+        for _ in range(100):
+            client.send(0x4000, bytes(1000))
+        wait_until(lambda: cast(int, relay.system.summary()["kernel_drops"]) > 50)
