@@ -38,6 +38,7 @@ Packets: TypeAlias = FromClients | FromPeers
 """Messages that are about packets."""
 
 _TRIES = 8
+"""Times that a thread lets others have the CPU before it waits for its turn in the queue of a lock."""
 
 _TICKED = _Letter(Tick())
 

@@ -163,14 +163,6 @@ class Server:
                 relaying.to_client(data, allocation, PeerAddress(peer), traffic_class, batched=True)
         relaying.finish()
 
-    def handle_client_datagram(self, data: bytes, client: ClientAddress, now: Instant) -> None:
-        """Take one datagram that arrived on the port that clients talk to, from ``client``."""
-        self.handle_client_arrival((data, client, 0, 0), now)
-
-    def handle_peer_datagram(self, allocation: AllocationId, data: bytes, peer: PeerAddress, now: Instant) -> None:
-        """Take one datagram that arrived on a relayed address, from ``peer``."""
-        self.handle_peer_arrival(allocation, (data, peer, 0, 0), now)
-
     def handle_bound(self, allocation: AllocationId, now: Instant) -> None:
         """Take the report that every socket of a `BindPort` is bound."""
         waiting = self._waiting(allocation, now)

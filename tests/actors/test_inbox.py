@@ -91,6 +91,7 @@ def test_one_thread_at_a_time_works_on_packets() -> None:
         nonlocal working, most
         working += 1
         most = max(most, working)
+        # The interpreter is given up: whoever could work at the same time would.
         time.sleep(0.001)
         working -= 1
 

@@ -107,6 +107,7 @@ class Flow:
             for _ in range(count):
                 self.client.send(0x4000, b"packet")
                 self.peer.sendto(b"packet", self.relayed[:2])
+                # The pace is what is tested: a few packets beside a flood.
                 time.sleep(0.01)
             # This might be lost like any other: then no more comes for a while.
             self.client.send(0x4000, END)
@@ -180,6 +181,7 @@ def test_requests_are_answered_under_a_flood(make_flow: FlowMaker, sender: str, 
     waits = []
     for _ in range(20):
         waits += [seconds_for(refresh), seconds_for(ask_for_own_address)]
+        # Spread over half a second of the flood: in a row, all of them might fit its first moment.
         time.sleep(0.02)
     # Whoever is new has to ask for an allocation twice, and for a channel.
     waits.append(seconds_for(make_flow) / 3)

@@ -137,11 +137,11 @@ class Relay:
         return self.server.drain()
 
     def receive(self, data: bytes, client: SocketAddress) -> list[Command]:
-        self.server.handle_client_datagram(data, ClientAddress(client), self.now)
+        self.server.handle_client_arrival((data, client, 0, 0), self.now)
         return self.server.drain()
 
     def receive_from_peer(self, allocation: AllocationId, data: bytes, peer: PeerAddress) -> list[Command]:
-        self.server.handle_peer_datagram(allocation, data, peer, self.now)
+        self.server.handle_peer_arrival(allocation, (data, peer, 0, 0), self.now)
         return self.server.drain()
 
     def report_bound(self, allocation: AllocationId) -> list[Command]:

@@ -197,8 +197,8 @@ def test_nothing_from_port_zero_is_answered(relay: Relay, first: bytes) -> None:
 def test_commands_are_drained_once(relay: Relay, client: Client, allocation: AllocationId) -> None:
     assert len(client.send_on_channel(b"data")) == 1
     assert relay.server.drain() == []
-    relay.server.handle_client_datagram(channel_data(CHANNEL, b"1"), client.address, relay.now)
-    relay.server.handle_client_datagram(channel_data(CHANNEL, b"2"), client.address, relay.now)
+    relay.server.handle_client_arrival((channel_data(CHANNEL, b"1"), client.address, 0, 0), relay.now)
+    relay.server.handle_client_arrival((channel_data(CHANNEL, b"2"), client.address, 0, 0), relay.now)
     assert relay.server.drain() == [SendToPeer(allocation, b"1", PEER), SendToPeer(allocation, b"2", PEER)]
 
 

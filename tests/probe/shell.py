@@ -107,9 +107,9 @@ class Shell:
                 data, sender = source.recvfrom(0xFFFF)
                 now = Instant(time.monotonic(), time.time())
                 if allocation is None:
-                    self.server.handle_client_datagram(data, ClientAddress(sender), now)
+                    self.server.handle_client_arrival((data, sender, 0, 0), now)
                 else:
-                    self.server.handle_peer_datagram(allocation, data, PeerAddress(sender), now)
+                    self.server.handle_peer_arrival(allocation, (data, sender, 0, 0), now)
                 self._carry_out(now)
 
     def _carry_out(self, now: Instant) -> None:
