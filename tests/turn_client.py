@@ -26,12 +26,22 @@ UDP = 17
 TIMEOUT = 5.0
 
 
+# An allocation outlives the client that a test closes: a port that the system gives out a second time would find it, and
+# an Allocate from there is rightly answered 437.
+_given: set[tuple[str, int]] = set()
+
+
 def udp_socket(host: str) -> socket.socket:
-    """A socket bound to some port, whose reads end in an error rather than never."""
-    opened = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
-    opened.bind((host, 0))
-    opened.settimeout(TIMEOUT)
-    return opened
+    """A socket bound to a port that none had before, whose reads end in an error rather than never."""
+    while True:
+        opened = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+        opened.bind((host, 0))
+        address = opened.getsockname()[:2]
+        if address not in _given:
+            _given.add(address)
+            opened.settimeout(TIMEOUT)
+            return opened
+        opened.close()
 
 
 class TurnClient:
