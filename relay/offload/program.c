@@ -1,0 +1,651 @@
+// Relays packets of bound channels in the kernel, before they become anybody's.
+//
+// The kernel runs `relay` (at the end) for each packet that an interface receives. In an order that a reader can follow:
+//
+//   read    take the packet apart: Ethernet, perhaps one VLAN tag, IPv4 or IPv6, UDP
+//   find    look up the channel binding: by (client, channel number) for what clients send, by (peer, relayed port) for
+//           what peers send; and by both if the two ends of a conversation are clients of this relay (a hairpin)
+//   route   take the next hop that the relay has found for the destination: interface, MAC addresses, source address
+//   sum     work out the new UDP checksum from the old one
+//   rewrite move the start of the packet, and write its new headers in front of the payload, which stays where it is
+//   count   add it to what the relay reads now and then
+//
+// Whatever it is not sure of goes to the relay's sockets as if there were no program (XDP_PASS), and it makes up its mind
+// before it changes a byte. It drops nothing. It decides nothing either: which channels there are, until when, and who is
+// behind which MAC address, the relay writes into the tables below (relay/offload/layout.py has the same layout).
+//
+// Addresses are IPv6 addresses, IPv4 ones as ::ffff:a.b.c.d, so that one pair of tables serves all. Fields that the
+// packet has too (addresses, ports, channel numbers) stand in tables as they do in packets, in network byte order.
+
+#include "kernel.h"
+
+enum {
+    OWN_ADDRESSES = 16,
+    DEVICES = 8,
+    SIZES = 16,      // of a histogram, in steps of 128 bytes
+    SIZE_SHIFT = 7,
+    UDP = 17,
+    MIN_FRAME = 60,  // bytes; whether a driver pads shorter frames, nobody knows
+    SECOND = 1000000000,
+};
+
+enum direction { TO_PEER, TO_CLIENT, DIRECTIONS };
+
+// Why a datagram for the relay was left to its sockets: in the order of layout.py's PassReason.
+enum reason {
+    NO_CHANNEL_DATA,   // from a client: a request, or nothing the relay knows
+    ODD_LENGTH,        // ChannelData with padding behind it, or cut off
+    UNBOUND,           // no such channel, or none of that peer
+    EXPIRED,           // the channel's time is over, or its allocation's
+    NO_NEXT_HOP,       // where it has to go is not known, or not through one of our interfaces
+    STALE_NEIGHBOUR,   // has the kernel ask whether the next hop is still where it was
+    TOO_LONG,          // for the path's MTU, once its headers are on
+    NO_CHECKSUM,       // UDP over IPv4 may leave it out; then there is none to work from
+    PARTIAL_CHECKSUM,  // to be completed by an interface that it never went through
+    SHORT_FRAME,
+    LAST_HOP,          // its hop limit is used up
+    NO_ROOM,           // the driver leaves no space for longer headers
+    REASONS,
+};
+
+// ------------------------------------------------------------------------------------------------------- the tables
+
+struct address {
+    u32 word[4];
+};
+
+struct end {  // a key: where a packet comes from, and what it is for
+    struct address address;
+    u16 port;
+    u16 tag;  // channels: the channel number; peers: the relayed port
+};
+
+struct binding {  // a value: what becomes of it
+    struct address destination;
+    u64 expires;      // nanoseconds of CLOCK_MONOTONIC
+    u32 next_hop;     // index into next_hops
+    u32 usage;        // index into usage
+    u32 end;          // index into ends
+    u32 flow_label;   // of IPv6, 20 bits
+    u16 destination_port;
+    u16 source_port;
+    u16 number;       // to be written in front, if it goes to a client
+    u16 flags;
+};
+enum { HAIRPIN = 1 };  // its destination is a relayed address of this relay
+
+struct next_hop {
+    u32 version;  // odd while it is being written
+    u32 ifindex;  // 0: not known
+    struct address destination;  // whom it is for: an index may have been given to another since
+    struct address source;
+    u8 to[6], from[6];
+    u16 vlan;  // 0: none
+    u16 unused;
+    u32 mtu;
+    u32 flags;
+    u64 nudged;  // when a packet was last left to the sockets for a stale neighbour; written here only
+};
+enum { STALE = 1 };
+
+struct device {
+    u32 ifindex;
+    u8 mac[6];
+    u16 flags;
+};
+enum { SEND_BACK = 1 };  // the driver is known to send from where it receives (XDP_TX) without losing packets
+
+struct settings {
+    u16 service_port, lowest_port, highest_port;  // in this machine's byte order
+    u16 own_count;
+    struct address own[OWN_ADDRESSES];
+    u32 device_count, unused;
+    struct device devices[DEVICES];
+};
+
+struct usage {
+    u64 packets, bytes, last_used;
+};
+
+struct totals {
+    u64 packets[DIRECTIONS], bytes[DIRECTIONS];  // payload, without any header
+    u64 sizes[DIRECTIONS][SIZES];
+    u64 passed[REASONS];
+};
+
+// The sizes are Python's too: layout.py is checked against these by a test.
+_Static_assert(sizeof(struct end) == 20, "end");
+_Static_assert(sizeof(struct binding) == 48, "binding");
+_Static_assert(sizeof(struct next_hop) == 72, "next_hop");
+_Static_assert(sizeof(struct settings) == 368, "settings");
+_Static_assert(sizeof(struct usage) == 24, "usage");
+_Static_assert(sizeof(struct totals) == 384, "totals");
+
+// How many entries those have that are here with one, the relay says when it loads the program.
+SECTION("maps") struct map channels = {HASH, sizeof(struct end), sizeof(struct binding), 1, 0};
+SECTION("maps") struct map peers = {HASH, sizeof(struct end), sizeof(struct binding), 1, 0};
+SECTION("maps") struct map next_hops = {ARRAY, sizeof(u32), sizeof(struct next_hop), 1, MMAPABLE};
+SECTION("maps") struct map usage = {PERCPU_ARRAY, sizeof(u32), sizeof(struct usage), 1, 0};
+// Until when anything is relayed for a relayed address, by its port * 2, + 1 for IPv6. Whoever frees an allocation writes
+// 0 here, and all its channels have ended with that one store.
+SECTION("maps") struct map ends = {ARRAY, sizeof(u32), sizeof(u64), 2 << 16, MMAPABLE};
+SECTION("maps") struct map settings = {ARRAY, sizeof(u32), sizeof(struct settings), 1, MMAPABLE};
+SECTION("maps") struct map totals = {PERCPU_ARRAY, sizeof(u32), sizeof(struct totals), 1, 0};
+
+// bpf_ktime_get_coarse_ns is free to all; the license is the kernel's question about the program itself.
+SECTION("license") char terms[] = "Dual MIT/GPL";
+
+// ------------------------------------------------------------------------------------------------- what packets have
+
+#define PACKED __attribute__((packed))
+
+struct ethernet {
+    u8 to[6], from[6];
+    u16 type;
+} PACKED;
+enum { IPV4 = BE16(0x0800), IPV6 = BE16(0x86dd), VLAN = BE16(0x8100) };
+
+struct vlan_tag {
+    u16 tag, type;
+} PACKED;
+
+struct ipv4 {
+    union {
+        struct {
+            u8 version_and_length, traffic_class;
+            u16 length, id, fragment;
+            u8 hop_limit, protocol;
+            u16 checksum;
+            u32 source, destination;
+        } PACKED;
+        u32 words[5];
+    } PACKED;
+} PACKED;
+enum { DONT_FRAGMENT = BE16(0x4000), ANY_FRAGMENT = BE16(0x3fff) };
+
+struct ipv6 {
+    u32 version_class_label;
+    u16 payload_length;
+    u8 next_header, hop_limit;
+    struct address source, destination;
+} PACKED;
+
+struct udp {
+    u16 source, destination, length, checksum;
+} PACKED;
+
+struct channel_data {
+    u16 number, length;
+} PACKED;
+
+// A packet, as it was read.
+struct packet {
+    struct address source, destination;
+    u16 source_port, destination_port;
+    u16 udp_length, checksum;
+    u16 headers;  // bytes in front of the UDP header
+    u8 traffic_class, hop_limit;
+};
+
+// A packet, as it shall be.
+struct plan {
+    struct binding *binding;  // where it goes
+    struct binding *first;    // the channel of its sender, if it is a hairpin
+    u32 payload;              // bytes
+    u16 strip;                // bytes of a ChannelData header to be taken off
+    u16 put;                  // bytes of a ChannelData header to be put in front
+    u32 stripped;             // that header, as it stood
+};
+
+// -------------------------------------------------------------------------------------------------------------- read
+
+INLINE int same(const struct address *one, const struct address *other)
+{
+    return one->word[0] == other->word[0] && one->word[1] == other->word[1] && one->word[2] == other->word[2] &&
+           one->word[3] == other->word[3];
+}
+
+INLINE struct address mapped(u32 ipv4)
+{
+    return (struct address){{0, 0, BE32(0xffff), ipv4}};
+}
+
+INLINE int is_ipv4(const struct address *address)
+{
+    return address->word[0] == 0 && address->word[1] == 0 && address->word[2] == BE32(0xffff);
+}
+
+INLINE u16 folded(u64 sum)
+{
+    sum = (sum & 0xffffffff) + (sum >> 32);
+    sum = (sum & 0xffff) + (sum >> 16);
+    sum = (sum & 0xffff) + (sum >> 16);
+    return (u16)((sum & 0xffff) + (sum >> 16));
+}
+
+// Frames for all, and frames for other machines that an interface shows us nonetheless, are not ours to relay.
+INLINE int is_for_us(const struct settings *set, u32 ifindex, const struct ethernet *frame)
+{
+    for (u32 i = 0; i < DEVICES && i < set->device_count; i++) {
+        const u8 *mac = set->devices[i].mac;
+        if (set->devices[i].ifindex == ifindex)
+            return frame->to[0] == mac[0] && frame->to[1] == mac[1] && frame->to[2] == mac[2] && frame->to[3] == mac[3] &&
+                   frame->to[4] == mac[4] && frame->to[5] == mac[5];
+    }
+    return 0;
+}
+
+INLINE int is_own(const struct settings *set, const struct address *address)
+{
+    for (u32 i = 0; i < OWN_ADDRESSES && i < set->own_count; i++)
+        if (same(&set->own[i], address))
+            return 1;
+    return 0;
+}
+
+INLINE u64 ipv4_sum(const struct ipv4 *ip)
+{
+    return (u64)ip->words[0] + ip->words[1] + ip->words[2] + ip->words[3] + ip->words[4];
+}
+
+INLINE int read_ipv4(const struct ipv4 *ip, const u8 *end, struct packet *packet)
+{
+    if ((const u8 *)(ip + 1) > end || ip->version_and_length != 0x45 || ip->protocol != UDP || (ip->fragment & ANY_FRAGMENT))
+        return 0;
+    // Nobody else has looked at it yet. What fits by chance must not go anywhere.
+    if (folded(ipv4_sum(ip)) != 0xffff)
+        return 0;
+    packet->source = mapped(ip->source);
+    packet->destination = mapped(ip->destination);
+    packet->traffic_class = ip->traffic_class;
+    packet->hop_limit = ip->hop_limit;
+    packet->udp_length = (u16)(BE16(ip->length) - sizeof(*ip));
+    packet->headers += sizeof(*ip);
+    return 1;
+}
+
+INLINE int read_ipv6(const struct ipv6 *ip, const u8 *end, struct packet *packet)
+{
+    u32 first;
+
+    // A header of extensions between this one and UDP's is not for us to understand.
+    if ((const u8 *)(ip + 1) > end || ip->next_header != UDP)
+        return 0;
+    first = BE32(ip->version_class_label);
+    if (first >> 28 != 6)
+        return 0;
+    packet->source = ip->source;
+    packet->destination = ip->destination;
+    // No host has such an address (RFC 4291 §2.5.5.2); here it would be taken for an IPv4 client's.
+    if (is_ipv4(&packet->source) || is_ipv4(&packet->destination))
+        return 0;
+    packet->traffic_class = (u8)(first >> 20);
+    packet->hop_limit = ip->hop_limit;
+    packet->udp_length = BE16(ip->payload_length);
+    packet->headers += sizeof(*ip);
+    return 1;
+}
+
+// Give the UDP header; 0 if this is not a whole datagram for this machine.
+INLINE const struct udp *read(const struct settings *set, u32 ifindex, const u8 *data, const u8 *end, struct packet *packet)
+{
+    const struct ethernet *frame = (const void *)data;
+    const struct vlan_tag *tag = (const void *)(frame + 1);
+    const struct udp *udp;
+    const void *ip = tag;
+    u16 type;
+
+    if ((const u8 *)(frame + 1) > end || !is_for_us(set, ifindex, frame))
+        return 0;
+    type = frame->type;
+    packet->headers = sizeof(*frame);
+    if (type == VLAN) {
+        if ((const u8 *)(tag + 1) > end)
+            return 0;
+        type = tag->type;
+        packet->headers += sizeof(*tag);
+        ip = tag + 1;
+    }
+    if (type == IPV4) {
+        if (!read_ipv4(ip, end, packet))
+            return 0;
+        udp = ip + sizeof(struct ipv4);
+    } else if (type == IPV6) {
+        if (!read_ipv6(ip, end, packet))
+            return 0;
+        udp = ip + sizeof(struct ipv6);
+    } else {
+        return 0;
+    }
+    if ((const u8 *)(udp + 1) > end || BE16(udp->length) != packet->udp_length || packet->udp_length < sizeof(*udp) ||
+        packet->udp_length > end - (const u8 *)udp)
+        return 0;
+    packet->source_port = udp->source;
+    packet->destination_port = udp->destination;
+    packet->checksum = udp->checksum;
+    return udp;
+}
+
+// -------------------------------------------------------------------------------------------------------------- find
+
+INLINE int is_over(const struct binding *binding, u64 now)
+{
+    const u64 *allocation_ends = bpf_map_lookup_elem(&ends, &binding->end);
+
+    return !allocation_ends || now >= *allocation_ends || now >= binding->expires;
+}
+
+INLINE struct binding *look_up(void *table, const struct address *address, u16 port, u16 tag)
+{
+    const struct end from = {*address, port, tag};
+
+    return bpf_map_lookup_elem(table, &from);
+}
+
+INLINE enum reason find_for_client(const struct packet *packet, u64 now, struct plan *plan)
+{
+    plan->binding = look_up(&peers, &packet->source, packet->source_port, packet->destination_port);
+    if (!plan->binding)
+        return UNBOUND;
+    if (is_over(plan->binding, now))
+        return EXPIRED;
+    plan->payload = packet->udp_length - sizeof(struct udp);
+    plan->put = sizeof(struct channel_data);
+    return REASONS;
+}
+
+INLINE enum reason find_for_peer(const struct packet *packet, const struct channel_data *header, const u8 *end, u64 now,
+                                 struct plan *plan)
+{
+    u32 payload = packet->udp_length - sizeof(struct udp) - sizeof(*header);
+
+    // 0x4000 to 0x7fff: the first two bits of what is no ChannelData differ (RFC 8656 §12).
+    if ((const u8 *)(header + 1) > end || packet->udp_length < sizeof(struct udp) + sizeof(*header) ||
+        (BE16(header->number) >> 14) != 1)
+        return NO_CHANNEL_DATA;
+    if (BE16(header->length) != payload)
+        return ODD_LENGTH;
+    plan->binding = look_up(&channels, &packet->source, packet->source_port, header->number);
+    if (!plan->binding)
+        return UNBOUND;
+    if (is_over(plan->binding, now))
+        return EXPIRED;
+    plan->payload = payload;
+    plan->strip = sizeof(*header);
+    __builtin_memcpy(&plan->stripped, header, sizeof(*header));
+    if (plan->binding->flags & HAIRPIN) {
+        // To the other allocation it comes from the relayed address of this one, which has the same host.
+        plan->first = plan->binding;
+        plan->binding = look_up(&peers, &plan->first->destination, plan->first->source_port, plan->first->destination_port);
+        if (!plan->binding)
+            return UNBOUND;
+        if (is_over(plan->binding, now))
+            return EXPIRED;
+        plan->put = sizeof(*header);
+    }
+    return REASONS;
+}
+
+// ------------------------------------------------------------------------------------------------------------- route
+
+// Take the next hop for a binding. An entry that is being written, or was written for another, is none.
+INLINE enum reason route(const struct binding *binding, u64 now, struct next_hop *hop)
+{
+    struct next_hop *entry = bpf_map_lookup_elem(&next_hops, &binding->next_hop);
+    u32 version;
+
+    if (!entry)
+        return NO_NEXT_HOP;
+    version = *(volatile u32 *)&entry->version;
+    IN_ORDER();
+    *hop = *entry;
+    IN_ORDER();
+    if (version & 1 || *(volatile u32 *)&entry->version != version || !hop->ifindex ||
+        !same(&hop->destination, &binding->destination))
+        return NO_NEXT_HOP;
+    if (hop->flags & STALE && now - hop->nudged >= SECOND) {
+        entry->nudged = now;
+        return STALE_NEIGHBOUR;
+    }
+    return REASONS;
+}
+
+// -------------------------------------------------------------------------------------------------------------- sum
+
+INLINE u64 sum_of(const struct address *address)
+{
+    // That an IPv4 address has 0xffff in front changes nothing: in this arithmetic it is 0 (RFC 1071).
+    return (u64)address->word[0] + address->word[1] + address->word[2] + address->word[3];
+}
+
+INLINE u64 pseudo_header(const struct address *source, const struct address *destination, u16 length)
+{
+    return sum_of(source) + sum_of(destination) + BE16(UDP) + BE16(length);
+}
+
+INLINE u16 without(u64 sum)
+{
+    return (u16)~folded(sum);
+}
+
+// Work out the UDP checksum from the old one by what changes (RFC 1624): a wrong one stays wrong, for the receiver to see.
+INLINE u16 new_checksum(const struct packet *packet, const struct plan *plan, const struct next_hop *hop, u16 source_port,
+                        u16 length, u32 put)
+{
+    u64 old = pseudo_header(&packet->source, &packet->destination, packet->udp_length) + packet->source_port +
+              packet->destination_port + BE16(packet->udp_length) + plan->stripped;
+    u64 new = pseudo_header(&hop->source, &plan->binding->destination, length) + source_port +
+              plan->binding->destination_port + BE16(length) + put;
+    u16 sum = (u16)~folded((u64)(u16)~packet->checksum + without(old) + new);
+
+    // 0 would say that there is none (RFC 768).
+    return sum ? sum : 0xffff;
+}
+
+// ----------------------------------------------------------------------------------------------------------- rewrite
+
+INLINE void write_ipv4(struct ipv4 *ip, const struct packet *packet, const struct next_hop *hop, u32 destination, u16 length)
+{
+    ip->version_and_length = 0x45;
+    ip->traffic_class = packet->traffic_class;
+    ip->length = BE16((u16)(length + sizeof(*ip)));
+    // As the relay's sockets send: not to be fragmented, and so without a number for its fragments (RFC 6864 §4.1).
+    ip->id = 0;
+    ip->fragment = DONT_FRAGMENT;
+    ip->hop_limit = (u8)(packet->hop_limit - 1);
+    ip->protocol = UDP;
+    ip->checksum = 0;
+    ip->source = hop->source.word[3];
+    ip->destination = destination;
+    ip->checksum = without(ipv4_sum(ip));
+}
+
+INLINE void write_ipv6(struct ipv6 *ip, const struct packet *packet, const struct next_hop *hop,
+                       const struct binding *binding, u16 length)
+{
+    ip->version_class_label = BE32(0x60000000 | (u32)packet->traffic_class << 20) | binding->flow_label;
+    ip->payload_length = BE16(length);
+    ip->next_header = UDP;
+    ip->hop_limit = (u8)(packet->hop_limit - 1);
+    ip->source = hop->source;
+    ip->destination = binding->destination;
+}
+
+// Write all headers in front of the payload. There is room: the start of the packet was moved to fit. Give where the next
+// header would begin, or 0 if the kernel's proof of that can't be had, which does not happen.
+INLINE void *write_link(u8 *data, const u8 *end, const struct next_hop *hop, u16 type)
+{
+    struct ethernet *frame = (void *)data;
+    struct vlan_tag *tag = (void *)(frame + 1);
+
+    if ((u8 *)(frame + 1) > end)
+        return 0;
+    __builtin_memcpy(frame->to, hop->to, 6);
+    __builtin_memcpy(frame->from, hop->from, 6);
+    frame->type = hop->vlan ? VLAN : type;
+    if (!hop->vlan)
+        return tag;
+    if ((u8 *)(tag + 1) > end)
+        return 0;
+    tag->tag = hop->vlan;
+    tag->type = type;
+    return tag + 1;
+}
+
+INLINE int rewrite(struct xdp_md *context, const struct packet *packet, const struct plan *plan, const struct next_hop *hop)
+{
+    const struct binding *binding = plan->binding;
+    u16 length = (u16)(sizeof(struct udp) + plan->put + plan->payload);
+    // What came for the service goes on from a relayed port, and the other way round; with a hairpin, from the service.
+    u16 source_port = binding->source_port;
+    struct channel_data put = {binding->number, BE16((u16)plan->payload)};
+    u32 put_word = 0;
+    u16 checksum;
+    const u8 *end;
+    struct udp *udp;
+    void *next;
+
+    if (plan->put)
+        __builtin_memcpy(&put_word, &put, sizeof(put));
+    checksum = new_checksum(packet, plan, hop, source_port, length, put_word);
+    end = (const u8 *)(uptr)context->data_end;
+    if (is_ipv4(&binding->destination)) {
+        struct ipv4 *ip = next = write_link((u8 *)(uptr)context->data, end, hop, IPV4);
+        if (!next || (u8 *)(ip + 1) > end)
+            return 0;
+        write_ipv4(ip, packet, hop, binding->destination.word[3], length);
+        udp = (void *)(ip + 1);
+    } else {
+        struct ipv6 *ip = next = write_link((u8 *)(uptr)context->data, end, hop, IPV6);
+        if (!next || (u8 *)(ip + 1) > end)
+            return 0;
+        write_ipv6(ip, packet, hop, binding, length);
+        udp = (void *)(ip + 1);
+    }
+    if ((u8 *)(udp + 1) > end)
+        return 0;
+    udp->source = source_port;
+    udp->destination = binding->destination_port;
+    udp->length = BE16(length);
+    udp->checksum = checksum;
+    if (plan->put) {
+        if ((u8 *)(udp + 1) + sizeof(put) > end)
+            return 0;
+        __builtin_memcpy(udp + 1, &put, sizeof(put));
+    }
+    return 1;
+}
+
+// ------------------------------------------------------------------------------------------------------------- count
+
+INLINE void count_one(struct totals *all, const struct binding *binding, enum direction direction, u32 payload, u64 now)
+{
+    struct usage *use = bpf_map_lookup_elem(&usage, &binding->usage);
+    u32 size = payload >> SIZE_SHIFT;
+
+    all->packets[direction]++;
+    all->bytes[direction] += payload;
+    all->sizes[direction][size < SIZES ? size : SIZES - 1]++;
+    if (use) {
+        use->packets++;
+        use->bytes += payload;
+        use->last_used = now;
+    }
+}
+
+INLINE void count(struct totals *all, const struct plan *plan, u64 now)
+{
+    if (plan->first)
+        count_one(all, plan->first, TO_PEER, plan->payload, now);
+    count_one(all, plan->binding, plan->put ? TO_CLIENT : TO_PEER, plan->payload, now);
+}
+
+// --------------------------------------------------------------------------------------------------- all of it, in order
+
+INLINE int goes_back(const struct settings *set, u32 ifindex)
+{
+    for (u32 i = 0; i < DEVICES && i < set->device_count; i++)
+        if (set->devices[i].ifindex == ifindex)
+            return set->devices[i].flags & SEND_BACK;
+    return 0;
+}
+
+// Decide on all there is to decide on, without touching the packet. REASONS says that nothing stands against it.
+INLINE enum reason decide(const struct packet *packet, const struct udp *udp, const u8 *end, enum direction direction, u64 now,
+                          struct plan *plan, struct next_hop *hop)
+{
+    enum reason against =
+        direction == TO_PEER ? find_for_peer(packet, (const void *)(udp + 1), end, now, plan) : find_for_client(packet, now, plan);
+    u32 length;
+
+    if (against != REASONS)
+        return against;
+    if (!packet->checksum)
+        return NO_CHECKSUM;
+    // Also what tells a train of datagrams, which generic mode is given in one piece, from a single one.
+    if (packet->checksum == folded(pseudo_header(&packet->source, &packet->destination, packet->udp_length)))
+        return PARTIAL_CHECKSUM;
+    if (packet->hop_limit <= 1)
+        return LAST_HOP;
+    against = route(plan->binding, now, hop);
+    if (against != REASONS)
+        return against;
+    length = (is_ipv4(&plan->binding->destination) ? sizeof(struct ipv4) : sizeof(struct ipv6)) + sizeof(struct udp) +
+             plan->put + plan->payload;
+    if (length > hop->mtu)
+        return TOO_LONG;
+    return length + sizeof(struct ethernet) < MIN_FRAME ? SHORT_FRAME : REASONS;
+}
+
+SECTION("xdp") int relay(struct xdp_md *context)
+{
+    const u32 zero = 0;
+    const u8 *end = (const u8 *)(uptr)context->data_end;
+    const struct settings *set = bpf_map_lookup_elem(&settings, &zero);
+    struct totals *all = bpf_map_lookup_elem(&totals, &zero);
+    struct packet packet = {};
+    struct plan plan = {};
+    struct next_hop hop = {};
+    const struct udp *udp;
+    enum direction direction;
+    enum reason against;
+    int headers;
+    u16 port;
+    u64 now;
+
+    if (!set || !all)
+        return XDP_PASS;
+    udp = read(set, context->ingress_ifindex, (const u8 *)(uptr)context->data, end, &packet);
+    if (!udp)
+        return XDP_PASS;
+    port = BE16(packet.destination_port);
+    if (port == set->service_port)
+        direction = TO_PEER;
+    else if (port >= set->lowest_port && port <= set->highest_port)
+        direction = TO_CLIENT;
+    else
+        return XDP_PASS;
+    if (!is_own(set, &packet.destination))
+        return XDP_PASS;
+
+    now = bpf_ktime_get_coarse_ns();
+    against = decide(&packet, udp, end, direction, now, &plan, &hop);
+    if (against == REASONS) {
+        headers = sizeof(struct ethernet) + (hop.vlan ? sizeof(struct vlan_tag) : 0) +
+                  (is_ipv4(&plan.binding->destination) ? sizeof(struct ipv4) : sizeof(struct ipv6)) + plan.put;
+        if (bpf_xdp_adjust_head(context, packet.headers + plan.strip - headers))
+            against = NO_ROOM;
+    }
+    if (against != REASONS) {
+        // The bound is for the kernel, which does not know that all reasons are below it.
+        if (against < REASONS)
+            all->passed[against]++;
+        return XDP_PASS;
+    }
+    if (!rewrite(context, &packet, &plan, &hop))
+        return XDP_ABORTED;
+    count(all, &plan, now);
+    if (hop.ifindex == context->ingress_ifindex && goes_back(set, hop.ifindex))
+        return XDP_TX;
+    return (int)bpf_redirect(hop.ifindex, 0);
+}
