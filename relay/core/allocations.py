@@ -9,7 +9,7 @@ only live ones are in the two tables that packets are looked up in.
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from relay.core.addresses import (
     AllocationId,
@@ -20,6 +20,7 @@ from relay.core.addresses import (
     RelayedPort,
     family_of,
 )
+from relay.core.commands import ExtendAllocation, InstallChannel, OffloadCommand, RemoveChannel, StopAllocation
 from relay.core.deadlines import Deadlines
 
 CHANNEL_LIFETIME = 600
@@ -79,10 +80,22 @@ class Allocation:
     peers: dict[PeerAddress, ChannelBinding] = field(default_factory=dict)
 
 
-class Allocations:
-    """The tables. Look-ups are open to all; changes go through the methods."""
+class Offload(Protocol):
+    """Where commands go that keep the kernel's tables in step with these."""
 
-    def __init__(self) -> None:
+    def append(self, command: OffloadCommand, /) -> None:
+        """Take a command."""
+
+
+class Allocations:
+    """The tables. Look-ups are open to all; changes go through the methods.
+
+    Args:
+        offload: is told what the kernel shall relay; None if it relays nothing.
+    """
+
+    def __init__(self, offload: Offload | None = None) -> None:
+        self._offload = offload
         self.by_id: dict[AllocationId, Allocation] = {}
         self.by_client: dict[ClientAddress, Allocation] = {}
         self.by_username: dict[str, Allocation] = {}
@@ -100,11 +113,15 @@ class Allocations:
         self.deadlines.set((allocation.id, None), deadline)
 
     def extend(self, allocation: Allocation, deadline: float) -> None:
-        """Move the end of an allocation."""
+        """Move the end of an allocation that is established."""
         self.deadlines.set((allocation.id, None), deadline)
+        if self._offload is not None:
+            self._offload.append(ExtendAllocation(allocation.port, allocation.families, deadline))
 
     def remove(self, allocation: Allocation) -> None:
         """Take an allocation and all its channels out of every table."""
+        if self._offload is not None and allocation.state is AllocationState.ESTABLISHED:
+            self._offload.append(StopAllocation(allocation.port, allocation.families))
         for binding in tuple(allocation.channels.values()):
             self.unbind_channel(allocation, binding)
         self.deadlines.discard((allocation.id, None))
@@ -124,17 +141,20 @@ class Allocations:
         binding.live = True
         self.live_channels[allocation.client, number] = binding
         self.live_peers[allocation.id, peer] = binding
-        self.deadlines.set((allocation.id, number), now + CHANNEL_LIFETIME)
+        until = now + CHANNEL_LIFETIME
+        self.deadlines.set((allocation.id, number), until)
+        if self._offload is not None:
+            self._offload.append(InstallChannel(allocation.client, number, allocation.port, peer, until))
         return True
 
     def cool_channel(self, binding: ChannelBinding, expired_at: float) -> None:
         """Stop a live channel from relaying."""
-        self._uninstall(binding)
+        self._uninstall(self.by_id[binding.allocation], binding)
         self.deadlines.set((binding.allocation, binding.number), expired_at + CHANNEL_COOL_DOWN)
 
     def unbind_channel(self, allocation: Allocation, binding: ChannelBinding) -> None:
         """Forget a channel, live or cooling."""
-        self._uninstall(binding)
+        self._uninstall(allocation, binding)
         self.deadlines.discard((allocation.id, binding.number))
         del allocation.channels[binding.number]
         del allocation.peers[binding.peer]
@@ -142,12 +162,16 @@ class Allocations:
     def remove_family(self, allocation: Allocation, family: Family) -> None:
         """Take one of its relayed addresses, and the channels to peers of that family, from a dual allocation."""
         allocation.families = tuple(each for each in allocation.families if each is not family)
+        if self._offload is not None:
+            self._offload.append(StopAllocation(allocation.port, (family,)))
         for binding in tuple(allocation.channels.values()):
             if family_of(binding.peer) is family:
                 self.unbind_channel(allocation, binding)
 
-    def _uninstall(self, binding: ChannelBinding) -> None:
+    def _uninstall(self, allocation: Allocation, binding: ChannelBinding) -> None:
         if binding.live:
             binding.live = False
             del self.live_channels[binding.client, binding.number]
             del self.live_peers[binding.allocation, binding.peer]
+            if self._offload is not None:
+                self._offload.append(RemoveChannel(binding.client, binding.number, allocation.port, binding.peer))

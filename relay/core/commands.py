@@ -7,7 +7,7 @@ it to make (0.2 µs against 0.7 µs on CPython 3.11).
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from relay.core.addresses import AllocationId, ClientAddress, Family, PeerAddress, RelayedPort
+from relay.core.addresses import AllocationId, ChannelNumber, ClientAddress, Family, PeerAddress, RelayedPort
 from relay.core.counters import FreeReason
 
 
@@ -57,4 +57,46 @@ class Drained:
     """No allocation is left, and none will be made: comes once, after `Server.handle_drain`."""
 
 
-Command: TypeAlias = SendToClient | SendToPeer | BindPort | FreeAllocation | Drained
+class InstallChannel(NamedTuple):
+    """Have the kernel relay a channel, both ways; comes again, with a later end, when the channel is refreshed.
+
+    Like the three after it, it comes only if the kernel relays (`ServerConfig.offloads`), and before any answer that tells
+    the client of what it does.
+    """
+
+    client: ClientAddress
+    number: ChannelNumber
+    port: RelayedPort
+    peer: PeerAddress
+    until: float
+    """Monotonic seconds."""
+
+
+class RemoveChannel(NamedTuple):
+    """Have the kernel relay a channel no more."""
+
+    client: ClientAddress
+    number: ChannelNumber
+    port: RelayedPort
+    peer: PeerAddress
+
+
+class ExtendAllocation(NamedTuple):
+    """Let the kernel relay an allocation's channels, installed and to come, until then and no longer."""
+
+    port: RelayedPort
+    families: tuple[Family, ...]
+    until: float
+    """Monotonic seconds."""
+
+
+class StopAllocation(NamedTuple):
+    """Have the kernel relay nothing more for some of an allocation's relayed addresses. Their channels are removed next."""
+
+    port: RelayedPort
+    families: tuple[Family, ...]
+
+
+OffloadCommand: TypeAlias = InstallChannel | RemoveChannel | ExtendAllocation | StopAllocation
+
+Command: TypeAlias = SendToClient | SendToPeer | BindPort | FreeAllocation | Drained | OffloadCommand

@@ -22,3 +22,5 @@ class ServerConfig:
     software: str
     """The value of SOFTWARE."""
     realm: str = FIREZONE_REALM
+    offloads: bool = False
+    """Whether the kernel relays channels, too: then there are commands that tell it which."""

@@ -79,9 +79,9 @@ class Server:
 
     def __init__(self, config: ServerConfig, random: RandomSource) -> None:
         self.counters = Counters()
-        self.allocations = Allocations()
         self._config = config
         self._commands: list[Command] = []
+        self.allocations = Allocations(self._commands if config.offloads else None)
         self._nonces = Nonces(random)
         self._answers = Answers(config.software, self.counters, self._commands)
         self._lifecycle = Lifecycle(config, self.allocations, self._answers, self.counters, self._commands, random)

@@ -8,18 +8,22 @@ from typing import Final
 
 _V4_MAPPED: Final = bytes(10) + b"\xff\xff"
 
-END: Final = struct.Struct("=16sHH")
+END: Final = struct.Struct(">16sHH")
 """A key of `channels` and `peers`: address, port and channel number or relayed port, as they stand in packets."""
 
 BINDING: Final = struct.Struct("=16sQIIIIHHHH")
 """A value of them: destination; expiry (ns); indices into next_hops, usage and ends; flow label; port to send to and from;
-channel number; flags. What is in packets, too, as it stands there."""
+channel number; flags. What packets have too (label, ports, number) as it stands there: see `in_packet`."""
+
+in_packet = socket.htons
+"""Turns a port or a channel number into the number that has its bytes in the order that packets have them in."""
 
 HAIRPIN: Final = 1
 """A flag of `BINDING`: the destination is a relayed address of this relay."""
 
 NEXT_HOP: Final = struct.Struct("=I16s16s6s6s2sxxII")
-"""An entry of `next_hops` after its version: interface, destination, source, MAC addresses to and from, VLAN tag, MTU, flags."""
+"""An entry of `next_hops`, after its version: interface, destination, source, MAC addresses to and from, VLAN tag, MTU,
+flags."""
 
 NEXT_HOP_SIZE: Final = 72
 """With its version in front, and what only the kernel writes behind."""
