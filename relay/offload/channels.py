@@ -22,18 +22,22 @@ IPV4: Final = 2
 """Length of the address of an IPv4 socket."""
 
 
+Entries: TypeAlias = tuple[list[bytes], list[bytes]]
+"""Keys, and the value of each."""
+
+
 class ChannelTables(Protocol):
-    """The tables of the program, as far as channels go. Keys and values are one behind the other."""
+    """The tables of the program, as far as channels go."""
 
     bindings: int
     """How many channels there is room for."""
     next_hops: int
     """How many destinations there is room for."""
 
-    def install(self, channels: tuple[bytearray, bytearray], peers: tuple[bytearray, bytearray]) -> None:
+    def install(self, channels: Entries, peers: Entries) -> None:
         """Put keys and values into the two tables; `OSError` if the kernel won't, and then there may be some of them."""
 
-    def remove(self, channels: bytearray, peers: bytearray) -> None:
+    def remove(self, channels: list[bytes], peers: list[bytes]) -> None:
         """Remove keys from the two tables, as far as they are there."""
 
     def clear(self, slots: list[int]) -> None:
@@ -126,11 +130,11 @@ class Channels:
         self._destinations: dict[str, _Destination] = {}
         self._news: list[Follow | Unfollow] = []
         # What the next system call is to put or to remove: keys and values as the kernel reads them.
-        self._channels = (bytearray(), bytearray())
-        self._peers = (bytearray(), bytearray())
+        self._channels: Entries = ([], [])
+        self._peers: Entries = ([], [])
         self._entered: list[tuple[ClientAddress, ChannelNumber]] = []
         self._used_before: list[int] = []
-        self._removed = (bytearray(), bytearray())
+        self._removed: tuple[list[bytes], list[bytes]] = ([], [])
 
     def carry_out(self, commands: Iterable[OffloadCommand]) -> list[Follow | Unfollow]:
         """Do what the core commands; give the destinations that are needed from now on, and those that no longer are."""
@@ -173,32 +177,36 @@ class Channels:
         label = slot * _SPREAD & _FLOW_LABEL
         port_in_packet = in_packet(port)
         keys, values = self._channels
-        keys += END.pack(client_end.packed, client[1], number)
-        values += BINDING.pack(
-            peer_end.packed,
-            expires,
-            peer_end.entry,
-            slot * 2,
-            end,
-            label,
-            in_packet(peer[1]),
-            port_in_packet,
-            0,
-            HAIRPIN if peer[0] in self._public_hosts and self._is_relayed(peer) else 0,
+        keys.append(END.pack(client_end.packed, client[1], number))
+        values.append(
+            BINDING.pack(
+                peer_end.packed,
+                expires,
+                peer_end.entry,
+                slot * 2,
+                end,
+                label,
+                in_packet(peer[1]),
+                port_in_packet,
+                0,
+                HAIRPIN if peer[0] in self._public_hosts and self._is_relayed(peer) else 0,
+            )
         )
         keys, values = self._peers
-        keys += END.pack(peer_end.packed, peer[1], port)
-        values += BINDING.pack(
-            client_end.packed,
-            expires,
-            client_end.entry,
-            slot * 2 + 1,
-            end,
-            label,
-            in_packet(client[1]),
-            self._service_port,
-            in_packet(number),
-            0,
+        keys.append(END.pack(peer_end.packed, peer[1], port))
+        values.append(
+            BINDING.pack(
+                client_end.packed,
+                expires,
+                client_end.entry,
+                slot * 2 + 1,
+                end,
+                label,
+                in_packet(client[1]),
+                self._service_port,
+                in_packet(number),
+                0,
+            )
         )
         self._entered.append(key)
 
@@ -233,8 +241,8 @@ class Channels:
             return
         _, client_end, peer_end = installed
         channels, peers = self._removed
-        channels += END.pack(client_end.packed, client[1], number)
-        peers += END.pack(peer_end.packed, peer[1], port)
+        channels.append(END.pack(client_end.packed, client[1], number))
+        peers.append(END.pack(peer_end.packed, peer[1], port))
         self._forget((client, number))
 
     def _forget(self, key: tuple[ClientAddress, ChannelNumber]) -> None:
@@ -283,13 +291,13 @@ class Channels:
             self._tables.remove(self._channels[0], self._peers[0])
             for key in dict.fromkeys(self._entered):
                 self._forget(key)
-        self._channels, self._peers = (bytearray(), bytearray()), (bytearray(), bytearray())
+        self._channels, self._peers = ([], []), ([], [])
         self._entered, self._used_before = [], []
 
     def _flush_removed(self) -> None:
         if self._removed[0]:
             self._tables.remove(*self._removed)
-            self._removed = (bytearray(), bytearray())
+            self._removed = ([], [])
 
 
 def _is_plain(host: str) -> bool:

@@ -59,3 +59,7 @@ u64 bpf_ktime_get_coarse_ns(void);
 
 // Keeps the compiler from moving reads of memory across it.
 #define IN_ORDER() __asm__ volatile("" ::: "memory")
+
+// Keeps the compiler from comparing something else than this number: the kernel, which reads the instructions, only learns
+// the bounds of what is compared.
+#define COMPARED(number) __asm__ volatile("" : "+r"(number))

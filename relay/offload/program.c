@@ -543,6 +543,7 @@ INLINE void count_one(struct totals *all, const struct binding *binding, enum di
     struct usage *use = bpf_map_lookup_elem(&usage, &binding->usage);
     u32 size = payload >> SIZE_SHIFT;
 
+    COMPARED(size);
     all->packets[direction]++;
     all->bytes[direction] += payload;
     all->sizes[direction][size < SIZES ? size : SIZES - 1]++;
