@@ -22,8 +22,10 @@
 
 FROM python:3.13-slim AS builder
 WORKDIR /source
+# Compiles the program that relays inside the kernel; the image itself needs no compiler.
+RUN apt-get update && apt-get install --yes --no-install-recommends clang && rm -rf /var/lib/apt/lists/*
 # The build asks for these, and for nothing else.
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml hatch_build.py constraints.txt README.md LICENSE ./
 COPY relay relay
 # At its final place: the programs of a virtual environment have its path in them. Without a pip of its own: nothing is ever
 # installed there again.

@@ -4,24 +4,29 @@ PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PROGRAM := relay/offload/program.o
 
-.PHONY: run test lint bench format wheel clean
+.PHONY: run test lint bench format wheel clean debian-packages
+# What a target needs is made in the order that it says: compilers before what they compile.
+.NOTPARALLEL:
 
-run: $(INSTALLED) ## a standalone relay on loopback
+run: $(INSTALLED) $(PROGRAM) ## a standalone relay on loopback
 	@exec $(BIN)/firezone-relay --standalone --public-ip4-addr 127.0.0.1 \
 		$$(grep -q '^0\{31\}1 ' /proc/net/if_inet6 2>/dev/null && echo --public-ip6-addr ::1) \
 		--allow-peer 127.0.0.0/8 --allow-peer ::1/128 --max-allocations 1000
 
-test: $(INSTALLED) ## all tests, foreign clients included
-	@tests/install-foreign-clients
+test: debian-packages $(INSTALLED) $(PROGRAM) ## all tests, foreign clients included
 	$(BIN)/pytest
+
+debian-packages:
+	@tests/install-debian-packages
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED) ## ten minutes beside coturn, if that is installed (apt-get install coturn gcc); QUICK=1: one minute
+bench: $(INSTALLED) $(PROGRAM) ## ten minutes beside coturn, if installed (apt-get install coturn gcc clang); QUICK=1: one minute
 	@$(BIN)/python -m benchmarks $(if $(filter-out 0,$(QUICK)),--quick)
 
 format: $(INSTALLED)
@@ -32,12 +37,16 @@ wheel: $(INSTALLED) ## dist/firezone_relay-*.whl
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PROGRAM) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/pip:
 	@./bootstrap $(VENV) $(PYTHON)
 
-$(INSTALLED): $(BIN)/pip pyproject.toml constraints.txt
+$(INSTALLED): $(BIN)/pip pyproject.toml constraints.txt hatch_build.py
 	@echo "installing into $(VENV)"
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint]'
 	@touch $@
+
+# As the installation does, but for a program that has changed since, or a compiler that has come. Without one, a line says so.
+$(PROGRAM): relay/offload/program.c relay/offload/kernel.h hatch_build.py | $(INSTALLED)
+	@$(BIN)/python hatch_build.py
