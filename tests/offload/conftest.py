@@ -16,6 +16,7 @@ from relay.offload import capabilities, elf
 from relay.offload.bpf import Map, MapType
 from relay.offload.elf import MapDefinition, ProgramObject
 from tests.interop.test_trains import Machine
+from tests.offload.runners import HostRunner, KernelRunner, Runner, build_host
 
 ROOT = Path(hatch_build.__file__).parent
 CLANG = shutil.which(os.environ.get("CLANG", "clang"))
@@ -66,3 +67,31 @@ def machine() -> Iterator[Machine]:
         pytest.skip("no network to attach programs in: ip is NOT INSTALLED (apt-get install iproute2)")
     with contextlib.closing(Machine()) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostRunner]:
+    """The program that relays as one of this machine's, under sanitizers."""
+    try:
+        built = build_host(tmp_path_factory.mktemp("xdp"))
+    except FileNotFoundError:
+        pytest.skip("nothing watches the program's use of memory: gcc is NOT INSTALLED (apt-get install gcc)")
+    with HostRunner(built) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def kernel(object_file: bytes) -> Iterator[KernelRunner]:
+    """The program that relays in the kernel."""
+    lacking = _why_not()
+    if lacking:
+        pytest.skip(lacking)
+    with KernelRunner(object_file) as loaded:
+        yield loaded
+
+
+@pytest.fixture(params=["host", "kernel"])
+def runner(request: pytest.FixtureRequest) -> Runner:
+    """Either."""
+    found: Runner = request.getfixturevalue(request.param)
+    return found

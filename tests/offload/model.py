@@ -1,0 +1,384 @@
+"""What the XDP program has to do, said once more: slowly, in Python, and without looking at how the program does it.
+
+A packet is read, and one that is relayed is built anew with all its checksums summed from the first byte to the last. What
+a wrong checksum was wrong by stays.
+"""
+
+import struct
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from typing import Final, NamedTuple
+
+from relay.offload.layout import (
+    BINDING,
+    DEVICE,
+    DEVICES,
+    DIRECTIONS,
+    END,
+    ENDS,
+    HAIRPIN,
+    OWN_ADDRESSES,
+    SEND_BACK,
+    SETTINGS,
+    SIZE_STEP,
+    SIZES,
+    TOTALS,
+    NextHop,
+    PassReason,
+    in_packet,
+)
+from tests.offload.packets import (
+    IPV4,
+    IPV6,
+    UDP,
+    VLAN,
+    channel_data,
+    ethernet,
+    ipv4,
+    ipv6,
+    is_ipv4,
+    pseudo_header,
+    sum_of,
+    udp,
+)
+
+SECOND: Final = 1_000_000_000
+NEVER: Final = 1 << 62
+SHORTEST: Final = 60
+TO_PEER, TO_CLIENT = range(len(DIRECTIONS))
+
+Endpoint = tuple[bytes, int]
+
+
+class Verdict(IntEnum):
+    """What the kernel is to do with the packet."""
+
+    PASS = 2
+    TX = 3
+    REDIRECT = 4
+
+
+class Binding(NamedTuple):
+    """An entry of `channels` or `peers`."""
+
+    destination: bytes
+    destination_port: int
+    source_port: int
+    next_hop: int = 0
+    usage: int = 0
+    end: int = 0
+    number: int = 0
+    flow_label: int = 0
+    expires: int = NEVER
+    is_hairpin: bool = False
+
+    def packed(self) -> bytes:
+        label = int.from_bytes(self.flow_label.to_bytes(4, "big"), "little")
+        return BINDING.pack(
+            self.destination,
+            self.expires,
+            self.next_hop,
+            self.usage,
+            self.end,
+            label,
+            in_packet(self.destination_port),
+            in_packet(self.source_port),
+            in_packet(self.number),
+            HAIRPIN if self.is_hairpin else 0,
+        )
+
+
+class Hop(NamedTuple):
+    """An entry of `next_hops` with what is not the relay's alone."""
+
+    hop: NextHop
+    version: int = 2
+    nudged: int = 0
+
+    def packed(self) -> bytes:
+        return struct.pack("=I", self.version) + self.hop.packed() + struct.pack("=Q", self.nudged)
+
+
+class Device(NamedTuple):
+    ifindex: int
+    mac: bytes
+    sends_back: bool = False
+
+
+class Settings(NamedTuple):
+    own: tuple[bytes, ...]
+    devices: tuple[Device, ...]
+    service_port: int = 3478
+    lowest_port: int = 49152
+    highest_port: int = 65535
+
+    def packed(self) -> bytes:
+        devices = b"".join(DEVICE.pack(each.ifindex, each.mac, SEND_BACK if each.sends_back else 0) for each in self.devices)
+        return SETTINGS.pack(
+            self.service_port,
+            self.lowest_port,
+            self.highest_port,
+            min(len(self.own), OWN_ADDRESSES),
+            b"".join(self.own),
+            min(len(self.devices), DEVICES),
+            0,
+            devices,
+        )
+
+    def device(self, ifindex: int) -> Device | None:
+        return next((each for each in self.devices if each.ifindex == ifindex), None)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """All that the relay writes for the program. Keys of `channels` and `peers`: address, port; channel or relayed port."""
+
+    settings: Settings
+    channels: dict[tuple[bytes, int, int], Binding]
+    peers: dict[tuple[bytes, int, int], Binding]
+    next_hops: dict[int, Hop]
+    ends: dict[int, int]
+
+    def with_channels(self, **changes: object) -> "Tables":
+        """The same with all channels changed in some fields."""
+        return replace(self, channels={key: each._replace(**changes) for key, each in self.channels.items()})  # type: ignore[arg-type]
+
+    def with_peers(self, **changes: object) -> "Tables":
+        return replace(self, peers={key: each._replace(**changes) for key, each in self.peers.items()})  # type: ignore[arg-type]
+
+    def with_next_hops(self, **changes: object) -> "Tables":
+        """The same with all next hops changed, in fields of either part."""
+        own = {name: value for name, value in changes.items() if name in Hop._fields}
+        rest = {name: value for name, value in changes.items() if name not in own}
+        hops = {key: Hop(replace(each.hop, **rest), *each[1:])._replace(**own) for key, each in self.next_hops.items()}  # type: ignore[arg-type]
+        return replace(self, next_hops=hops)
+
+    def with_settings(self, **changes: object) -> "Tables":
+        return replace(self, settings=self.settings._replace(**changes))  # type: ignore[arg-type]
+
+
+def key_of(key: tuple[bytes, int, int]) -> bytes:
+    """A key as the program has it."""
+    return END.pack(*key)
+
+
+class Usage(NamedTuple):
+    packets: int = 0
+    octets: int = 0
+    last_used: int = 0
+
+
+@dataclass
+class Totals:
+    packets: list[int] = field(default_factory=lambda: [0, 0])
+    octets: list[int] = field(default_factory=lambda: [0, 0])
+    sizes: list[list[int]] = field(default_factory=lambda: [[0] * SIZES, [0] * SIZES])
+    passed: list[int] = field(default_factory=lambda: [0] * len(PassReason))
+
+    @classmethod
+    def of(cls, packed: bytes) -> "Totals":
+        numbers = list(TOTALS.unpack(packed))
+        sizes = numbers[4 : 4 + 2 * SIZES]
+        return cls(numbers[:2], numbers[2:4], [sizes[:SIZES], sizes[SIZES:]], numbers[4 + 2 * SIZES :])
+
+
+class Outcome(NamedTuple):
+    """What becomes of a packet.
+
+    Attributes:
+        reason: why it was left to the sockets, if that is counted.
+        ifindex: where it is sent, if to another interface.
+    """
+
+    verdict: Verdict
+    frame: bytes
+    ifindex: int = 0
+    reason: PassReason | None = None
+
+
+class _Passed(Exception):  # noqa: N818 - no error
+    def __init__(self, reason: PassReason | None = None) -> None:
+        self.reason = reason
+
+
+class _Packet(NamedTuple):
+    source: Endpoint
+    destination: Endpoint
+    payload: bytes
+    trailing: bytes
+    checksum: int
+    wrong_by: int
+    traffic_class: int
+    hop_limit: int
+
+
+class _Plan(NamedTuple):
+    binding: Binding
+    payload: bytes
+    put: bytes
+    counted: tuple[tuple[int, Binding], ...]
+
+
+class Model:
+    """The program's double: the tables, and the counters and next hops as packets change them."""
+
+    def __init__(self, tables: Tables, headroom: int = 256) -> None:
+        self._tables = tables
+        self._headroom = headroom
+        self.next_hops = dict(tables.next_hops)
+        self.usage: defaultdict[int, Usage] = defaultdict(Usage)
+        self.totals = Totals()
+
+    def run(self, frame: bytes, ifindex: int, now: int) -> Outcome:
+        """Relay it, or leave it as it is."""
+        try:
+            return self._relay(frame, ifindex, now)
+        except _Passed as passed:
+            if passed.reason is not None:
+                self.totals.passed[passed.reason] += 1
+            return Outcome(Verdict.PASS, frame, reason=passed.reason)
+
+    def _relay(self, frame: bytes, ifindex: int, now: int) -> Outcome:
+        tables = self._tables
+        device = tables.settings.device(ifindex)
+        if device is None or frame[:6] != device.mac or len(frame) < 14:
+            raise _Passed
+        packet = _read(frame)
+        address, port = packet.destination
+        if address not in tables.settings.own[:OWN_ADDRESSES]:
+            raise _Passed
+        if port == tables.settings.service_port:
+            plan = self._from_client(packet, now)
+        elif tables.settings.lowest_port <= port <= tables.settings.highest_port:
+            plan = self._from_peer(packet, now)
+        else:
+            raise _Passed
+        _check_sum(packet)
+        if packet.hop_limit < 2:
+            raise _Passed(PassReason.LAST_HOP)
+        hop = self._route(plan.binding, now)
+        relayed = _built(packet, plan, hop)
+        if len(relayed) - len(frame) > self._headroom:
+            raise _Passed(PassReason.NO_ROOM)
+        self._count(plan, now)
+        if hop.ifindex == ifindex and device.sends_back:
+            return Outcome(Verdict.TX, relayed)
+        return Outcome(Verdict.REDIRECT, relayed, hop.ifindex)
+
+    def _from_client(self, packet: _Packet, now: int) -> _Plan:
+        message = packet.payload
+        if len(message) < 4 or not 0x4000 <= int.from_bytes(message[:2], "big") <= 0x7FFF:
+            raise _Passed(PassReason.NO_CHANNEL_DATA)
+        number, length = struct.unpack(">HH", message[:4])
+        if length != len(message) - 4:
+            raise _Passed(PassReason.ODD_LENGTH)
+        channel = self._standing(self._tables.channels.get((*packet.source, number)), now)
+        if not channel.is_hairpin:
+            return _Plan(channel, message[4:], b"", ((TO_PEER, channel),))
+        key = (channel.destination, channel.source_port, channel.destination_port)
+        peer = self._standing(self._tables.peers.get(key), now)
+        return _Plan(peer, message[4:], channel_data(peer.number, b"", length), ((TO_PEER, channel), (TO_CLIENT, peer)))
+
+    def _from_peer(self, packet: _Packet, now: int) -> _Plan:
+        peer = self._standing(self._tables.peers.get((*packet.source, packet.destination[1])), now)
+        return _Plan(peer, packet.payload, channel_data(peer.number, b"", len(packet.payload)), ((TO_CLIENT, peer),))
+
+    def _standing(self, binding: Binding | None, now: int) -> Binding:
+        if binding is None:
+            raise _Passed(PassReason.UNBOUND)
+        ends = self._tables.ends.get(binding.end, 0) if binding.end < ENDS else 0
+        if now >= min(ends, binding.expires):
+            raise _Passed(PassReason.EXPIRED)
+        return binding
+
+    def _route(self, binding: Binding, now: int) -> NextHop:
+        entry = self.next_hops.get(binding.next_hop)
+        if entry is None or entry.version % 2 or not entry.hop.ifindex or entry.hop.destination != binding.destination:
+            raise _Passed(PassReason.NO_NEXT_HOP)
+        if entry.hop.stale and not entry.nudged <= now < entry.nudged + SECOND:
+            self.next_hops[binding.next_hop] = entry._replace(nudged=now)
+            raise _Passed(PassReason.STALE_NEIGHBOUR)
+        return entry.hop
+
+    def _count(self, plan: _Plan, now: int) -> None:
+        length = len(plan.payload)
+        for direction, binding in plan.counted:
+            self.totals.packets[direction] += 1
+            self.totals.octets[direction] += length
+            self.totals.sizes[direction][min(length // SIZE_STEP, SIZES - 1)] += 1
+            before = self.usage[binding.usage]
+            self.usage[binding.usage] = Usage(before.packets + 1, before.octets + length, now)
+
+
+def _read(frame: bytes) -> _Packet:
+    kind, rest = int.from_bytes(frame[12:14], "big"), frame[14:]
+    if kind == VLAN and len(rest) >= 4:
+        kind, rest = int.from_bytes(rest[2:4], "big"), rest[4:]
+    if kind == IPV4:
+        return _read_ipv4(rest)
+    if kind == IPV6:
+        return _read_ipv6(rest)
+    raise _Passed
+
+
+def _read_ipv4(packet: bytes) -> _Packet:
+    header = packet[:20]
+    if len(header) < 20 or header[0] != 0x45 or header[9] != UDP or sum_of(header):
+        raise _Passed
+    length, fragment = int.from_bytes(header[2:4], "big"), int.from_bytes(header[6:8], "big")
+    if fragment & 0x3FFF:
+        raise _Passed
+    mapped = bytes(10) + b"\xff\xff"
+    return _read_udp(mapped + header[12:16], mapped + header[16:20], packet[20:], length - 20, (header[1], header[8]))
+
+
+def _read_ipv6(packet: bytes) -> _Packet:
+    header = packet[:40]
+    if len(header) < 40 or header[0] >> 4 != 6 or header[6] != UDP:
+        raise _Passed
+    source, destination = header[8:24], header[24:40]
+    if is_ipv4(source) or is_ipv4(destination):
+        raise _Passed
+    length = int.from_bytes(header[4:6], "big")
+    return _read_udp(source, destination, packet[40:], length, ((header[0] & 15) << 4 | header[1] >> 4, header[7]))
+
+
+def _read_udp(source: bytes, destination: bytes, rest: bytes, length: int, carried: tuple[int, int]) -> _Packet:
+    if len(rest) < 8 or not 8 <= length <= len(rest):
+        raise _Passed
+    source_port, destination_port, stated, checksum = struct.unpack(">HHHH", rest[:8])
+    if stated != length:
+        raise _Passed
+    wrong_by = sum_of(pseudo_header(source, destination, length), rest[:length])
+    ends = (source, source_port), (destination, destination_port)
+    return _Packet(*ends, rest[8:length], rest[length:], checksum, wrong_by, *carried)
+
+
+def _check_sum(packet: _Packet) -> None:
+    if not packet.checksum:
+        raise _Passed(PassReason.NO_CHECKSUM)
+    # What a kernel puts there for the interface to complete: the sum of the pseudo header alone.
+    pseudo = pseudo_header(packet.source[0], packet.destination[0], 8 + len(packet.payload))
+    if packet.checksum == (sum_of(pseudo) or 0xFFFF):
+        raise _Passed(PassReason.PARTIAL_CHECKSUM)
+
+
+def _built(packet: _Packet, plan: _Plan, hop: NextHop) -> bytes:
+    binding = plan.binding
+    source, destination = (hop.source, binding.source_port), (binding.destination, binding.destination_port)
+    datagram = udp(source, destination, plan.put + plan.payload)
+    right = int.from_bytes(datagram[6:8], "big")
+    datagram = datagram[:6] + ((right + packet.wrong_by) % 0xFFFF or 0xFFFF).to_bytes(2, "big") + datagram[8:]
+    marks, hop_limit = packet.traffic_class, packet.hop_limit - 1
+    if is_ipv4(binding.destination):
+        kind, inner = IPV4, ipv4(source[0], destination[0], datagram, traffic_class=marks, hop_limit=hop_limit)
+    else:
+        fields = {"traffic_class": marks, "hop_limit": hop_limit, "flow_label": binding.flow_label}
+        kind, inner = IPV6, ipv6(source[0], destination[0], datagram, **fields)
+    if len(inner) > hop.mtu:
+        raise _Passed(PassReason.TOO_LONG)
+    if 14 + len(inner) < SHORTEST:
+        raise _Passed(PassReason.SHORT_FRAME)
+    tags = (hop.vlan,) if hop.vlan else ()
+    return ethernet(hop.to_mac, hop.from_mac, kind, inner + packet.trailing, tags)

@@ -1,0 +1,224 @@
+"""The XDP program does what its model does, whatever the tables and whatever comes in; and it stays within its memory."""
+
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
+from typing import Any, Final
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relay.offload.layout import NextHop
+from tests.offload.model import NEVER, SECOND, Binding, Device, Hop, Model, Settings, Tables
+from tests.offload.packets import VLAN, channel_data, checksum_of, is_ipv4, pseudo_header, sum_of
+from tests.offload.runners import ENTRIES, HostRunner
+from tests.offload.world import (
+    BACK_MAC,
+    CLIENT,
+    CLIENT_PORT,
+    ELSEWHERE,
+    FRONT_MAC,
+    HERE,
+    NUMBER,
+    OTHER,
+    OTHER_NUMBER,
+    OTHER_PORT,
+    OTHER_RELAYED,
+    OUR_MAC,
+    OWN,
+    PEER,
+    PEER_PORT,
+    RELAYED,
+    SERVICE,
+    check,
+    check_counters,
+    datagram,
+    end_of,
+    hairpin,
+    world,
+)
+
+FRAMES: Final = 12_000
+"""Of the fuzz test: a few seconds' worth."""
+FRAMES_PER_TABLES: Final = 25
+
+NOW: Final = 1000 * SECOND
+
+# Few of each, so that what is drawn twice often meets, and limits often.
+ADDRESSES: Final = (*OWN.values(), *CLIENT.values(), *OTHER.values(), *PEER.values(), bytes(16), b"\xff" * 16)
+PORTS: Final = (SERVICE, CLIENT_PORT, OTHER_PORT, PEER_PORT, RELAYED, OTHER_RELAYED, 49152, 65535, 49151, 0)
+NUMBERS: Final = (NUMBER, OTHER_NUMBER, 0x4000, 0x7FFF, 0x3FFF, 0x8000)
+INDICES: Final = (0, 1, 2, 3, ENTRIES - 1, ENTRIES, 0xFFFFFFFF)
+TIMES: Final = (0, NOW - SECOND, NOW - SECOND + 1, NOW - 1, NOW, NOW + 1, NOW + SECOND, NEVER, (1 << 64) - 1)
+ENDS: Final = tuple(end_of(port, family) for port, family in product((RELAYED, OTHER_RELAYED, 49152, 65535), (4, 6)))
+MTUS: Final = (0, 60, 68, 127, 128, 576, 1280, 1500, 9000, 0xFFFFFFFF)
+SIZES: Final = (*range(24), 60, 61, 127, 128, 129, 1279, 1452, 1468, 1472, 1473, 2047, 8000)
+MACS: Final = (OUR_MAC, FRONT_MAC, BACK_MAC, b"\xff" * 6)
+FAMILIES: Final = (4, 6)
+
+
+class Source:
+    """Makes up tables and packets."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self._chance = chance
+
+    def one(self, choices: Sequence[Any]) -> Any:  # noqa: ANN401 - what is chosen from is what is chosen
+        return self._chance.choice(choices)
+
+    def bits(self, count: int) -> int:
+        return self._chance.getrandbits(count)
+
+    def below(self, limit: int) -> int:
+        return self._chance.randrange(limit)
+
+    def happens(self, one_in: int) -> bool:
+        return not self._chance.randrange(one_in)
+
+    def octets(self, length: int) -> bytes:
+        return self._chance.randbytes(length)
+
+    def tables(self) -> Tables:
+        """Mostly such as the relay writes, with some of it changed; now and then anything."""
+        if self.happens(8):
+            return self._any_tables()
+        one, other, third = (self.one(FAMILIES) for _ in range(3))
+        tables = hairpin(one, other, third) if self.happens(3) else world(one, other, self.one((0, 0, 1, 0xFFFF)))
+        changes: list[Callable[[Tables], Tables]] = [
+            lambda it: it.with_channels(expires=self.one(TIMES)),
+            lambda it: it.with_peers(expires=self.one(TIMES), number=self.one(NUMBERS), flow_label=self.bits(20)),
+            lambda it: it.with_channels(next_hop=self.one(INDICES), usage=self.one(INDICES)),
+            lambda it: it.with_channels(is_hairpin=bool(self.bits(1)), end=self.one((*ENDS, 1 << 17))),
+            lambda it: it.with_channels(flow_label=self.bits(20), destination_port=self.bits(16), source_port=self.bits(16)),
+            lambda it: it.with_next_hops(mtu=self.one(MTUS), ifindex=self.one((0, HERE, ELSEWHERE))),
+            lambda it: it.with_next_hops(version=self.bits(2), stale=bool(self.bits(1)), nudged=self.one(TIMES)),
+            lambda it: it.with_next_hops(vlan=self.bits(16), to_mac=self.octets(6), from_mac=self.octets(6)),
+            lambda it: replace(it, ends={each: self.one(TIMES) for each in ENDS}),
+            lambda it: it.with_settings(own=self._settings().own),
+            lambda it: it.with_settings(devices=self._settings().devices),
+            lambda it: it.with_settings(lowest_port=self.one(PORTS), highest_port=self.one(PORTS)),
+        ]
+        for _ in range(self.one((0, 1, 1, 2, 4))):
+            tables = self.one(changes)(tables)
+        return tables
+
+    def _settings(self) -> Settings:
+        own = tuple(self.one(ADDRESSES) for _ in range(self.below(17)))
+        devices = tuple(Device(1 + self.below(10), self.one(MACS), bool(self.bits(1))) for _ in range(self.below(9)))
+        return Settings(own, devices, *(self.one(PORTS) for _ in range(3)))
+
+    def _any_tables(self) -> Tables:
+        return Tables(
+            self._settings(),
+            {(self.one(ADDRESSES), self.one(PORTS), self.one(NUMBERS)): self._binding() for _ in range(self.below(9))},
+            {(self.one(ADDRESSES), self.one(PORTS), self.one(PORTS)): self._binding() for _ in range(self.below(9))},
+            {index: self._hop() for index in range(4)},
+            {each: self.one(TIMES) for each in ENDS},
+        )
+
+    def _binding(self) -> Binding:
+        indices = self.one(INDICES), self.one(INDICES), self.one(ENDS)
+        ports = self.one(PORTS), self.one(PORTS)
+        rest = self.one(NUMBERS), self.bits(20), self.one(TIMES)
+        return Binding(self.one(ADDRESSES), *ports, *indices, *rest, is_hairpin=self.happens(3))
+
+    def _hop(self) -> Hop:
+        family = self.one(FAMILIES)
+        destination = self.one((OWN, CLIENT, OTHER, PEER))[family]
+        macs = self.octets(6), self.octets(6)
+        vlan, stale = self.one((0, 7)), self.happens(3)
+        return Hop(NextHop(self.below(3), destination, OWN[family], *macs, vlan, self.one(MTUS), stale), 2 * self.bits(8))
+
+    def frame(self, tables: Tables) -> bytes:
+        """Mostly one that finds its channel, sometimes damaged."""
+        if tables.channels and self.happens(2):
+            address, port, number = self.one(list(tables.channels))
+            payload = channel_data(number, self.octets(self.one(SIZES)))
+            target = tables.settings.service_port
+        elif tables.peers:
+            address, port, target = self.one(list(tables.peers))
+            payload = self.octets(self.one(SIZES))
+        else:
+            address, port, target = self.one(ADDRESSES), self.one(PORTS), self.one(PORTS)
+            payload = channel_data(self.one(NUMBERS), self.octets(self.one(SIZES)))
+        family = 4 if is_ipv4(address) else 6
+        partial = sum_of(pseudo_header(address, OWN[family], 8 + len(payload)))
+        frame = datagram(
+            (address, port),
+            (OWN[family], target),
+            payload,
+            ip={"traffic_class": self.bits(8), "hop_limit": self.one((0, 1)) if self.happens(20) else 2 + self.below(254)},
+            udp_fields={"checksum": self.one((0, 0xFFFF, partial, self.bits(16)))} if self.happens(8) else {},
+            tags=self.one(((), (), (), (), (0,), (1,), (0xFFFF,), (1, 2))),
+            trailing=self.octets(self.one((0, 0, 0, 1, 4, 14))),
+            to_mac=tables.settings.devices[0].mac if tables.settings.devices else OUR_MAC,
+        )
+        return self.damaged(frame) if self.happens(4) else frame
+
+    def damaged(self, frame: bytes) -> bytes:
+        """Another in a few places, most of them in its headers."""
+        damaged = bytearray(frame)
+        for _ in range(1 + self.below(3)):
+            at = self.below(min(len(damaged), 90)) if damaged else 0
+            match self.below(6):
+                case 0:
+                    damaged[at:] = b""
+                case 1:
+                    damaged[at:at] = self.octets(self.below(9))
+                case 2:
+                    damaged[at : at + 1 + self.below(4)] = b""
+                case 3:
+                    damaged[at : at + 2] = self.one((b"\0\0", b"\xff\xff", b"\0\x04", b"\0\x08", b"\x40\0", self.octets(2)))
+                case _:
+                    damaged[at : at + 1] = bytes([damaged[at] ^ 1 << self.below(8)]) if damaged else b"\0"
+        return with_right_header(bytes(damaged)) if self.bits(1) else bytes(damaged)
+
+    def ifindex(self, tables: Tables) -> int:
+        devices = tables.settings.devices
+        return self.one(devices).ifindex if devices and not self.happens(10) else HERE
+
+
+def with_right_header(frame: bytes) -> bytes:
+    """The same with a right IPv4 header checksum, without which nothing behind it would be looked at."""
+    start = 18 if frame[12:14] == VLAN.to_bytes(2, "big") else 14
+    header = frame[start : start + 20]
+    if len(header) < 20 or header[0] >> 4 != 4:
+        return frame
+    checksum = checksum_of(header[:10], header[12:])
+    return frame[: start + 10] + checksum.to_bytes(2, "big") + frame[start + 12 :]
+
+
+def compare(host: HostRunner, source: Source, frames: int) -> None:
+    """Have program and model run made-up frames on made-up tables."""
+    tables = source.tables()
+    headroom = source.one((0, 4, 20, 28)) if source.happens(6) else 256
+    host.load(tables)
+    host.set_clock(NOW)
+    host.set_headroom(headroom)
+    model = Model(tables, headroom)
+    for number in range(frames):
+        frame, ifindex = source.frame(tables), source.ifindex(tables)
+        # Half a second each: whoever was asked for is asked for again at every other.
+        now = NOW + number * (SECOND // 2) if source.happens(4) else host.now()
+        host.set_clock(max(now, host.now()))
+        check(host.run(frame, ifindex), model.run(frame, ifindex, host.now()))
+    check_counters(host, model)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_the_program_does_what_the_model_does(host: HostRunner, chance: random.Random) -> None:
+    compare(host, Source(chance), frames=4)
+
+
+def test_no_frame_makes_the_program_leave_its_memory_or_its_model(host: HostRunner) -> None:
+    given_seed = os.environ.get("XDP_FUZZ_SEED")
+    first = int(given_seed) if given_seed else 0 if os.environ.get("CI") else random.SystemRandom().getrandbits(32)
+    for seed in range(first, first + FRAMES // FRAMES_PER_TABLES):
+        try:
+            compare(host, Source(random.Random(seed)), FRAMES_PER_TABLES)
+        except BaseException as error:
+            error.add_note(f"again: XDP_FUZZ_SEED={seed}")
+            raise

@@ -1,0 +1,145 @@
+"""A relay with a client and a peer, as the XDP program knows them; and what they send."""
+
+from typing import Final
+
+from relay.offload.layout import NextHop, packed_address
+from tests.offload.model import NEVER, Binding, Device, Hop, Model, Outcome, Settings, Tables, Verdict
+from tests.offload.packets import IPV4, IPV6, channel_data, ethernet, ipv4, ipv6, is_ipv4, udp
+from tests.offload.runners import Runner
+
+OWN: Final = {4: packed_address("203.0.113.1"), 6: packed_address("2001:db8::1")}
+CLIENT: Final = {4: packed_address("198.51.100.7"), 6: packed_address("2001:db8:1:f:e:d:c:7")}
+OTHER: Final = {4: packed_address("198.51.100.8"), 6: packed_address("2001:db8:1:2:3:4:5:8")}
+PEER: Final = {4: packed_address("192.0.2.9"), 6: packed_address("2001:db8:2:fedc:ba98:7654:3210:9")}
+
+SERVICE: Final = 3478
+CLIENT_PORT, OTHER_PORT, PEER_PORT = 40001, 40002, 9000
+RELAYED, OTHER_RELAYED = 50000, 60001
+NUMBER, OTHER_NUMBER = 0x4001, 0x7FFE
+
+HERE, ELSEWHERE = 1, 2
+"""Interfaces. The loopback one is the only one that is everywhere."""
+OUR_MAC: Final = bytes.fromhex("02a1a2a3a4a5")
+FRONT_MAC: Final = bytes.fromhex("02b1b2b3b4b5")
+"""Of the router to the clients."""
+BACK_MAC: Final = bytes.fromhex("02c1c2c3c4c5")
+"""Of the router to the peers."""
+
+TO_PEER, TO_CLIENT, TO_OTHER = 1, 2, 3
+"""Indices of next hops and of usage."""
+FIRST_OF_HAIRPIN: Final = 4
+"""Likewise."""
+
+PAYLOAD: Final = bytes(range(100))
+SETTINGS: Final = Settings((OWN[4], OWN[6]), (Device(HERE, OUR_MAC, sends_back=True),), SERVICE)
+
+
+def end_of(port: int, family: int) -> int:
+    """Index into `ends`."""
+    return 2 * port + (family == 6)
+
+
+def next_hop(destination: bytes, mac: bytes, vlan: int = 0) -> Hop:
+    """The way there, by the interface that all comes from."""
+    source = OWN[4 if is_ipv4(destination) else 6]
+    return Hop(NextHop(HERE, destination, source, mac, OUR_MAC, vlan, mtu=1500))
+
+
+def world(client: int = 4, peer: int = 4, vlan: int = 0) -> Tables:
+    """A client with one channel to one peer, of families 4 or 6, both behind a VLAN tag if told so."""
+    end = end_of(RELAYED, peer)
+    channel = Binding(PEER[peer], PEER_PORT, RELAYED, TO_PEER, TO_PEER, end, flow_label=0xABCDE)
+    back = Binding(CLIENT[client], CLIENT_PORT, SERVICE, TO_CLIENT, TO_CLIENT, end, NUMBER, flow_label=0x12345)
+    return Tables(
+        SETTINGS,
+        {(CLIENT[client], CLIENT_PORT, NUMBER): channel},
+        {(PEER[peer], PEER_PORT, RELAYED): back},
+        {TO_PEER: next_hop(PEER[peer], BACK_MAC, vlan), TO_CLIENT: next_hop(CLIENT[client], FRONT_MAC, vlan)},
+        {end: NEVER},
+    )
+
+
+def hairpin(client: int = 4, other: int = 4, relayed: int = 4) -> Tables:
+    """Two clients with a channel to each other's relayed address, which are of a family of their own."""
+    ends = end_of(RELAYED, relayed), end_of(OTHER_RELAYED, relayed)
+    channel = Binding(OWN[relayed], OTHER_RELAYED, RELAYED, 0, FIRST_OF_HAIRPIN, ends[0], is_hairpin=True)
+    to_other = Binding(OTHER[other], OTHER_PORT, SERVICE, TO_OTHER, TO_OTHER, ends[1], OTHER_NUMBER, flow_label=0x54321)
+    return Tables(
+        SETTINGS,
+        {(CLIENT[client], CLIENT_PORT, NUMBER): channel},
+        {(OWN[relayed], RELAYED, OTHER_RELAYED): to_other},
+        {TO_OTHER: next_hop(OTHER[other], FRONT_MAC)},
+        dict.fromkeys(ends, NEVER),
+    )
+
+
+def datagram(  # noqa: PLR0913 - all that can be different about a packet
+    source: tuple[bytes, int],
+    destination: tuple[bytes, int],
+    payload: bytes,
+    *,
+    ip: dict[str, int | bytes] | None = None,
+    udp_fields: dict[str, int] | None = None,
+    tags: tuple[int, ...] = (),
+    trailing: bytes = b"",
+    to_mac: bytes = OUR_MAC,
+    kind: int | None = None,
+) -> bytes:
+    """A frame. Fields that are not told are right."""
+    inner = udp(source, destination, payload, **(udp_fields or {}))
+    if is_ipv4(destination[0]):
+        packet = ipv4(source[0], destination[0], inner, **(ip or {}))  # type: ignore[arg-type]
+    else:
+        packet = ipv6(source[0], destination[0], inner, **(ip or {}))  # type: ignore[arg-type]
+    natural = IPV4 if is_ipv4(destination[0]) else IPV6
+    return ethernet(to_mac, FRONT_MAC, natural if kind is None else kind, packet + trailing, tags)
+
+
+def from_client(family: int = 4, payload: bytes = PAYLOAD, *, number: int = NUMBER, **fields: object) -> bytes:
+    """A frame with ChannelData; fields are those of `datagram`."""
+    message = channel_data(number, payload)
+    return datagram((CLIENT[family], CLIENT_PORT), (OWN[family], SERVICE), message, **fields)  # type: ignore[arg-type]
+
+
+def client_says(message: bytes, family: int = 4) -> bytes:
+    """A frame with anything else."""
+    return datagram((CLIENT[family], CLIENT_PORT), (OWN[family], SERVICE), message)
+
+
+def from_peer(family: int = 4, payload: bytes = PAYLOAD, **fields: object) -> bytes:
+    """A frame with a datagram; fields are those of `datagram`."""
+    return datagram((PEER[family], PEER_PORT), (OWN[family], RELAYED), payload, **fields)  # type: ignore[arg-type]
+
+
+def agreed(runner: Runner, tables: Tables, *frames: bytes, ifindex: int = HERE) -> list[Outcome]:
+    """Run frames one after the other: what became of them, and of all counters, once program and model agree on it."""
+    runner.load(tables)
+    model = Model(tables)
+    outcomes = []
+    for frame in frames:
+        now = runner.now()
+        expected = model.run(frame, ifindex, now)
+        check(runner.run(frame, ifindex), expected)
+        outcomes.append(expected)
+    check_counters(runner, model)
+    return outcomes
+
+
+def check(outcome: Outcome, expected: Outcome) -> None:
+    """Compare what can be compared: not all runners know where it was redirected to."""
+    assert outcome.verdict == expected.verdict, expected
+    assert outcome.frame.hex(" ", 4) == expected.frame.hex(" ", 4)
+    assert outcome.ifindex in (expected.ifindex, -1)
+    if expected.verdict is Verdict.REDIRECT:
+        assert expected.ifindex
+
+
+def check_counters(runner: Runner, model: Model) -> None:
+    """Compare all counts, and who was asked for."""
+    assert runner.totals() == model.totals
+    for index in (0, TO_PEER, TO_CLIENT, TO_OTHER, FIRST_OF_HAIRPIN):
+        counted, expected = runner.usage(index), model.usage[index]
+        assert counted[:2] == expected[:2]
+        assert abs(counted.last_used - expected.last_used) <= runner.slack
+    for index, entry in model.next_hops.items():
+        assert abs(runner.nudged(index) - entry.nudged) <= runner.slack
