@@ -234,7 +234,10 @@ class Map(Owned):
         Raises:
             OSError: it wasn't made so.
         """
-        return mmap.mmap(self.fd, self.stride * self.definition.max_entries)
+        try:
+            return mmap.mmap(self.fd, self.stride * self.definition.max_entries)
+        except OSError as error:
+            raise syscall.described(error.errno or 0, f"mmap of {self._subject}") from None
 
     def _check_key(self, key: bytes) -> None:
         if len(key) != self._key_size:

@@ -17,6 +17,10 @@ NUMBER: Final = _NUMBERS.get(platform.machine(), -1)
 """Of the system call on this machine; -1, which the kernel answers with ENOSYS, where it isn't known."""
 
 
+ENOTSUPP: Final = 524
+"""A number that the kernel should keep to itself, and libraries have no words for."""
+
+
 class Command(IntEnum):
     """What bpf(2) can be asked for."""
 
@@ -215,10 +219,14 @@ quick_call: Callable[[int, int, int, int], int] = _quick
 """Call it, and keep the interpreter meanwhile: for what takes a microsecond, since having it back may take milliseconds."""
 
 
+def described(number: int, what: str) -> OSError:
+    """An error of the kernel's, with what was tried."""
+    return OSError(number, f"{what}: {'not supported' if number == ENOTSUPP else os.strerror(number)}")
+
+
 def failure(command: Command, subject: str) -> OSError:
     """What the last call of this thread failed with."""
-    number = ctypes.get_errno()
-    return OSError(number, f"BPF_{command.name} of {subject}: {os.strerror(number)}")
+    return described(ctypes.get_errno(), f"BPF_{command.name} of {subject}")
 
 
 def call(command: Command, arguments: ctypes.Structure, subject: str) -> int:
