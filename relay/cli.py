@@ -17,11 +17,12 @@ import click
 from relay import __version__
 from relay.actors.news import News, Request
 from relay.actors.system import System
-from relay.config import HIGHEST_PORT, LOWEST_PORT, BadUseError, Config, LogFormat, PortalAccess
+from relay.config import HIGHEST_PORT, LOWEST_PORT, AttachMode, BadUseError, Config, LogFormat, OffloadConfig, PortalAccess
 from relay.core.credentials import Credential, RelaySecret, mint
 from relay.core.peers import Network
 from relay.core.portal.endpoint import PortalUrl
 from relay.net.proxy import Proxy
+from relay.offload.datapath import open_datapath
 from relay.ops import logs, signals
 from relay.ops.dump import dump, register_wedged_dump
 from relay.ops.systemd import Systemd
@@ -29,6 +30,7 @@ from relay.options import (
     CpuType,
     DurationType,
     EndpointType,
+    InterfacesType,
     IntervalType,
     IpAddressType,
     NetworksType,
@@ -216,6 +218,22 @@ def _setting(
     text="How long a thread may keep the interpreter while others wait for it. off is Python's own, 0.005.",
 )
 @_setting(
+    "--ebpf-offloading",
+    "offload",
+    "EBPF_OFFLOADING",
+    InterfacesType(),
+    text="Have the kernel relay bound channels, by an XDP program at these network interfaces, with commas between them. "
+    "Needs root, or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON.",
+)
+@_setting(
+    "--ebpf-attach-mode",
+    "attach_mode",
+    "EBPF_ATTACH_MODE",
+    click.Choice([each.value for each in AttachMode]),
+    "Where on a packet's way: in the driver; behind it, which is generic and slower; or auto, in drivers known for it.",
+    default=AttachMode.AUTO.value,
+)
+@_setting(
     "--log-format",
     "log_format",
     "LOG_FORMAT",
@@ -293,13 +311,17 @@ def _run(
         raise BadUseError(
             "--relay-secret-file is for --standalone: in a network, the relay makes a secret and tells the portal"
         )
+    interfaces, mode = settings.pop("offload"), AttachMode(settings.pop("attach_mode"))
     config = Config(
         portal=access,
         secret=None if relay_secret_file is None else read_secret(relay_secret_file),
         allow_peers=tuple(itertools.chain(*allow_peers)),
         deny_peers=tuple(itertools.chain(*deny_peers)),
+        offload=OffloadConfig(interfaces, mode) if interfaces else None,
         **settings,
     )
+    # Before any thread, each of which would keep the capabilities that this gives up.
+    datapath = None if config.offload is None else open_datapath(config, config.offload)
     news: News = queue.SimpleQueue()
     signals.listen(
         {
@@ -312,7 +334,7 @@ def _run(
     log = logs.LogWriter(sys.stderr)
     logs.configure(LogFormat(log_format), log)
     try:
-        with System(config, news=news, systemd=Systemd(os.environ)) as system:
+        with System(config, news=news, systemd=Systemd(os.environ), datapath=datapath) as system:
             if config.secret is None and config.portal is None:
                 _introduce(system)
             return system.run(lambda: dump(system.summary(), log))

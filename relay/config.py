@@ -65,6 +65,37 @@ class PortalAccess:
     proxy: Proxy | None = None
 
 
+class AttachMode(StrEnum):
+    """Where on the way of a packet the kernel relays it."""
+
+    DRIVER = "driver"
+    """In the driver of the interface, before anything else."""
+    GENERIC = "generic"
+    """Behind it: with every driver, at a higher price."""
+    AUTO = "auto"
+    """In drivers that are known to do it, else behind them."""
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadConfig:
+    """Where the kernel relays channels.
+
+    Raises:
+        BadUseError: an interface is named twice, or none is.
+    """
+
+    interfaces: tuple[str, ...]
+    """By name."""
+    mode: AttachMode = AttachMode.AUTO
+
+    def __post_init__(self) -> None:
+        if not self.interfaces:
+            raise BadUseError("--ebpf-offloading names no interface: give the one that clients' packets come by")
+        twice = {name for name in self.interfaces if self.interfaces.count(name) > 1}
+        if twice:
+            raise BadUseError(f"--ebpf-offloading names {min(twice)} twice: name it once")
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """The settings of one relay process.
@@ -97,6 +128,8 @@ class Config:
     """The CPU for all threads; None leaves them wherever the kernel puts them."""
     switch_interval: float = 0.5
     """Seconds for which a thread may keep the interpreter while others wait (`sys.setswitchinterval`)."""
+    offload: OffloadConfig | None = None
+    """Without it, the kernel relays nothing."""
     service_port: int = SERVICE_PORT
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from relay.core.peers import Network
 from relay.core.portal.endpoint import PortalToken, PortalUrl
 
 _LONGEST_TEXT = 4096
+_LONGEST_INTERFACE = 15
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _SHORTEST_INTERVAL, _LONGEST_INTERVAL = 0.0001, 10.0
 
@@ -72,6 +73,22 @@ class NetworksType(click.ParamType[tuple[Network, ...]]):
             except ValueError as error:
                 self.fail(f"{text!r} is no network: write 10.0.0.0/8 or fd00::/8 ({error})", param, ctx)
         return tuple(networks)
+
+
+class InterfacesType(click.ParamType[tuple[str, ...]]):
+    """Names of network interfaces, with commas between them."""
+
+    name = "INTERFACE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:  # noqa: ANN401
+        """Read ``eth0,eth1``; nothing is none."""
+        if isinstance(value, tuple):
+            return value
+        names = tuple(filter(None, (part.strip() for part in str(value).split(","))))
+        for name in names:
+            if len(name) > _LONGEST_INTERFACE or "/" in name or not name.isprintable():
+                self.fail(f"{name!r} is no name of an interface: write eth0, or eth0,eth1", param, ctx)
+        return names
 
 
 class DurationType(click.ParamType[int]):

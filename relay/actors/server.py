@@ -27,7 +27,15 @@ from relay.actors.messages import (
     Tick,
 )
 from relay.core.addresses import AllocationId, Family, RelayedPort
-from relay.core.commands import BindPort, Drained, FreeAllocation, SendToClient, SendToPeer
+from relay.core.commands import (
+    OFFLOAD_COMMANDS,
+    BindPort,
+    Command,
+    Drained,
+    FreeAllocation,
+    SendToClient,
+    SendToPeer,
+)
 from relay.core.instant import Instant
 from relay.core.lifecycle import BindRefusal
 from relay.core.server import Server
@@ -63,13 +71,15 @@ class ServerCounters:
     """Datagrams that the core failed on: each is a bug."""
 
 
-class ServiceSockets(NamedTuple):
-    """What is open from the start, and where to open more."""
+class DataPaths(NamedTuple):
+    """What relays: sockets that are open from the start, where to open more, and the kernel by itself."""
 
     listening: dict[Family, UdpSocket]
     """Of the port that clients talk to, by family; lent to the server actor, which does not close them."""
     bind_hosts: dict[Family, str]
     """Where the sockets of allocations are bound, by family."""
+    offload: Callable[[list[Command]], None] | None = None
+    """Does those of some commands that are about what the kernel relays; None if it relays nothing."""
 
 
 class Serving(NamedTuple):
@@ -94,7 +104,7 @@ class ServerActor(Actor):
 
     Args:
         core: the relay.
-        sockets: what it sends from.
+        paths: what it sends by.
         clock: stamps every input.
         counters: what it counts in.
         failed: hears of its failure.
@@ -104,7 +114,7 @@ class ServerActor(Actor):
     def __init__(
         self,
         core: Server,
-        sockets: ServiceSockets,
+        paths: DataPaths,
         clock: Clock,
         counters: ServerCounters,
         failed: FailureListener,
@@ -119,8 +129,9 @@ class ServerActor(Actor):
         self.inbox.work = self._work
         self.inbox.forward_from_client = self._forward_from_client
         self.inbox.forward_from_peer = self._forward_from_peer
-        self._to_clients = by_address_length(sockets.listening)
-        self._bind_hosts = sockets.bind_hosts
+        self._to_clients = by_address_length(paths.listening)
+        self._bind_hosts = paths.bind_hosts
+        self._offload = paths.offload
         self._clock = clock
         self._monotonic = clock.monotonic
         self._forward_to_peer = core.forward_to_peer
@@ -142,6 +153,8 @@ class ServerActor(Actor):
             BindPort: self._bind_port,
             FreeAllocation: self._free_allocation,
             Drained: news,
+            # Done before all others of their batch.
+            **dict.fromkeys(OFFLOAD_COMMANDS, lambda _: None),
         }
 
     @staticmethod
@@ -277,6 +290,9 @@ class ServerActor(Actor):
         """Carry out commands until none is left; some of them are answered by an input, which may leave more."""
         outputs = self._outputs
         while commands := self.core.drain():
+            if self._offload is not None:
+                # First: whoever is told that a channel has ended shall find that it has.
+                self._offload(commands)
             for command in commands:
                 outputs[type(command)](command)
 

@@ -1,7 +1,6 @@
 """Starts the relay in order, hears what happens to it, and stops it in reverse order."""
 
 import contextlib
-import dataclasses
 import queue
 import random
 import time
@@ -13,19 +12,19 @@ import structlog
 
 from relay import __version__
 from relay.actors.clock import Clock, SystemClock
+from relay.actors.core import server_config
 from relay.actors.inbox import ServerInbox
 from relay.actors.listener import ListenerActor, RequestListenerActor
 from relay.actors.messages import AreYouThere, Drain, LeavePortal
 from relay.actors.news import Event, Failure, News, Request
+from relay.actors.offload import Offloading
 from relay.actors.portal import PortalActor
-from relay.actors.server import ServerActor, ServerCounters, ServiceSockets
+from relay.actors.server import DataPaths, ServerActor, ServerCounters
+from relay.actors.summary import fields_of
 from relay.config import Config, Endpoint, PortalAccess
 from relay.core.addresses import Family
 from relay.core.commands import Drained
-from relay.core.config import ServerConfig
-from relay.core.counters import Counters
 from relay.core.credentials import SECRET_LENGTH, RelaySecret
-from relay.core.peers import PeerPolicy
 from relay.core.portal import limits
 from relay.core.portal.channel import PortalChannel
 from relay.core.portal.commands import Begin, Fatal, Left
@@ -34,12 +33,12 @@ from relay.core.server import Server
 from relay.net.dial import Dialer
 from relay.net.receiver import Receiver
 from relay.net.steering import Steered
-from relay.net.udp import RECEIVE_BUFFER, UdpCounters, UdpSocket, discard_waiting
+from relay.net.udp import RECEIVE_BUFFER, UdpSocket, discard_waiting
+from relay.offload.datapath import Datapath
 from relay.ops.http import HttpEndpoint, health_pages
 from relay.ops.machine import (
     bind_hosts,
     open_service_sockets,
-    own_addresses,
     raise_descriptor_limit,
     trusted_authorities,
     user_agent,
@@ -87,20 +86,26 @@ class System:
         clock: stamps what reaches the core.
         news: what `run` waits for, if someone has begun to put to it before.
         systemd: is told how far it is.
+        datapath: what has the kernel relay, if it does; closed at the end.
 
     Raises:
         BadUseError: on entering, if this machine can't give what the config asks for.
     """
 
     def __init__(
-        self, config: Config, clock: Clock | None = None, news: News | None = None, systemd: Systemd | None = None
+        self,
+        config: Config,
+        clock: Clock | None = None,
+        news: News | None = None,
+        systemd: Systemd | None = None,
+        datapath: Datapath | None = None,
     ) -> None:
         self.config = config
         self.news: News = news or queue.SimpleQueue()
         source = _random_source(config.rng_seed)
         self.secret = config.secret or RelaySecret(source.randbytes(SECRET_LENGTH).hex())
         self.hosts = bind_hosts(config)
-        self.core = Server(_server_config(config, self.secret, self.hosts), source)
+        self.core = Server(server_config(config, self.secret, self.hosts, offloads=datapath is not None), source)
         self.server_counters = ServerCounters()
         self.portal: PortalChannel | None = None
         self.listening: dict[Family, UdpSocket] = {}
@@ -109,6 +114,7 @@ class System:
         """Where clients send to, `listening` among them."""
         self._clock = clock or SystemClock()
         self._systemd = systemd or Systemd({})
+        self._offloading = None if datapath is None else Offloading(datapath, self.hosts, self._clock)
         self._started_at = time.monotonic()
         self._stack = contextlib.ExitStack()
         self._has_begun = False
@@ -238,12 +244,13 @@ class System:
             "live_channels": len(allocations.live_channels),
             "server_inbox": 0 if self._inbox is None else len(self._inbox),
             "dropped_late": 0 if self._inbox is None else self._inbox.dropped,
-            **_fields(counters),
-            **_fields(self.server_counters),
-            **_fields(self.server_counters.udp),
+            **fields_of(counters),
+            **fields_of(self.server_counters),
+            **fields_of(self.server_counters.udp),
             # With those of the sockets that clients send to, which are not closed yet.
             "kernel_drops": self.server_counters.udp.kernel_drops
             + sum(opened.drops() for steered in self._steered.values() for opened in steered.all),
+            **({} if self._offloading is None else self._offloading.datapath.state()),
         }
 
     def _start(self) -> None:
@@ -254,12 +261,20 @@ class System:
         raise_descriptor_limit(self.config)
         self._open_sockets()
         self._start_pages()
-        sockets = ServiceSockets(self.listening, self.hosts)
-        server = ServerActor.start(self.core, sockets, self._clock, self.server_counters, self._failed, self.news.put)
+        offload = self._offloading
+        if offload is not None:
+            self._stack.callback(offload.datapath.close)
+            for note in offload.datapath.notes:
+                _log.info(note)
+        paths = DataPaths(self.listening, self.hosts, None if offload is None else offload.carry_out)
+        server = ServerActor.start(self.core, paths, self._clock, self.server_counters, self._failed, self.news.put)
         self._stack.callback(_stop, "server", server, SERVER_STOP_TIMEOUT)
         self._server = server
         self._inbox = cast(ServerInbox, server.actor_inbox)
         self._stack.callback(self._inbox.close)
+        if offload is not None:
+            self._stack.callback(offload.stop)
+            offload.start()
         if self.config.portal is None:
             self._begin()
         else:
@@ -280,8 +295,12 @@ class System:
 
     def _start_pages(self) -> None:
         pages = health_pages(lambda: self.is_ready)
-        for name, endpoint in (("health", self.config.health), ("control", self.config.control)):
-            http = HttpEndpoint(name, endpoint, pages)
+        more, actions = ({}, {}) if self._offloading is None else self._offloading.pages()
+        for name, endpoint, answered in (
+            ("health", self.config.health, pages),
+            ("control", self.config.control, pages | more),
+        ):
+            http = HttpEndpoint(name, endpoint, answered, actions if name == "control" else None)
             self._stack.callback(http.stop)
             # Port 0 was any that is free: this is the one.
             self._http[name] = Endpoint(endpoint.host, http.port)
@@ -357,12 +376,6 @@ class System:
         self.news.put(Failure(actor, error))
 
 
-def _fields(counters: Counters | ServerCounters | UdpCounters) -> dict[str, object]:
-    """Give all that is counted but the counters that are counters of something else."""
-    values = {field.name: getattr(counters, field.name) for field in dataclasses.fields(counters)}
-    return {name: value for name, value in values.items() if not dataclasses.is_dataclass(value)}
-
-
 def _stop(name: str, actor: pykka.ActorRef[Any], timeout: float) -> None:
     try:
         actor.stop(timeout=timeout)
@@ -379,22 +392,3 @@ def _dump(dump: Callable[[], None]) -> None:
         dump()
     except Exception:  # noqa: BLE001 - looking at the relay must not end it
         _log.exception("the dump failed; the relay goes on")
-
-
-def _server_config(config: Config, secret: RelaySecret, hosts: dict[Family, str]) -> ServerConfig:
-    public = config.public_hosts
-    return ServerConfig(
-        secret=secret,
-        public_hosts=public,
-        ports=config.ports,
-        peers=PeerPolicy(
-            relay_addresses=own_addresses() | frozenset(hosts.values()) | frozenset(public.values()),
-            service_ports=frozenset((config.service_port, config.health.port, config.control.port)),
-            relayed_ports=config.ports,
-            public_addresses=frozenset(public.values()),
-            allow=config.allow_peers,
-            deny=config.deny_peers,
-        ),
-        max_allocations=config.capacity,
-        software=f"firezone-relay/{__version__}",
-    )

@@ -99,4 +99,6 @@ class StopAllocation(NamedTuple):
 
 OffloadCommand: TypeAlias = InstallChannel | RemoveChannel | ExtendAllocation | StopAllocation
 
+OFFLOAD_COMMANDS = (InstallChannel, RemoveChannel, ExtendAllocation, StopAllocation)
+
 Command: TypeAlias = SendToClient | SendToPeer | BindPort | FreeAllocation | Drained | OffloadCommand

@@ -41,8 +41,8 @@ class Page(NamedTuple):
     body: Mapping[str, object]
 
 
-Pages: TypeAlias = Mapping[str, Callable[[], Page]]
-"""What is answered to a GET of each path."""
+Pages: TypeAlias = dict[str, Callable[[], Page]]
+"""What is answered to a request of each path."""
 
 
 def health_pages(is_ready: Callable[[], bool]) -> Pages:
@@ -59,17 +59,48 @@ def health_pages(is_ready: Callable[[], bool]) -> Pages:
     return {"/healthz": healthz, "/readyz": readyz}
 
 
+def offload_pages(
+    state: Callable[[], Mapping[str, object]],
+    channels: Callable[[], Mapping[str, object]],
+    switch: Callable[[bool], bool],
+) -> tuple[Pages, Pages]:
+    """Give the pages that show what the kernel relays, and those that switch it on and off.
+
+    Args:
+        state: all that is counted.
+        channels: what each channel relayed.
+        switch: attaches (true) or detaches, and tells whether that went well.
+    """
+
+    def switched(*, attached: bool) -> Page:
+        return Page(HTTPStatus.OK if switch(attached) else HTTPStatus.SERVICE_UNAVAILABLE, state())
+
+    return (
+        {"/offload": lambda: Page(HTTPStatus.OK, state()), "/offload/channels": lambda: Page(HTTPStatus.OK, channels())},
+        {
+            "/offload/attach": lambda: switched(attached=True),
+            "/offload/detach": lambda: switched(attached=False),
+        },
+    )
+
+
 class HttpEndpoint:
     """Serves pages at one address, from its making until it is stopped.
+
+    Args:
+        name: of the option that says where.
+        at: where.
+        pages: what is answered to GET.
+        actions: what is done and answered upon POST.
 
     Raises:
         BadUseError: the address is in use, or this machine does not have it.
     """
 
-    def __init__(self, name: str, at: Endpoint, pages: Pages) -> None:
+    def __init__(self, name: str, at: Endpoint, pages: Pages, actions: Pages | None = None) -> None:
         listening = _listen(name, at)
         self.port: int = listening.getsockname()[1]
-        self._pages = pages
+        self._by_method = {"GET": pages, "HEAD": pages, "POST": actions or {}}
         # Typed as Any: what ends its loop is not part of its public face.
         self._server: Any = waitress.server.create_server(
             self._answer,
@@ -98,18 +129,21 @@ class HttpEndpoint:
         waitress.wasyncore.close_all(self._server._map)  # noqa: SLF001 - see above
 
     def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
-        page = self._pages.get(environ["PATH_INFO"])
-        if page is None:
-            answer = Page(HTTPStatus.NOT_FOUND, {"error": "no such page", "pages": sorted(self._pages)})
-        elif environ["REQUEST_METHOD"] not in {"GET", "HEAD"}:
-            answer = Page(HTTPStatus.METHOD_NOT_ALLOWED, {"error": "GET is all there is"})
-        else:
+        path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
+        page = self._by_method.get(method, {}).get(path)
+        headers = []
+        if page is not None:
             answer = page()
+        elif allowed := [each for each, pages in self._by_method.items() if path in pages]:
+            answer = Page(HTTPStatus.METHOD_NOT_ALLOWED, {"error": f"{' and '.join(allowed)} is all there is"})
+            headers = [("Allow", ", ".join(allowed))]
+        else:
+            known = sorted(set().union(*self._by_method.values()))
+            answer = Page(HTTPStatus.NOT_FOUND, {"error": "no such page", "pages": known})
         body = json.dumps(answer.body).encode() + b"\n"
-        headers = [("Allow", "GET, HEAD")] if answer.status is HTTPStatus.METHOD_NOT_ALLOWED else []
         headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Cache-Control", "no-store")]
         start_response(f"{answer.status.value} {answer.status.phrase}", headers)
-        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+        return [] if method == "HEAD" else [body]
 
 
 def _listen(name: str, at: Endpoint) -> socket.socket:

@@ -11,7 +11,7 @@ import structlog
 
 from relay.actors.messages import FromClients
 from relay.actors.news import Failure, Request
-from relay.actors.server import ServerActor, ServerCounters, ServiceSockets
+from relay.actors.server import ServerActor, ServerCounters, DataPaths
 from relay.core.addresses import Family
 from relay.core.counters import FreeReason
 from relay.core.instant import Instant
@@ -155,7 +155,7 @@ def test_a_datagram_that_the_core_fails_on_is_counted_and_ends_nobodys_session(
     with UdpSocket(Family.IPV4, "127.0.0.1", 0) as listening, udp_socket("127.0.0.1") as client:
         server = ServerActor.start(
             core,
-            ServiceSockets({Family.IPV4: listening}, {}),
+            DataPaths({Family.IPV4: listening}, {}),
             JumpingClock(),
             counters,
             lambda *failure: failures.append(failure),
