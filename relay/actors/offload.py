@@ -192,7 +192,7 @@ class OffloadActor(Actor):
         if not self._wanted:
             return
         for note in devices.attach(self._links):
-            _log.warning(note)
+            (_log.warning if note in devices.failures.values() else _log.info)(note)
         attached = devices.by_ifindex()
         own = own_addresses(self._network.addresses(), self._links.values(), attached, limit=sys.maxsize)
         self._datapath.channels.own_hosts = frozenset(map(_host, own))
