@@ -18,6 +18,7 @@ from relay.ops.machine import OTHER_DESCRIPTORS
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 UNIT = DEPLOY / "firezone-relay.service"
+OFFLOAD = DEPLOY / "firezone-relay-offload.conf"
 
 LARGEST = Config(public_ip4=IPv4Address("192.0.2.1"), public_ip6=IPv6Address("2001:db8::1"))
 """The relay with the most allocations, on both families."""
@@ -44,8 +45,13 @@ def one(unit: dict[str, list[str]], key: str) -> str:
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
-def test_systemd_has_nothing_to_say_about_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("offload", [False, True])
+def test_systemd_has_nothing_to_say_about_it(tmp_path: Path, offload: bool) -> None:
     copy = tmp_path / UNIT.name
+    if offload:
+        drop_in = tmp_path / f"{UNIT.name}.d" / "offload.conf"
+        drop_in.parent.mkdir()
+        drop_in.write_text(OFFLOAD.read_text())
     # The program is not installed where the unit has it.
     copy.write_text(re.sub(r"(?m)^ExecStart=.*", f"ExecStart={sys.executable}", UNIT.read_text()))
     done = subprocess.run(
@@ -89,3 +95,11 @@ def test_the_log_is_kept_and_what_is_printed_is_not(unit: dict[str, list[str]]) 
 def test_the_receive_buffer_that_the_kernel_is_told_of_is_the_one_asked_for() -> None:
     sysctl = settings((DEPLOY / "firezone-relay.sysctl.conf").read_text())
     assert one(sysctl, "net.core.rmem_max") == str(RECEIVE_BUFFER)
+
+
+def test_what_it_may_do_to_relay_in_the_kernel_is_what_the_relay_asks_for() -> None:
+    drop_in = settings(OFFLOAD.read_text())
+    (bounding,), (ambient,) = drop_in["CapabilityBoundingSet"], drop_in["AmbientCapabilities"]
+    assert set(bounding.split()) == set(ambient.split()) == {"CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"}
+    assert drop_in["PrivateUsers"] == ["no"], "capabilities of a user namespace are none over the machine's network"
+    assert drop_in["SystemCallFilter"] == ["bpf capset"], "both are in what the unit forbids, @privileged"
