@@ -100,7 +100,8 @@ class _Envelope(ctypes.Structure):
     _fields_ = (("message", _Message), ("length", ctypes.c_uint32))
 
 
-# What it reads is there already. Whoever lets others have the interpreter for so short a time may wait for it for long.
+# What it reads is there already, so it keeps the interpreter: whoever lets others have it waits for it. To ask for 16,000
+# destinations again, and write them, takes 0.3 s; beside four busy threads 0.55 s, and 0.85 s if each answer is a `recv`.
 _receive_many = ctypes.PyDLL(None, use_errno=True).recvmmsg
 _receive_many.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_void_p)
 
@@ -169,7 +170,7 @@ class Network:
         What is not asked: source and destination port, which a rule may look at.
 
         Args:
-            look_ups: as many as one likes. Each takes 6 to 10 µs, and every 64 of them others get the interpreter once.
+            look_ups: as many as one likes. Each takes some 12 µs, and every 64 of them others get the interpreter once.
 
         Returns:
             The answers in the same order.

@@ -1,10 +1,11 @@
 """RTM_GETROUTE: questions to the kernel's routing tables, and its answers, as bytes. No IO.
 
 Written out here although pyroute2 knows these messages, too: a moved gateway has all destinations asked for again, and may
-take a second for 16,000 of them. To decode an answer takes pyroute2 130 µs (1.9 to 2.2 s for all), and this module 3 µs.
+take a second for 16,000 of them. To decode an answer takes pyroute2 130 µs, 2 s for all, and this module 7 µs.
 """
 
 import struct
+from functools import lru_cache
 from typing import Final
 
 from relay.offload.network import LookUp, NoRoute, Outcome, Route
@@ -84,46 +85,54 @@ def answer(message: bytes) -> tuple[int, Outcome] | None:
     type_of_route = message[HEADER.size + 7]
     if type_of_route != _UNICAST:
         return sequence, _NO_ROUTES.get(type_of_route, NoRoute.UNKNOWN)
-    return sequence, _route(_attributes(message, HEADER.size + _ROUTE.size, length))
+    found = _attributes(message, HEADER.size + _ROUTE.size, length).get
+    return sequence, _route(*map(found, (_OIF, _GATEWAY, _VIA, _PREFSRC, _METRICS, _ENCAP_TYPE)))
 
 
 def _attributes(message: bytes, offset: int, end: int) -> dict[int, bytes]:
     """Give what there is, up to what makes no sense."""
     found = {}
-    while offset + _ATTRIBUTE.size <= end:
-        length, kind = _ATTRIBUTE.unpack_from(message, offset)
-        if length < _ATTRIBUTE.size or offset + length > end:
+    unpack = _ATTRIBUTE.unpack_from
+    while offset + 4 <= end:
+        length, kind = unpack(message, offset)
+        if length < 4 or offset + length > end:  # noqa: PLR2004 - both are what the structure takes
             break
-        found[kind & _TYPE_MASK] = message[offset + _ATTRIBUTE.size : offset + length]
+        found[kind & _TYPE_MASK] = message[offset + 4 : offset + length]
         offset += length + 3 & ~3
     return found
 
 
-def _route(attributes: dict[int, bytes]) -> Outcome:
-    if _ENCAP_TYPE in attributes:
+# Most destinations share one of a few ways: so they also share what is kept of it.
+@lru_cache(maxsize=256)
+def _route(
+    interface: bytes | None,
+    gateway: bytes | None,
+    via: bytes | None,
+    source: bytes | None,
+    metrics: bytes | None,
+    tunnel: bytes | None,
+) -> Outcome:
+    """Make sense of the values of attributes, None for those that there are not."""
+    if tunnel is not None:
         return NoRoute.TUNNEL
-    interface = attributes.get(_OIF, b"")
-    if len(interface) != _WORD.size:
+    if interface is None or len(interface) != _WORD.size:
         return NoRoute.UNKNOWN
-    gateway: bytes | None = None
-    if _GATEWAY in attributes:
-        gateway = _mapped(attributes[_GATEWAY])
-    elif _VIA in attributes:
-        gateway = _mapped(attributes[_VIA][2:])  # after the family, which the length tells as well
-    if gateway is None and (_GATEWAY in attributes or _VIA in attributes):
+    # The one of another family has that in front, which its length tells as well.
+    next_hop = via[2:] if gateway is None and via is not None else gateway
+    if next_hop is not None and len(next_hop) not in (_IPV4_LENGTH, _IPV6_LENGTH):
         return NoRoute.UNKNOWN
-    return Route(
-        _WORD.unpack(interface)[0], gateway, _mapped(attributes.get(_PREFSRC, b"")), _mtu(attributes.get(_METRICS, b""))
-    )
+    return Route(_WORD.unpack(interface)[0], _mapped(next_hop), _mapped(source), _mtu(metrics))
 
 
-def _mapped(address: bytes) -> bytes | None:
+def _mapped(address: bytes | None) -> bytes | None:
+    if address is None:
+        return None
     if len(address) == _IPV4_LENGTH:
         return _MAPPED + address
     return address if len(address) == _IPV6_LENGTH else None
 
 
-def _mtu(metrics: bytes) -> int | None:
+def _mtu(metrics: bytes | None) -> int | None:
     if not metrics:
         return None
     value = _attributes(metrics, 0, len(metrics)).get(_METRIC_MTU, b"")

@@ -367,6 +367,13 @@ def test_it_takes_no_privilege(machine: Machine) -> None:
     assert news
 
 
+def test_nobody_but_the_kernel_is_listened_to(monitor: Monitor, network: Network) -> None:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as other:
+        for each in (monitor._socket, network._socket):
+            with pytest.raises(ConnectionRefusedError):
+                other.sendto(bytes(16), (each.getsockname()[0], 0))
+
+
 class Following:
     """What the relay does: asks and listens, and keeps the entries."""
 
