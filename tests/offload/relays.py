@@ -1,0 +1,159 @@
+"""A running relay that relays in the kernel, its clients, and what it tells of itself."""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from relay.core.addresses import Family, SocketAddress, socket_address
+from relay.core.credentials import Credential, RelaySecret, mint
+from tests.conftest import wait_until
+from tests.interop.conftest import Program
+from tests.interop.test_trains import SO_RCVBUFFORCE
+from tests.offload.topology import CLIENT, PEER, RELAY, Host, Row
+from tests.turn_client import TurnClient
+
+SECRET: Final = "secret of those in the kernel"
+SERVICE: Final = 3478
+WITHIN: Final = 1.0
+"""Seconds in which what the network does is followed."""
+
+MODES: Final = ("generic", "driver")
+
+
+def credential() -> Credential:
+    """One that no other client has."""
+    return mint(RelaySecret(SECRET), int(time.time()) + 600, os.urandom(8).hex())
+
+
+class Counts(NamedTuple):
+    """What the kernel has counted."""
+
+    to_peer: int
+    to_client: int
+    passed: Counter[str]
+
+    def since(self, before: "Counts") -> "Counts":
+        return Counts(self.to_peer - before.to_peer, self.to_client - before.to_client, self.passed - before.passed)
+
+
+class Offloading:
+    """A relay on a machine, and its control address."""
+
+    def __init__(self, host: Host, program: Program) -> None:
+        self.host = host
+        self.program = program
+        found = re.search(r"control=(\S+):(\d+)", program.log)
+        assert found, program.log
+        self._control = found[1], int(found[2])
+
+    def ask(self, path: str, method: str = "GET") -> dict[str, Any]:
+        """Give what its control address answers."""
+        with self.host.entered():
+            connection = http.client.HTTPConnection(*self._control, timeout=10)
+            connection.connect()
+        with contextlib.closing(connection):
+            connection.request(method, path)
+            answer = connection.getresponse()
+            body: dict[str, Any] = json.loads(answer.read())
+            assert answer.status == http.client.OK, body
+            return body
+
+    def state(self) -> dict[str, Any]:
+        return self.ask("/offload")
+
+    def counts(self) -> Counts:
+        state = self.state()
+        packets = state["xdp_packets"]
+        return Counts(packets["to_peer"], packets["to_client"], Counter(state["xdp_passed"]))
+
+    def attach(self) -> dict[str, Any]:
+        return self.ask("/offload/attach", "POST")
+
+    def detach(self) -> dict[str, Any]:
+        return self.ask("/offload/detach", "POST")
+
+    def client(self, at: Host, family: Family = Family.IPV4, host: str | None = None) -> TurnClient:
+        """Make a client on some machine."""
+        with at.entered():
+            made = TurnClient((RELAY[family], SERVICE), credential(), host or CLIENT[family])
+        made.socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 << 20)
+        return made
+
+
+@contextlib.contextmanager
+def running(
+    host: Host, folder: Path, mode: str, *, links: str = "r0,r1", public: Sequence[str] = tuple(RELAY.values())
+) -> Iterator[Offloading]:
+    """Start a relay; it ends with the context."""
+    secret = folder / "secret"
+    secret.write_text(SECRET)
+    with host.entered():
+        program = Program(
+            *("--relay-secret-file", str(secret), "--ebpf-offloading", links, "--ebpf-attach-mode", mode),
+            hosts=tuple(public),
+        )
+    try:
+        program.wait_until_ready()
+        relay = Offloading(host, program)
+        assert relay.state()["xdp_attached"] == dict.fromkeys(links.split(","), mode)
+        yield relay
+    finally:
+        program.close()
+    assert "Traceback" not in program.log, program.log
+
+
+class Talk:
+    """A client with a channel to a peer."""
+
+    NUMBER = 0x4123
+
+    def __init__(self, relay: Offloading, client: TurnClient, peer: socket.socket) -> None:
+        self.relay = relay
+        self.client = client
+        self.peer = peer
+        family = Family.IPV6 if peer.family == socket.AF_INET6 else Family.IPV4
+        self.relayed: SocketAddress = client.allocate(family=family)[0]
+        host, port, *_ = peer.getsockname()
+        self.number = self.NUMBER
+        assert client.bind_channel(self.number, socket_address(host, port)) is None
+
+    def to_peer(self, payload: bytes) -> None:
+        """Have something relayed, and see it arrive."""
+        self.client.send(self.number, payload)
+        data, source = self.peer.recvfrom(65535)
+        assert (data, source[:2]) == (payload, self.relayed[:2])
+
+    def to_client(self, payload: bytes) -> None:
+        self.peer.sendto(payload, self.relayed[:2])
+        assert self.client.receive() == (self.number, payload)
+
+    def both(self, payload: bytes = bytes(range(100))) -> None:
+        self.to_peer(payload)
+        self.to_client(payload)
+
+    def wait_for_kernel(self, seconds: float = 5) -> None:
+        """Go on until the kernel relays, both ways."""
+
+        def is_relayed() -> bool:
+            before = self.relay.counts()
+            self.both()
+            return self.relay.counts().since(before)[:2] == (1, 1)
+
+        wait_until(is_relayed, seconds)
+
+
+@contextlib.contextmanager
+def talk(relay: Offloading, network: Row, families: tuple[Family, Family] = (Family.IPV4, Family.IPV4)) -> Iterator[Talk]:
+    """Have a client talk to a peer, of these families, until the kernel relays it."""
+    with relay.client(network.client, families[0]) as client, network.peer.udp(PEER[families[1]]) as peer:
+        made = Talk(relay, client, peer)
+        made.wait_for_kernel()
+        yield made
