@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 from benchmarks.failure import FailedError
-from benchmarks.handshake import AT_ONCE, CHANNEL, CLIENT_HOST, Client, allocate, bind_channels, udp_socket
+from benchmarks.handshake import AT_ONCE, CHANNEL, Client, allocate, bind_channels, udp_socket
 from benchmarks.servers import DIRECT, PLAIN, PLAIN_FIRST_CHANNEL, PLAIN_FIRST_PORT, Server
 from relay.core.addresses import SocketAddress
 
@@ -70,7 +70,7 @@ def _plain_flows(stack: ExitStack, server: Server, peer: socket.socket, numbers:
     """Flows of the plain relay, which learns a client's address from its first packet."""
     flows = []
     for number in numbers:
-        client = stack.enter_context(udp_socket(CLIENT_HOST))
+        client = stack.enter_context(udp_socket(server.client_host))
         client.connect(server.address)
         channel = PLAIN_FIRST_CHANNEL + number
         client.send(channel.to_bytes(2, "big") + len(_PRIMER).to_bytes(2, "big") + _PRIMER)
@@ -91,7 +91,7 @@ def _direct_flows(stack: ExitStack, server: Server, _: socket.socket, numbers: r
     """Flows through no server at all."""
     flows = []
     for _number in numbers:
-        client = stack.enter_context(udp_socket(CLIENT_HOST))
+        client = stack.enter_context(udp_socket(server.client_host))
         client.connect(server.peer)
         flows.append(Flow(client, 0, client.getsockname()))
     return flows

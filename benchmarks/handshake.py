@@ -27,7 +27,6 @@ from relay.core.stun import Message, MessageClass, Method, decode, encode
 T = TypeVar("T")
 AttributeValues: TypeAlias = Sequence[tuple[Attribute[Any], Any]]
 
-CLIENT_HOST = "127.83.0.3"
 CHANNEL = 0x4000
 AT_ONCE = 32
 """Requests under way while many clients are set up: enough to keep a server busy, few enough to fit any receive buffer."""
@@ -77,7 +76,7 @@ class Client:
         self._nonce: bytes | None = None
         self.relayed: SocketAddress = ("", 0)
         """Its relayed address, once it has allocated."""
-        self.socket = udp_socket(CLIENT_HOST)
+        self.socket = udp_socket(server.client_host)
         self.socket.connect(server.address)
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ text { font: 12px system-ui, sans-serif; fill: #24292f; }
 .value { font-size: 10px; fill: #57606a; }
 .axis { stroke: #8c959f; }
 .spread { stroke: #24292f; stroke-width: 1; }
-.s0 { fill: #2f6fdb; } .s1 { fill: #e07b39; } .s2 { fill: #9aa4af; }
+.s0 { fill: #2f6fdb; } .s1 { fill: #e07b39; } .s2 { fill: #9aa4af; } .s3 { fill: #3aa67a; } .s4 { fill: #8a63d2; }
 @media (prefers-color-scheme: dark) {
   text { fill: #d0d7de; } .value { fill: #9198a1; } .spread { stroke: #f0f6fc; }
 }

@@ -12,6 +12,7 @@ from benchmarks.table import markdown
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 LATEST = "latest.json"
+OFFLOAD = "offload.json"
 
 BEGIN = "<!-- benchmarks: begin -->"
 END = "<!-- benchmarks: end -->"

@@ -6,7 +6,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeAlias
 
-from benchmarks.cases import Case
 from benchmarks.packets import Metrics
 from benchmarks.servers import COTURN, RELAY
 
@@ -29,9 +28,9 @@ class Results:
         self.about = about
         self._rounds: dict[str, list[dict[str, Outcome]]] = {}
 
-    def keep(self, case: Case, number: int, server: str, outcome: Outcome) -> None:
+    def keep(self, case: str, number: int, server: str, outcome: Outcome) -> None:
         """Keep the outcome of a round; rounds are counted from 0."""
-        rounds = self._rounds.setdefault(case.name, [])
+        rounds = self._rounds.setdefault(case, [])
         rounds += [{} for _ in range(number + 1 - len(rounds))]
         rounds[number][server] = outcome
 
@@ -52,9 +51,9 @@ class Results:
         """Sum up what was measured; None if nothing was."""
         return _figure(self.values(case, server, metric))
 
-    def ratio(self, case: str, metric: str) -> Figure | None:
-        """Give relay to coturn; each ratio is of two measurements that were made one after the other."""
-        pairs = ((_value(each.get(RELAY), metric), _value(each.get(COTURN), metric)) for each in self._rounds.get(case, ()))
+    def ratio(self, case: str, metric: str, one: str = RELAY, other: str = COTURN) -> Figure | None:
+        """Give one server's figure to another's; each ratio is of two measurements of the same round."""
+        pairs = ((_value(each.get(one), metric), _value(each.get(other), metric)) for each in self._rounds.get(case, ()))
         return _figure([ours / theirs for ours, theirs in pairs if ours is not None and theirs])
 
     def was_tried(self, case: str, server: str) -> bool:

@@ -167,5 +167,5 @@ class Run:
         except (FailedError, OSError) as error:
             outcome = str(error)
             self._said.say(f"{case.name}, {server}: failed: {outcome}")
-        self._results.keep(case, number, server, outcome)
+        self._results.keep(case.name, number, server, outcome)
         return outcome

@@ -27,6 +27,7 @@ PLAIN: Final = "plain C"
 DIRECT: Final = "direct"
 """No server at all: client and peer send to each other."""
 
+CLIENT_HOST = "127.83.0.3"
 PEER_HOST = "127.83.0.4"
 _HOSTS = {RELAY: "127.83.0.1", COTURN: "127.83.0.2", PLAIN: "127.83.0.5", DIRECT: PEER_HOST}
 _PEER_PORTS = {RELAY: 5001, COTURN: 5002, PLAIN: 5003, DIRECT: 5004}
@@ -66,6 +67,11 @@ class Server:
     def peer(self) -> tuple[str, int]:
         """Where all peers of its clients are."""
         return PEER_HOST, _PEER_PORTS[self.name]
+
+    @property
+    def client_host(self) -> str:
+        """Where all its clients are."""
+        return CLIENT_HOST
 
     def last_words(self) -> str:
         """Give the end of its log."""
