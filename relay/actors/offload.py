@@ -1,6 +1,7 @@
 """Keeps the kernel's data path in step with the network: next hops, interfaces, this machine's addresses."""
 
 import contextlib
+import math
 import socket
 import sys
 from collections.abc import Callable, Mapping
@@ -33,6 +34,10 @@ STOP_TIMEOUT: Final = 0.5
 
 SWITCH_TIMEOUT: Final = 5.0
 """Seconds for an operator to wait. To attach takes some milliseconds, with drivers that restart their queues a second."""
+
+ROUTES_LIFETIME: Final = 30.0
+"""Seconds after which all routes are asked for without news: of paths that were found to be narrow, and of routers that sent
+us to another, there is none."""
 
 _PORTION: Final = 256
 """Routes asked for and entries written before packets get their chance."""
@@ -80,13 +85,13 @@ class OffloadActor(Actor):
         self._next_hops = NextHops()
         self._links: dict[int, Link] = {}
         self._wanted = True
-        self._changed_meanwhile = False
+        self._asked_at = -math.inf
         self._network = Network()
         self._inputs: dict[type, Callable[[Any], object]] = {
             Followed: lambda told: self._follow(told.changes),
             KernelNews: lambda told: self._hear(told.news),
             SwitchOffload: lambda told: self._switch(attached=told.attached),
-            Tick: lambda _: self._ask_again(),
+            Tick: lambda _: self._ask_for_routes(),
             Failed: _raise,
         }
 
@@ -152,22 +157,18 @@ class OffloadActor(Actor):
                     self._look_around()
         if addresses:
             self._attach()
-        if routes and self._inbox.deadline is None:
-            # The first change is followed at once, and those that come soon after it together.
-            self._next_hops.routes_changed()
-            self._inbox.wake_at(self._clock.monotonic() + ROUTES_REST, self._clock)
-            self._changed_meanwhile = False
-        elif routes:
-            self._changed_meanwhile = True
+        if routes:
+            self._ask_for_routes()
 
-    def _ask_again(self) -> None:
-        """The rest is over."""
-        if self._changed_meanwhile:
-            self._changed_meanwhile = False
+    def _ask_for_routes(self) -> None:
+        """Ask for all routes again; if that was done a moment ago, when it has been a while, and for all news until then."""
+        now = self._clock.monotonic()
+        if now >= self._asked_at + ROUTES_REST:
+            self._asked_at = now
             self._next_hops.routes_changed()
-            self._inbox.wake_at(self._clock.monotonic() + ROUTES_REST, self._clock)
+            self._inbox.wake_at(now + ROUTES_LIFETIME, self._clock)
         else:
-            self._inbox.wake_at(None, self._clock)
+            self._inbox.wake_at(self._asked_at + ROUTES_REST, self._clock)
 
     def _take_link(self, news: LinkNews) -> bool:
         if news.link is None:
