@@ -99,3 +99,13 @@ def ethernet(to: bytes, source: bytes, kind: int, payload: bytes, tags: tuple[in
 def channel_data(number: int, payload: bytes, length: int = RIGHT) -> bytes:
     """A ChannelData message without padding."""
     return struct.pack(">HH", number, len(payload) if length == RIGHT else length) + payload
+
+
+def with_right_header(frame: bytes) -> bytes:
+    """The same with a right IPv4 header checksum, without which nothing behind it would be looked at."""
+    start = 18 if frame[12:14] == VLAN.to_bytes(2, "big") else 14
+    header = frame[start : start + 20]
+    if len(header) < 20 or header[0] >> 4 != 4:
+        return frame
+    checksum = checksum_of(header[:10], header[12:])
+    return frame[: start + 10] + checksum.to_bytes(2, "big") + frame[start + 12 :]

@@ -9,7 +9,7 @@ from typing import Final
 
 import pytest
 
-from relay.offload.layout import PassReason
+from relay.offload.layout import NextHop, PassReason, packed_address
 from tests.offload.model import NEVER, SECOND, Device, Hop, Tables, Verdict
 from tests.offload.packets import (
     IPV4,
@@ -23,6 +23,7 @@ from tests.offload.packets import (
     pseudo_header,
     sum_of,
     udp,
+    with_right_header,
 )
 from tests.offload.runners import HostRunner, Runner
 from tests.offload.world import (
@@ -209,6 +210,27 @@ def test_an_empty_payload_goes_to_an_ipv6_peer(runner: Runner, client: int) -> N
     there, back = agreed(runner, world(client, 6), from_client(client, b""), from_peer(6, b""))
     assert there.verdict is Verdict.TX
     assert back.verdict is (Verdict.TX if client == 6 else Verdict.PASS)
+
+
+@pytest.mark.parametrize(
+    "like", ["1::ffff:c0:9", "0:1::ffff:192.0.2.9", "0:0:1::ffff:192.0.2.9", "::1:ffff:192.0.2.9", "::192.0.2.9"]
+)
+def test_an_ipv6_address_that_looks_like_a_mapped_one_is_none(runner: Runner, like: str) -> None:
+    peer = packed_address(like)
+    tables = world(4, 6)
+    (channel,), (back,) = tables.channels.values(), tables.peers.values()
+    tables = replace(
+        tables,
+        channels={(CLIENT[4], CLIENT_PORT, NUMBER): channel._replace(destination=peer)},
+        peers={(peer, PEER_PORT, RELAYED): back},
+        next_hops={
+            **tables.next_hops,
+            TO_PEER: next_hop(PEER[6], BACK_MAC)._replace(hop=NextHop(HERE, peer, OWN[6], mtu=1500)),
+        },
+    )
+    there, back_again = agreed(runner, tables, from_client(), datagram((peer, PEER_PORT), (OWN[6], RELAYED), PAYLOAD))
+    assert there.verdict is back_again.verdict is Verdict.TX
+    assert there.frame[12:14] == IPV6.to_bytes(2, "big")
 
 
 @clients
@@ -404,6 +426,7 @@ LEFT: Final = [
     counted(PassReason.NO_CHANNEL_DATA, client_says(STUN), "STUN"),
     counted(PassReason.NO_CHANNEL_DATA, client_says(b""), "nothing"),
     counted(PassReason.NO_CHANNEL_DATA, client_says(b"\x40\x01\x00"), "three bytes"),
+    counted(PassReason.NO_CHANNEL_DATA, client_says(b"\x40\x01\x00", trailing=bytes(20)), "three bytes and padding"),
     counted(PassReason.NO_CHANNEL_DATA, from_client(number=0x3FFF), "below channel numbers"),
     counted(PassReason.NO_CHANNEL_DATA, from_client(number=0x8000), "above channel numbers"),
     counted(PassReason.NO_CHANNEL_DATA, from_client(number=0xC001), "far above channel numbers"),
@@ -660,7 +683,8 @@ IGNORED: Final = {
     "a later fragment": over_ipv4(inner(), fragment=0x0001),
     "a much later fragment": over_ipv4(inner(), fragment=0x1000),
     "IP options": over_ipv4(inner(), options=b"\1\1\1\0"),
-    "options said to be there": over_ipv4(inner(), options=b"")[:14] + b"\x46" + over_ipv4(inner())[15:],
+    "options said to be there": with_right_header(over_ipv4(inner())[:14] + b"\x46" + over_ipv4(inner())[15:]),
+    "a header said to be shorter": with_right_header(over_ipv4(inner())[:14] + b"\x44" + over_ipv4(inner())[15:]),
     "TCP": over_ipv4(inner(), protocol=6),
     "UDP-Lite": over_ipv4(inner(), protocol=136),
     "ICMP": over_ipv4(b"\x08\0" + bytes(58), protocol=1),
@@ -685,6 +709,7 @@ IGNORED: Final = {
     "hop-by-hop options": over_ipv6(HOP_BY_HOP + inner6(), next_header=0),
     "an IPv6 fragment": over_ipv6(FRAGMENT + inner6(), next_header=44),
     "destination options": over_ipv6(HOP_BY_HOP + inner6(), next_header=60),
+    "UDP-Lite over IPv6": over_ipv6(inner6(), next_header=136),
     "ICMPv6": over_ipv6(b"\x80\0" + bytes(58), next_header=58),
     "an IPv4 client's address in an IPv6 packet": ethernet(
         OUR_MAC,

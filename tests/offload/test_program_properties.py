@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from relay.offload.layout import NextHop
 from tests.offload.model import NEVER, SECOND, Binding, Device, Hop, Model, Settings, Tables
-from tests.offload.packets import VLAN, channel_data, checksum_of, is_ipv4, pseudo_header, sum_of
+from tests.offload.packets import channel_data, is_ipv4, pseudo_header, sum_of, with_right_header
 from tests.offload.runners import ENTRIES, HostRunner
 from tests.offload.world import (
     BACK_MAC,
@@ -178,16 +178,6 @@ class Source:
     def ifindex(self, tables: Tables) -> int:
         devices = tables.settings.devices
         return self.one(devices).ifindex if devices and not self.happens(10) else HERE
-
-
-def with_right_header(frame: bytes) -> bytes:
-    """The same with a right IPv4 header checksum, without which nothing behind it would be looked at."""
-    start = 18 if frame[12:14] == VLAN.to_bytes(2, "big") else 14
-    header = frame[start : start + 20]
-    if len(header) < 20 or header[0] >> 4 != 4:
-        return frame
-    checksum = checksum_of(header[:10], header[12:])
-    return frame[: start + 10] + checksum.to_bytes(2, "big") + frame[start + 12 :]
 
 
 def compare(host: HostRunner, source: Source, frames: int) -> None:

@@ -101,9 +101,9 @@ def from_client(family: int = 4, payload: bytes = PAYLOAD, *, number: int = NUMB
     return datagram((CLIENT[family], CLIENT_PORT), (OWN[family], SERVICE), message, **fields)  # type: ignore[arg-type]
 
 
-def client_says(message: bytes, family: int = 4) -> bytes:
+def client_says(message: bytes, trailing: bytes = b"") -> bytes:
     """A frame with anything else."""
-    return datagram((CLIENT[family], CLIENT_PORT), (OWN[family], SERVICE), message)
+    return datagram((CLIENT[4], CLIENT_PORT), (OWN[4], SERVICE), message, trailing=trailing)
 
 
 def from_peer(family: int = 4, payload: bytes = PAYLOAD, **fields: object) -> bytes:
