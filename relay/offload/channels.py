@@ -1,26 +1,40 @@
 """Which channels the kernel relays: carries out the core's commands on the tables of the XDP program.
 
-Both directions of a channel are installed and removed together, many channels in one system call. What ends an allocation
-is a store to `ends`, which is done at once and stops its channels; their entries are removed in the next batch. So the
-order of a batch does not matter to packets, with one exception: an allocation's time is never extended before the entries
-of whoever had its port are gone.
+Both directions of a channel are installed and removed together, many channels in one system call: commands are carried out
+in their order, run by run, where a run is either what lets the kernel relay more, or what lets it relay less. What ends an
+allocation is a store to `ends`, which stops its channels before their entries are removed; and its time is not extended
+before the entries of whoever had its port are gone.
+
+A client may come with thousands of neighbours, and packets wait meanwhile: so this makes no objects that it can do without.
 """
 
+import array
+import itertools
+import re
 from collections.abc import Iterable
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
 from relay.core.addresses import ChannelNumber, ClientAddress, Family, SocketAddress
 from relay.core.commands import ExtendAllocation, InstallChannel, OffloadCommand, RemoveChannel, StopAllocation
-from relay.offload.layout import BINDING, END, HAIRPIN, in_packet, packed_address
+from relay.offload import layout
+from relay.offload.layout import BINDING, END, HAIRPIN, packed_address
 
 _NANOSECONDS: Final = 1_000_000_000
 _SPREAD: Final = 2654435761
-"""A prime near 2³² over the golden ratio: neighbouring slots get labels far apart."""
+"""A prime near 2³² over the golden ratio: neighbouring slots get labels far apart, and each one another."""
 _FLOW_LABEL: Final = 0xFFFF0F00
 """The 20 bits that a flow label has in an IPv6 header, read as a little-endian number."""
 IPV4: Final = 2
 """Length of the address of an IPv4 socket."""
+_NOT_AS_IN_PACKETS: Final = re.compile("::ffff:|fe[89ab][0-9a-f]:|.*%")
+"""IPv6 hosts that packets don't have as they are, or that aren't the same host everywhere: IPv4 in disguise; link-local."""
 
+_LESS: Final = (RemoveChannel, StopAllocation)
+"""Commands to relay less."""
+
+_pack_end, _pack_binding = END.pack, BINDING.pack
+# As calling the class does, in half the time.
+_new = tuple.__new__
 
 Entries: TypeAlias = tuple[list[bytes], list[bytes]]
 """Keys, and the value of each."""
@@ -65,16 +79,16 @@ class _Slots:
     """Numbers from 0 up, given out and taken back; there are only as many as were ever needed at once."""
 
     def __init__(self, count: int) -> None:
-        self.count = count
         self.fresh = 0
         """All from this one up were never given out."""
+        self._count = count
         self._free: list[int] = []
 
     def take(self) -> int | None:
         """Give a number, or None if all are taken."""
         if self._free:
             return self._free.pop()
-        if self.fresh == self.count:
+        if self.fresh == self._count:
             return None
         self.fresh += 1
         return self.fresh - 1
@@ -84,21 +98,75 @@ class _Slots:
         self._free.append(number)
 
 
-class _Destination:
-    """A host that channels lead to."""
-
-    __slots__ = ("channels", "entry", "host", "packed")
-
-    def __init__(self, host: str, entry: int) -> None:
-        self.host = host
-        self.packed = packed_address(host)
-        self.entry = entry
-        self.channels = 0
+_End: TypeAlias = tuple[int, bytes, str]
+"""A host that channels lead to: its entry in `next_hops`, and its address as the tables have it and as text."""
 
 
-_Installed: TypeAlias = tuple[int, _Destination, _Destination]
+class _Hosts:
+    """Those that channels lead to."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._ends: dict[str, _End] = {}
+        self._channels: list[int] = []
+        """How many lead there, by entry."""
+        self._free: list[int] = []
+        """Entries that were used before."""
+        self._news: list[Follow | Unfollow] = []
+
+    def follow(self, host: str) -> _End | None:
+        """Count one more channel to a host; None if there is no room for it."""
+        end = self._ends.get(host)
+        if end is not None:
+            self._channels[end[0]] += 1
+            return end
+        if self._free:
+            entry = self._free.pop()
+            self._channels[entry] = 1
+        else:
+            entry = len(self._channels)
+            if entry == self._count:
+                return None
+            self._channels.append(1)
+        end = self._ends[host] = (entry, packed_address(host), host)
+        self._news.append(_new(Follow, (entry, host)))
+        return end
+
+    def unfollow(self, end: _End) -> None:
+        """Count one channel less."""
+        entry, _, host = end
+        self._channels[entry] -= 1
+        if not self._channels[entry]:
+            del self._ends[host]
+            self._free.append(entry)
+            self._news.append(_new(Unfollow, (entry, host)))
+
+    def news(self) -> list[Follow | Unfollow]:
+        """Give what has changed since the last time."""
+        news, self._news = self._news, []
+        return news
+
+
+_Installed: TypeAlias = tuple[int, _End, _End]
 """The slot of a channel that the kernel relays, whose usage is at slot * 2 (to the peer) and slot * 2 + 1 (to the client);
-and its two ends, the client's first. No named tuple: to make one of those takes four times as long."""
+and its two ends, the client's first."""
+
+_Key: TypeAlias = tuple[ClientAddress, ChannelNumber]
+
+
+class _Batch:
+    """What the next system calls are to put: keys and values as the kernel reads them."""
+
+    __slots__ = ("channels", "keys", "peers", "to_clients", "to_peers", "used_before")
+
+    def __init__(self) -> None:
+        self.channels: list[bytes] = []
+        self.to_peers: list[bytes] = []
+        self.peers: list[bytes] = []
+        self.to_clients: list[bytes] = []
+        self.keys: list[_Key] = []
+        self.used_before: list[int] = []
+        """Slots whose usage is another channel's."""
 
 
 class Channels:
@@ -122,184 +190,133 @@ class Channels:
         self.failures = 0
         """Batches that the kernel did not take."""
         self._tables = tables
-        self._service_port = in_packet(service_port)
+        self._service_port = layout.in_packet(service_port)
         self._relayed_ports = relayed_ports
         self._public_hosts = frozenset(public_hosts)
+        # A look-up takes a third of the time of a call.
+        self._in_packet = array.array("H", map(layout.in_packet, range(1 << 16)))
         self._slots = _Slots(tables.bindings)
-        self._entries = _Slots(tables.next_hops)
-        self._destinations: dict[str, _Destination] = {}
-        self._news: list[Follow | Unfollow] = []
-        # What the next system call is to put or to remove: keys and values as the kernel reads them.
-        self._channels: Entries = ([], [])
-        self._peers: Entries = ([], [])
-        self._entered: list[tuple[ClientAddress, ChannelNumber]] = []
-        self._used_before: list[int] = []
-        self._removed: tuple[list[bytes], list[bytes]] = ([], [])
+        self._hosts = _Hosts(tables.next_hops)
 
     def carry_out(self, commands: Iterable[OffloadCommand]) -> list[Follow | Unfollow]:
         """Do what the core commands; give the destinations that are needed from now on, and those that no longer are."""
+        for is_less, run in itertools.groupby(commands, _is_less):
+            if is_less:
+                self._relay_less(run)
+            else:
+                self._relay_more(run)
+        return self._hosts.news()
+
+    def _relay_more(self, commands: Iterable[OffloadCommand]) -> None:
+        batch = _Batch()
+        find, enter, put = self.installed.get, self._enter, self._put
         for command in commands:
             if isinstance(command, InstallChannel):
-                self._install(command)
-            elif isinstance(command, RemoveChannel):
-                self._remove(command)
-            else:
-                self._set_end(command)
-        self._flush_removed()
-        self._flush_installed()
-        news = self._news
-        self._news = []
-        return news
+                client, number, _, peer, _ = command
+                key = (client, number)
+                installed = find(key) or enter(key, peer, batch)
+                if installed is not None:
+                    batch.keys.append(key)
+                    put(command, installed, batch)
+            elif isinstance(command, ExtendAllocation):
+                self._set_ends(command.port, command.families, int(command.until * _NANOSECONDS))
+        if batch.keys:
+            self._flush(batch)
 
-    def _set_end(self, command: ExtendAllocation | StopAllocation) -> None:
-        until = 0
-        if isinstance(command, ExtendAllocation):
-            # The port may have been another's a moment ago.
-            self._flush_removed()
-            until = int(command.until * _NANOSECONDS)
-        for family in command.families:
-            self._tables.set_end(command.port * 2 + (family is Family.IPV6), until)
-
-    def _install(self, command: InstallChannel) -> None:
+    def _put(self, command: InstallChannel, installed: _Installed, batch: _Batch) -> None:
         client, number, port, peer, until = command
-        if self._removed[0]:
-            self._flush_removed()
-        key = (client, number)
-        installed = self.installed.get(key)
-        if installed is None:
-            installed = self._enter(key, peer)
-            if installed is None:
-                return
-        slot, client_end, peer_end = installed
+        in_packet = self._in_packet
+        slot, (client_entry, client_host, _), (peer_entry, peer_host, _) = installed
+        client_port, peer_port = client[1], peer[1]
         expires = int(until * _NANOSECONDS)
         end = port * 2 + (len(peer) != IPV4)
-        # Any number does as a flow label that is one flow's only (RFC 6437 §3).
-        label = slot * _SPREAD & _FLOW_LABEL
-        port_in_packet = in_packet(port)
-        keys, values = self._channels
-        keys.append(END.pack(client_end.packed, client[1], number))
-        values.append(
-            BINDING.pack(
-                peer_end.packed,
-                expires,
-                peer_end.entry,
-                slot * 2,
-                end,
-                label,
-                in_packet(peer[1]),
-                port_in_packet,
-                0,
-                HAIRPIN if peer[0] in self._public_hosts and self._is_relayed(peer) else 0,
+        # Any number but 0 does as a flow label, if it is one flow's only (RFC 6437 §3).
+        label = (slot + 1) * _SPREAD & _FLOW_LABEL
+        sent_from, sent_to = in_packet[port], in_packet[peer_port]
+        hairpin = HAIRPIN if peer[0] in self._public_hosts and self._is_relayed(peer) else 0
+        batch.channels.append(_pack_end(client_host, client_port, number))
+        batch.to_peers.append(
+            _pack_binding(peer_host, expires, peer_entry, slot * 2, end, label, sent_to, sent_from, 0, hairpin)
+        )
+        sent_from, sent_to = self._service_port, in_packet[client_port]
+        batch.peers.append(_pack_end(peer_host, peer_port, port))
+        batch.to_clients.append(
+            _pack_binding(
+                client_host, expires, client_entry, slot * 2 + 1, end, label, sent_to, sent_from, in_packet[number], 0
             )
         )
-        keys, values = self._peers
-        keys.append(END.pack(peer_end.packed, peer[1], port))
-        values.append(
-            BINDING.pack(
-                client_end.packed,
-                expires,
-                client_end.entry,
-                slot * 2 + 1,
-                end,
-                label,
-                in_packet(client[1]),
-                self._service_port,
-                in_packet(number),
-                0,
-            )
-        )
-        self._entered.append(key)
+
+    def _flush(self, batch: _Batch) -> None:
+        try:
+            if batch.used_before:
+                self._tables.clear(batch.used_before)
+            self._tables.install((batch.channels, batch.to_peers), (batch.peers, batch.to_clients))
+        except OSError:
+            # What is not in the kernel's tables is relayed by the sockets: nothing is lost but speed.
+            self.failures += 1
+            self._tables.remove(batch.channels, batch.peers)
+            for key in dict.fromkeys(batch.keys):
+                self._forget(self.installed.pop(key))
+
+    def _relay_less(self, commands: Iterable[OffloadCommand]) -> None:
+        channels: list[bytes] = []
+        peers: list[bytes] = []
+        take, forget = self.installed.pop, self._forget
+        for command in commands:
+            if isinstance(command, RemoveChannel):
+                client, number, port, peer = command
+                installed = take((client, number), None)
+                # None: there was no room for it.
+                if installed is not None:
+                    forget(installed)
+                    channels.append(_pack_end(installed[1][1], client[1], number))
+                    peers.append(_pack_end(installed[2][1], peer[1], port))
+            elif isinstance(command, StopAllocation):
+                self._set_ends(command.port, command.families, 0)
+        if channels:
+            self._tables.remove(channels, peers)
+
+    def _set_ends(self, port: int, families: Iterable[Family], until: int) -> None:
+        for family in families:
+            self._tables.set_end(port * 2 + (family is Family.IPV6), until)
 
     def _is_relayed(self, peer: SocketAddress) -> bool:
         """Tell whether a peer at a public host is a relayed address of this relay: the other end is its client, too."""
         return peer[1] in self._relayed_ports and peer[0] in self.own_hosts
 
-    def _enter(self, key: tuple[ClientAddress, ChannelNumber], peer: SocketAddress) -> _Installed | None:
+    def _enter(self, key: _Key, peer: SocketAddress, batch: _Batch) -> _Installed | None:
         client = key[0]
-        if not (_is_plain(client[0]) and _is_plain(peer[0])):
+        if not (_is_plain(client) and _is_plain(peer)):
             return None
         fresh = self._slots.fresh
         slot = self._slots.take()
-        ends = None if slot is None else self._follow_both(client[0], peer[0])
-        if slot is None or ends is None:
+        if slot is None:
             self.refused += 1
-            if slot is not None:
-                self._slots.give_back(slot)
+            return None
+        client_end = self._hosts.follow(client[0])
+        peer_end = None if client_end is None else self._hosts.follow(peer[0])
+        if client_end is None or peer_end is None:
+            if client_end is not None:
+                self._hosts.unfollow(client_end)
+            self._slots.give_back(slot)
+            self.refused += 1
             return None
         if slot < fresh:
-            self._used_before.append(slot)
-        installed = self.installed[key] = (slot, *ends)
+            batch.used_before.append(slot)
+        installed = self.installed[key] = (slot, client_end, peer_end)
         return installed
 
-    def _remove(self, command: RemoveChannel) -> None:
-        client, number, port, peer = command
-        if self._entered:
-            self._flush_installed()
-        installed = self.installed.get((client, number))
-        if installed is None:
-            # There was no room for it.
-            return
-        _, client_end, peer_end = installed
-        channels, peers = self._removed
-        channels.append(END.pack(client_end.packed, client[1], number))
-        peers.append(END.pack(peer_end.packed, peer[1], port))
-        self._forget((client, number))
-
-    def _forget(self, key: tuple[ClientAddress, ChannelNumber]) -> None:
-        slot, client_end, peer_end = self.installed.pop(key)
+    def _forget(self, installed: _Installed) -> None:
+        slot, client_end, peer_end = installed
         self._slots.give_back(slot)
-        self._unfollow(client_end)
-        self._unfollow(peer_end)
-
-    def _follow_both(self, client: str, peer: str) -> tuple[_Destination, _Destination] | None:
-        first = self._follow(client)
-        second = None if first is None else self._follow(peer)
-        if first is not None and second is not None:
-            return first, second
-        if first is not None:
-            self._unfollow(first)
-        return None
-
-    def _follow(self, host: str) -> _Destination | None:
-        destination = self._destinations.get(host)
-        if destination is None:
-            entry = self._entries.take()
-            if entry is None:
-                return None
-            destination = self._destinations[host] = _Destination(host, entry)
-            self._news.append(Follow(entry, host))
-        destination.channels += 1
-        return destination
-
-    def _unfollow(self, destination: _Destination) -> None:
-        destination.channels -= 1
-        if not destination.channels:
-            del self._destinations[destination.host]
-            self._entries.give_back(destination.entry)
-            self._news.append(Unfollow(destination.entry, destination.host))
-
-    def _flush_installed(self) -> None:
-        if not self._entered:
-            return
-        try:
-            if self._used_before:
-                self._tables.clear(self._used_before)
-            self._tables.install(self._channels, self._peers)
-        except OSError:
-            # What is not in the kernel's tables is relayed by the sockets: nothing is lost but speed.
-            self.failures += 1
-            self._tables.remove(self._channels[0], self._peers[0])
-            for key in dict.fromkeys(self._entered):
-                self._forget(key)
-        self._channels, self._peers = ([], []), ([], [])
-        self._entered, self._used_before = [], []
-
-    def _flush_removed(self) -> None:
-        if self._removed[0]:
-            self._tables.remove(*self._removed)
-            self._removed = ([], [])
+        self._hosts.unfollow(client_end)
+        self._hosts.unfollow(peer_end)
 
 
-def _is_plain(host: str) -> bool:
-    """Tell whether packets have a host's address as it is: not if it is link-local, nor if it is IPv4 in disguise."""
-    return "%" not in host and not host.startswith("::ffff:")
+def _is_less(command: OffloadCommand) -> bool:
+    return isinstance(command, _LESS)
+
+
+def _is_plain(address: SocketAddress) -> bool:
+    """Tell whether packets have an address's host as it is, and whether there is only one such host."""
+    return len(address) == IPV4 or _NOT_AS_IN_PACKETS.match(address[0]) is None
