@@ -105,9 +105,11 @@ def running(
         relay = Offloading(host, program)
         assert relay.state()["xdp_attached"] == dict.fromkeys(links.split(","), mode)
         yield relay
+        assert program.process.poll() is not None or program.stop() == 0
     finally:
         program.close()
     assert "Traceback" not in program.log, program.log
+    assert "xdp" not in host.links(), "the program stays behind"
 
 
 class Talk:

@@ -37,9 +37,11 @@ class Lab(NamedTuple):
         ends = (self.network.client, "c0"), (self.network.peer, "p0")
         for host, link in ends:
             host.set_features(link, sums=True)
-        yield
-        for host, link in ends:
-            host.set_features(link, sums=False)
+        try:
+            yield
+        finally:
+            for host, link in ends:
+                host.set_features(link, sums=False)
 
 
 @pytest.fixture(scope="module", params=MODES)

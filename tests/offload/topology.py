@@ -7,6 +7,7 @@ import ipaddress
 import shutil
 import socket
 import struct
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple, Self
@@ -69,6 +70,11 @@ class Host(Machine):
         opened.bind((host, port))
         opened.settimeout(5)
         return opened
+
+    def links(self) -> str:
+        """Give what `ip link` shows."""
+        with self.entered():
+            return subprocess.run(("ip", "link"), capture_output=True, text=True, timeout=10, check=True).stdout
 
     def ifindex(self, link: str) -> int:
         with self.entered():
