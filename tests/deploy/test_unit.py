@@ -46,7 +46,7 @@ def one(unit: dict[str, list[str]], key: str) -> str:
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 @pytest.mark.parametrize("offload", [False, True])
-def test_systemd_has_nothing_to_say_about_it(tmp_path: Path, offload: bool) -> None:
+def test_systemd_has_nothing_to_say_about_it(tmp_path: Path, *, offload: bool) -> None:
     copy = tmp_path / UNIT.name
     if offload:
         drop_in = tmp_path / f"{UNIT.name}.d" / "offload.conf"
