@@ -26,7 +26,18 @@ from relay.core.attributes import (
     XOR_PEER_ADDRESS,
     XOR_RELAYED_ADDRESS,
 )
-from relay.core.commands import BindPort, Command, FreeAllocation, SendToClient, SendToPeer
+from relay.core.commands import (
+    OFFLOAD_COMMANDS,
+    BindPort,
+    Command,
+    ExtendAllocation,
+    FreeAllocation,
+    InstallChannel,
+    RemoveChannel,
+    SendToClient,
+    SendToPeer,
+    StopAllocation,
+)
 from relay.core.credentials import Credential, integrity_key, mint
 from relay.core.lifecycle import BindRefusal
 from relay.core.stun import MessageClass, Method, encode
@@ -149,6 +160,32 @@ class ModelAllocation:
         return self.request.user.credential.username
 
 
+class Mirror:
+    """Does what the kernel would: it knows nothing but what it is commanded."""
+
+    def __init__(self) -> None:
+        self.channels: dict[tuple[ClientAddress, int], tuple[int, PeerAddress, float]] = {}
+        """Relayed port, peer and end, by client and number."""
+        self.ends: dict[tuple[int, Family], float] = {}
+
+    def take(self, commands: list[Command]) -> list[Command]:
+        """Carry out what is for the kernel; give the rest."""
+        for command in commands:
+            match command:
+                case InstallChannel(client, number, port, peer, until):
+                    assert (port, families_of(peer)) in self.ends
+                    self.channels[client, number] = port, peer, until
+                case RemoveChannel(client, number, port, peer):
+                    assert self.channels.pop((client, number))[:2] == (port, peer)
+                case ExtendAllocation(port, families, until):
+                    assert families
+                    self.ends |= dict.fromkeys(((port, family) for family in families), until)
+                case StopAllocation(port, families):
+                    for family in families:
+                        del self.ends[port, family]
+        return [each for each in commands if not isinstance(each, OFFLOAD_COMMANDS)]
+
+
 def families_of(peer: SocketAddress) -> Family:
     return Family.IPV6 if ":" in peer[0] else Family.IPV4
 
@@ -162,7 +199,8 @@ class ServerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.relay = relay_with(ports=PORTS, max_allocations=QUOTA)
+        self.relay = relay_with(ports=PORTS, max_allocations=QUOTA, offloads=True)
+        self.mirror = Mirror()
         self.seen = self.relay.now.monotonic
         """When the server had its last input; what became due since then it can't know."""
         self.allocations: dict[ClientAddress, ModelAllocation] = {}
@@ -210,7 +248,8 @@ class ServerMachine(RuleBasedStateMachine):
                 each.channels = {number: c for number, c in each.channels.items() if c.kept(self.now)}
 
     def settle(self, commands: list[Command]) -> list[Command]:
-        """Check what ended against the model; give the rest."""
+        """Check what ended against the model, and let the mirror do its part; give the rest."""
+        commands = self.mirror.take(commands)
         assert sorted(each.allocation for each in of_kind(FreeAllocation, commands)) == sorted(self.expected_frees)
         rest: list[Command] = [each for each in commands if not isinstance(each, FreeAllocation)]
         for each in self.expected_508s:
@@ -320,7 +359,10 @@ class ServerMachine(RuleBasedStateMachine):
         self.catch_up()
         before = self.allocations.get(request.address)
         code = self.expect(request)
-        rest = self.settle(self.relay.receive(request.data, request.address))
+        commands = self.relay.receive(request.data, request.address)
+        # Its answer, or whatever follows from it, comes once the kernel has been told.
+        assert not commands or not isinstance(commands[-1], OFFLOAD_COMMANDS)
+        rest = self.settle(commands)
         if code is None and request.method is Method.ALLOCATE:
             if before is None:
                 (bind,) = rest
@@ -687,6 +729,21 @@ class ServerMachine(RuleBasedStateMachine):
             assert binding is tables.by_id[id_].channels[binding.number]
 
     @invariant()
+    def the_kernel_relays_what_the_sockets_would_and_for_as_long(self) -> None:
+        assert self.mirror.channels == {
+            (client, number): (allocation.ports[-1], channel.peer, channel.bound + CHANNEL_LIVES)
+            for client, allocation in self.allocations.items()
+            for number, channel in allocation.channels.items()
+            if channel.live(self.seen)
+        }
+        assert self.mirror.ends == {
+            (allocation.ports[-1], family): allocation.ends
+            for allocation in self.allocations.values()
+            if allocation.answer is not None
+            for family in allocation.families
+        }
+
+    @invariant()
     def every_port_is_in_the_pool_or_used_once(self) -> None:
         even, odd = self.relay.server._lifecycle._ports._free
         used = [port for each in self.allocations.values() for port in each.ports]
@@ -708,6 +765,7 @@ class ServerMachine(RuleBasedStateMachine):
             self.wake()
         tables = self.relay.server.allocations
         assert not self.allocations
+        assert not any((self.mirror.channels, self.mirror.ends))
         assert not any((tables.by_id, tables.by_client, tables.by_username, tables.live_channels, tables.live_peers))
         assert len(tables.deadlines) == 0
         assert sorted(self.free_ports()) == list(PORTS)
