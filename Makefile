@@ -26,8 +26,9 @@ lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED) $(PROGRAM) ## ten minutes beside coturn, if installed (apt-get install coturn gcc clang); QUICK=1: one minute
+bench: $(INSTALLED) $(PROGRAM) ## 15 minutes beside coturn, if installed (apt-get install coturn gcc clang); QUICK=1: two minutes
 	@$(BIN)/python -m benchmarks $(if $(filter-out 0,$(QUICK)),--quick)
+	@$(BIN)/python -m benchmarks.offload --if-possible $(if $(filter-out 0,$(QUICK)),--quick)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -7,8 +7,8 @@
 enum { XDP_DROP = 1 };
 
 enum {
-    HEADERS = 46,        // Ethernet, IPv4, UDP, and of ChannelData: all that a relay changes
-    PATIENCE = 5000000,  // nanoseconds
+    HEADERS = 46,         // Ethernet, IPv4, UDP, and of ChannelData: all that a relay changes
+    PATIENCE = 20000000,  // nanoseconds
 };
 
 struct headers {  // in numbers, or the compiler copies byte after byte

@@ -39,8 +39,11 @@ INLINE int may_send(struct load *load, const u64 *arrived_so_far)
 
     if (load->credit)
         return 1;
-    if (under_way < 0)
+    if (under_way < 0) {
+        // What was given up has come after all.
+        load->lost += under_way;
         under_way = 0;
+    }
     if (under_way >= load->window - load->window / 4) {
         look_for_losses(load, arrived, under_way);
         load->waited++;
