@@ -295,7 +295,7 @@ class Offloading:
         def channels() -> dict[str, object]:
             told: dict[str, dict[str, object]] = {}
             for portion in self.datapath.usage():
-                for client, used in usage_by_client(portion).items():
+                for client, used in usage_by_client(portion, self._clock.monotonic()).items():
                     told.setdefault(client, {}).update(used)
                 yield_cpu()
             return {"clients": told}

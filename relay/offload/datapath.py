@@ -23,6 +23,9 @@ OLDEST_KERNEL: Final = (5, 19)
 _PORTION: Final = 256
 """Channels whose usage is read in one go: a millisecond, in which no packet is looked at."""
 
+_MILLISECONDS: Final = 3
+"""Digits of seconds. The program's clock is no better than that."""
+
 
 class ChannelUsage(NamedTuple):
     """What the kernel relayed for a channel since it was installed."""
@@ -109,15 +112,25 @@ def open_datapath(config: Config, offload: OffloadConfig) -> Datapath:
     return Datapath(program, channels, attached, tuple(notes))
 
 
-def usage_by_client(portion: list[ChannelUsage]) -> dict[str, dict[str, object]]:
-    """Give usage for people and programs to read: by client, and so by allocation; then by channel."""
+def usage_by_client(portion: list[ChannelUsage], now: float) -> dict[str, dict[str, object]]:
+    """Give usage for people and programs to read: by client, and so by allocation; then by channel.
+
+    Args:
+        portion: what was read.
+        now: monotonic seconds.
+    """
     told: dict[str, dict[str, object]] = {}
     for client, number, to_peer, to_client in portion:
         told.setdefault(show(client), {})[f"{number:#06x}"] = {
-            "to_peer": to_peer._asdict(),
-            "to_client": to_client._asdict(),
+            "to_peer": _readable(to_peer, now),
+            "to_client": _readable(to_client, now),
         }
     return told
+
+
+def _readable(usage: Usage, now: float) -> dict[str, float | None]:
+    idle = None if usage.last_used is None else round(now - usage.last_used, _MILLISECONDS)
+    return {"packets": usage.packets, "bytes": usage.bytes, "idle_seconds": idle}
 
 
 def _load(config: Config) -> XdpProgram:
