@@ -21,11 +21,15 @@ class Stream:
     Args:
         way: between whom.
         per_second: packets in each direction.
+        to_client: whether there are any in that direction.
+        loses: whether some get lost, so that nobody waits for them at the end.
     """
 
-    def __init__(self, way: Talk, per_second: int = 1000) -> None:
+    def __init__(self, way: Talk, per_second: int = 1000, *, loses: bool = False, to_client: bool = True) -> None:
         self._way = way
+        self.to_client = to_client
         self._burst = max(1, round(per_second * _TICK))
+        self._patience = 0.05 if loses else 1.0
         self._ended = threading.Event()
         self._quiet = threading.Event()
         self.sent = 0
@@ -43,7 +47,7 @@ class Stream:
 
     def __enter__(self) -> Self:
         for sock in (self._way.peer, self._way.client.socket):
-            sock.settimeout(0.1)
+            sock.settimeout(0.05)
         for each in self._threads:
             each.start()
         return self
@@ -52,8 +56,8 @@ class Stream:
         self._ended.set()
         self._threads[0].join()
         # What is on its way arrives, unless it never will.
-        until = time.monotonic() + 1
-        while (self.lost() or not self.sent) and time.monotonic() < until:
+        until = time.monotonic() + self._patience
+        while self.lost() and time.monotonic() < until:
             time.sleep(_TICK)
         self._quiet.set()
         for each in self._threads:
@@ -74,7 +78,7 @@ class Stream:
 
     def lost(self) -> int:
         """How many never arrived."""
-        return 2 * self.sent - self.arrived
+        return (2 if self.to_client else 1) * self.sent - self.arrived
 
     def doubled(self) -> int:
         return self.at_peer.total() + self.at_client.total() - self.arrived
@@ -87,7 +91,8 @@ class Stream:
             for _ in range(self._burst):
                 payload = _NUMBER.pack(self.sent) + self._mark + bytes(_SIZE - _NUMBER.size - len(self._mark))
                 way.client.socket.sendto(header + payload, self._server)
-                way.peer.sendto(payload, way.relayed[:2])
+                if self.to_client:
+                    way.peer.sendto(payload, way.relayed[:2])
                 self.sent += 1
             due += _TICK
             self._ended.wait(max(0.0, due - time.monotonic()))
