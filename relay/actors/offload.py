@@ -110,8 +110,15 @@ class OffloadActor(Actor):
 
     def on_receive(self, message: object) -> object:
         """Take one message, and write what follows from it."""
-        answer = self._inputs[type(message)](message)
-        self._write()
+        try:
+            answer = self._inputs[type(message)](message)
+            self._write()
+        except Exception as error:
+            if not isinstance(message, SwitchOffload):
+                raise
+            # Or whoever asks for it would get the failure, and nobody else hear of it.
+            self.actor_ref.tell(Failed(error))
+            return False
         return answer
 
     def on_failure(self, *failure: Any) -> None:  # noqa: ANN401 - what sys.exc_info() gives
@@ -196,8 +203,8 @@ class OffloadActor(Actor):
             (_log.warning if note in devices.failures.values() else _log.info)(note)
         attached = devices.by_ifindex()
         own = own_addresses(self._network.addresses(), self._links.values(), attached, limit=sys.maxsize)
-        self._datapath.channels.own_hosts = frozenset(map(_host, own))
-        ours = [each for each in own if self._is_served(each)]
+        self._datapath.channels.own_hosts = frozenset(_host(each.address) for each in own)
+        ours = [each for each in own if self._is_served(each.address)]
         if len(ours) > OWN_ADDRESSES:
             _log.warning("too many addresses: packets for some are relayed by the sockets", most=OWN_ADDRESSES)
         program.write_settings(ours, devices.packed())

@@ -27,6 +27,10 @@ struct map {
 
 #ifdef __bpf__
 
+// What packets have in them begins anywhere; to the machines that this runs on it makes no difference. Told so, the compiler
+// reads whole words: a third fewer instructions.
+#define IN_PACKET(alignment) __attribute__((packed, aligned(alignment)))
+
 struct xdp_md {
     u32 data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex;
 };
@@ -37,6 +41,8 @@ static long (*bpf_xdp_adjust_head)(struct xdp_md *context, int delta) = (void *)
 static u64 (*bpf_ktime_get_coarse_ns)(void) = (void *)160;
 
 #else
+
+#define IN_PACKET(alignment) __attribute__((packed))
 
 struct xdp_md {
     uptr data, data_end;

@@ -4,8 +4,9 @@ import socket
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final
+from typing import Final, NamedTuple
 
+_LARGEST_MTU: Final = 0xFFFF
 _V4_MAPPED: Final = bytes(10) + b"\xff\xff"
 
 END: Final = struct.Struct(">16sHH")
@@ -21,11 +22,11 @@ in_packet = socket.htons
 HAIRPIN: Final = 1
 """A flag of `BINDING`: the destination is a relayed address of this relay."""
 
-NEXT_HOP: Final = struct.Struct("=I16s16s6s6s2sxxII")
+NEXT_HOP: Final = struct.Struct("=I16s16s6s6s2sHHxx")
 """An entry of `next_hops`, after its version: interface, destination, source, MAC addresses to and from, VLAN tag, MTU,
 flags."""
 
-NEXT_HOP_SIZE: Final = 72
+NEXT_HOP_SIZE: Final = 64
 """With its version in front, and what only the kernel writes behind."""
 
 STALE: Final = 1
@@ -35,8 +36,11 @@ OWN_ADDRESSES: Final = 16
 DEVICES: Final = 8
 """How many of each there is room for in `SETTINGS`."""
 
-SETTINGS: Final = struct.Struct(f"=HHHH{16 * OWN_ADDRESSES}sII{12 * DEVICES}s")
+SETTINGS: Final = struct.Struct(f"=HHHH{20 * OWN_ADDRESSES}sII{12 * DEVICES}s")
 """The service port, the lowest and the highest relayed port, own addresses and devices, each with its count."""
+
+OWN: Final = struct.Struct("=16s2sxx")
+"""An own address in `SETTINGS`: address, and the VLAN tag by which packets for it come."""
 
 DEVICE: Final = struct.Struct("=I6sH")
 """A device in `SETTINGS`: interface, MAC address, flags."""
@@ -52,7 +56,7 @@ SIZES: Final = 16
 SIZE_STEP: Final = 128
 """Bytes from one bound of the histogram of sizes to the next; the last one is open."""
 
-USAGE: Final = struct.Struct("=QQQ")
+USAGE: Final = struct.Struct("=QQQ8x")
 """An entry of `usage`, for one CPU: packets, bytes of payload, and when it was used last (ns)."""
 
 
@@ -85,6 +89,15 @@ TOTALS: Final = struct.Struct(f"={2 + 2 + 2 * SIZES + len(PassReason)}Q")
 """The entry of `totals`, for one CPU: packets, bytes, sizes, each by direction; and passed, by reason."""
 
 
+class Own(NamedTuple):
+    """An address of this machine."""
+
+    address: bytes
+    """16 bytes, IPv4 ones mapped."""
+    vlan: int = 0
+    """The tag by which packets for it come; 0 for none."""
+
+
 @dataclass(frozen=True, slots=True)
 class NextHop:
     """Where packets for a destination go next.
@@ -113,7 +126,7 @@ class NextHop:
             self.to_mac,
             self.from_mac,
             self.vlan.to_bytes(2, "big"),
-            self.mtu,
+            min(self.mtu, _LARGEST_MTU),
             STALE if self.stale else 0,
         )
 

@@ -14,7 +14,7 @@ from enum import Enum, auto
 from itertools import islice
 from typing import Final, NamedTuple, TypeAlias
 
-from relay.offload.layout import OWN_ADDRESSES, NextHop, packed_address
+from relay.offload.layout import OWN_ADDRESSES, NextHop, Own, packed_address
 from relay.offload.network import Address, Link, LinkNews, LookUp, Neighbour, NeighbourNews, NeighbourState, NoRoute, Outcome
 
 UNKNOWN: Final = NextHop(0, bytes(16))
@@ -296,7 +296,7 @@ def _reach(neighbour: Neighbour) -> _Reach | None:
 
 def own_addresses(
     addresses: Iterable[Address], links: Iterable[Link], attached: Mapping[int, Mode], limit: int = OWN_ADDRESSES
-) -> Sequence[bytes]:
+) -> Sequence[Own]:
     """Give the addresses of this machine that packets to the program can have, those of its own interfaces first.
 
     Left out are those of VLANs on interfaces where it sees no tags, which it can't tell from others; and what is never on a
@@ -310,13 +310,19 @@ def own_addresses(
     """
     # On the same wire with another tag there may be another machine with the same address.
     hidden = {each.ifindex for each in links if attached.get(each.parent) is Mode.GENERIC and each.ifindex not in attached}
+    tags = {
+        each.ifindex: each.vlan
+        for each in links
+        if attached.get(each.parent) is Mode.NATIVE and each.ifindex not in attached
+    }
     fit = [
         each
         for each in addresses
         if not (each.tentative or each.ifindex in hidden or _is_link_local(each.address) or _is_loopback(each.address))
     ]
     fit.sort(key=lambda each: (each.ifindex not in attached, each.ifindex, each.address))
-    return list(dict.fromkeys(each.address for each in fit))[:limit]
+    found = {each.address: Own(each.address, tags.get(each.ifindex, 0)) for each in reversed(fit)}
+    return [found[address] for address in dict.fromkeys(each.address for each in fit)][:limit]
 
 
 def _is_link_local(address: bytes) -> bool:

@@ -26,7 +26,9 @@ enum {
     SIZE_SHIFT = 7,
     UDP = 17,
     MIN_FRAME = 60,  // bytes; whether a driver pads shorter frames, nobody knows
-    SECOND = 1000000000,
+    MAX_PADDED = 64,  // bytes; a frame with something behind its packet is never longer: with a tag, the tag may come on top
+    TICK_SHIFT = 20,  // 1.05 ms; in a number of 32 bits, they begin anew after 52 days
+    SECOND = 954,     // ticks
 };
 
 enum direction { TO_PEER, TO_CLIENT, DIRECTIONS };
@@ -74,23 +76,33 @@ struct binding {  // a value: what becomes of it
 };
 enum { HAIRPIN = 1 };  // its destination is a relayed address of this relay
 
-struct next_hop {
-    u32 version;  // odd while it is being written
-    u32 ifindex;  // 0: not known
+struct mac {
+    u16 part[3];
+};
+
+struct next_hop {  // as large as a line of the cache, since with many flows it is waited for
+    u32 version;   // odd while it is being written
+    u32 ifindex;   // 0: not known
     struct address destination;  // whom it is for: an index may have been given to another since
     struct address source;
-    u8 to[6], from[6];
-    u16 vlan;  // 0: none
+    struct mac to, from;
+    u16 vlan;      // 0: none
+    u16 mtu;
+    u16 flags;
     u16 unused;
-    u32 mtu;
-    u32 flags;
-    u64 nudged;  // when a packet was last left to the sockets for a stale neighbour; written here only
+    u32 nudged;    // tick at which a packet was last left to the sockets for a stale neighbour; written here only
 };
 enum { STALE = 1 };
 
+struct own {
+    struct address address;
+    u16 vlan;  // by which packets for it come; 0: none
+    u16 unused;
+};
+
 struct device {
     u32 ifindex;
-    u8 mac[6];
+    struct mac mac;
     u16 flags;
 };
 enum { SEND_BACK = 1 };  // the driver is known to send from where it receives (XDP_TX) without losing packets
@@ -98,13 +110,13 @@ enum { SEND_BACK = 1 };  // the driver is known to send from where it receives (
 struct settings {
     u16 service_port, lowest_port, highest_port;  // in this machine's byte order
     u16 own_count;
-    struct address own[OWN_ADDRESSES];
+    struct own own[OWN_ADDRESSES];
     u32 device_count, unused;
     struct device devices[DEVICES];
 };
 
-struct usage {
-    u64 packets, bytes, last_used;
+struct usage {  // two to a line of the cache
+    u64 packets, bytes, last_used, unused;
 };
 
 struct totals {
@@ -116,9 +128,9 @@ struct totals {
 // The sizes are Python's too: layout.py is checked against these by a test.
 _Static_assert(sizeof(struct end) == 20, "end");
 _Static_assert(sizeof(struct binding) == 48, "binding");
-_Static_assert(sizeof(struct next_hop) == 72, "next_hop");
-_Static_assert(sizeof(struct settings) == 368, "settings");
-_Static_assert(sizeof(struct usage) == 24, "usage");
+_Static_assert(sizeof(struct next_hop) == 64, "next_hop");
+_Static_assert(sizeof(struct settings) == 432, "settings");
+_Static_assert(sizeof(struct usage) == 32, "usage");
 _Static_assert(sizeof(struct totals) == 384, "totals");
 
 // How many entries those have that are here with one, the relay says when it loads the program.
@@ -137,17 +149,15 @@ SECTION("license") char terms[] = "Dual MIT/GPL";
 
 // ------------------------------------------------------------------------------------------------- what packets have
 
-#define PACKED __attribute__((packed))
-
 struct ethernet {
-    u8 to[6], from[6];
+    struct mac to, from;
     u16 type;
-} PACKED;
-enum { IPV4 = BE16(0x0800), IPV6 = BE16(0x86dd), VLAN = BE16(0x8100) };
+} IN_PACKET(2);
+enum { IPV4 = BE16(0x0800), IPV6 = BE16(0x86dd), VLAN = BE16(0x8100), VLAN_ID = BE16(0x0fff) };
 
 struct vlan_tag {
     u16 tag, type;
-} PACKED;
+} IN_PACKET(4);
 
 struct ipv4 {
     union {
@@ -157,10 +167,10 @@ struct ipv4 {
             u8 hop_limit, protocol;
             u16 checksum;
             u32 source, destination;
-        } PACKED;
+        } IN_PACKET(4);
         u32 words[5];
-    } PACKED;
-} PACKED;
+    } IN_PACKET(4);
+} IN_PACKET(4);
 enum { DONT_FRAGMENT = BE16(0x4000), ANY_FRAGMENT = BE16(0x3fff) };
 
 struct ipv6 {
@@ -168,15 +178,18 @@ struct ipv6 {
     u16 payload_length;
     u8 next_header, hop_limit;
     struct address source, destination;
-} PACKED;
+} IN_PACKET(4);
 
 struct udp {
     u16 source, destination, length, checksum;
-} PACKED;
+} IN_PACKET(4);
 
 struct channel_data {
     u16 number, length;
-} PACKED;
+} IN_PACKET(4);
+
+_Static_assert(sizeof(struct ethernet) == 14 && sizeof(struct vlan_tag) == 4, "Ethernet");
+_Static_assert(sizeof(struct ipv4) == 20 && sizeof(struct ipv6) == 40 && sizeof(struct udp) == 8, "IP");
 
 // A packet, as it was read.
 struct packet {
@@ -184,6 +197,7 @@ struct packet {
     u16 source_port, destination_port;
     u16 udp_length, checksum;
     u16 headers;  // bytes in front of the UDP header
+    u16 vlan;     // 0: none
     u8 traffic_class, hop_limit;
 };
 
@@ -217,29 +231,34 @@ INLINE int is_ipv4(const struct address *address)
 
 INLINE u16 folded(u64 sum)
 {
+    // Of a few dozen words: 33 bits are left after the first line, 18 after the second.
     sum = (sum & 0xffffffff) + (sum >> 32);
-    sum = (sum & 0xffff) + (sum >> 16);
     sum = (sum & 0xffff) + (sum >> 16);
     return (u16)((sum & 0xffff) + (sum >> 16));
 }
 
-// Frames for all, and frames for other machines that an interface shows us nonetheless, are not ours to relay.
-INLINE int is_for_us(const struct settings *set, u32 ifindex, const struct ethernet *frame)
+INLINE int is_same_mac(struct mac one, struct mac other)
 {
-    for (u32 i = 0; i < DEVICES && i < set->device_count; i++) {
-        const u8 *mac = set->devices[i].mac;
-        if (set->devices[i].ifindex == ifindex)
-            return frame->to[0] == mac[0] && frame->to[1] == mac[1] && frame->to[2] == mac[2] && frame->to[3] == mac[3] &&
-                   frame->to[4] == mac[4] && frame->to[5] == mac[5];
-    }
-    return 0;
+    return one.part[0] == other.part[0] && one.part[1] == other.part[1] && one.part[2] == other.part[2];
 }
 
-INLINE int is_own(const struct settings *set, const struct address *address)
+// Give the flags of the interface that a frame came by, or -1. Frames for all, and frames for other machines that an
+// interface shows us nonetheless, are not ours to relay. (Flags, not the interface: for the kernel, which follows all paths,
+// to know which of them it is makes eight times as many.)
+INLINE int flags_of_device(const struct settings *set, u32 ifindex, const struct ethernet *frame)
+{
+    for (u32 i = 0; i < DEVICES && i < set->device_count; i++)
+        if (set->devices[i].ifindex == ifindex)
+            return is_same_mac(frame->to, set->devices[i].mac) ? set->devices[i].flags : -1;
+    return -1;
+}
+
+// On the same wire with another tag there may be another machine with the same address.
+INLINE int is_own(const struct settings *set, const struct packet *packet)
 {
     for (u32 i = 0; i < OWN_ADDRESSES && i < set->own_count; i++)
-        if (same(&set->own[i], address))
-            return 1;
+        if (same(&set->own[i].address, &packet->destination))
+            return set->own[i].vlan == packet->vlan;
     return 0;
 }
 
@@ -287,7 +306,7 @@ INLINE int read_ipv6(const struct ipv6 *ip, const u8 *end, struct packet *packet
 }
 
 // Give the UDP header; 0 if this is not a whole datagram for this machine.
-INLINE const struct udp *read(const struct settings *set, u32 ifindex, const u8 *data, const u8 *end, struct packet *packet)
+INLINE const struct udp *read(const u8 *data, const u8 *end, struct packet *packet)
 {
     const struct ethernet *frame = (const void *)data;
     const struct vlan_tag *tag = (const void *)(frame + 1);
@@ -295,7 +314,7 @@ INLINE const struct udp *read(const struct settings *set, u32 ifindex, const u8 
     const void *ip = tag;
     u16 type;
 
-    if ((const u8 *)(frame + 1) > end || !is_for_us(set, ifindex, frame))
+    if ((const u8 *)(frame + 1) > end)
         return 0;
     type = frame->type;
     packet->headers = sizeof(*frame);
@@ -303,6 +322,7 @@ INLINE const struct udp *read(const struct settings *set, u32 ifindex, const u8 
         if ((const u8 *)(tag + 1) > end)
             return 0;
         type = tag->type;
+        packet->vlan = tag->tag & VLAN_ID;
         packet->headers += sizeof(*tag);
         ip = tag + 1;
     }
@@ -319,6 +339,9 @@ INLINE const struct udp *read(const struct settings *set, u32 ifindex, const u8 
     }
     if ((const u8 *)(udp + 1) > end || BE16(udp->length) != packet->udp_length || packet->udp_length < sizeof(*udp) ||
         packet->udp_length > end - (const u8 *)udp)
+        return 0;
+    // What is behind the packet goes along. That may be padding, and no more: it would count for no MTU.
+    if (packet->udp_length < end - (const u8 *)udp && end - data > MAX_PADDED)
         return 0;
     packet->source_port = udp->source;
     packet->destination_port = udp->destination;
@@ -403,8 +426,8 @@ INLINE enum reason route(const struct binding *binding, u64 now, struct next_hop
     if (version & 1 || *(volatile u32 *)&entry->version != version || !hop->ifindex ||
         !same(&hop->destination, &binding->destination))
         return NO_NEXT_HOP;
-    if (hop->flags & STALE && now - hop->nudged >= SECOND) {
-        entry->nudged = now;
+    if (hop->flags & STALE && (u32)(now >> TICK_SHIFT) - hop->nudged >= SECOND) {
+        entry->nudged = (u32)(now >> TICK_SHIFT);
         return STALE_NEIGHBOUR;
     }
     return REASONS;
@@ -480,8 +503,8 @@ INLINE void *write_link(u8 *data, const u8 *end, const struct next_hop *hop, u16
 
     if ((u8 *)(frame + 1) > end)
         return 0;
-    __builtin_memcpy(frame->to, hop->to, 6);
-    __builtin_memcpy(frame->from, hop->from, 6);
+    frame->to = hop->to;
+    frame->from = hop->from;
     frame->type = hop->vlan ? VLAN : type;
     if (!hop->vlan)
         return tag;
@@ -563,14 +586,6 @@ INLINE void count(struct totals *all, const struct plan *plan, u64 now)
 
 // --------------------------------------------------------------------------------------------------- all of it, in order
 
-INLINE int goes_back(const struct settings *set, u32 ifindex)
-{
-    for (u32 i = 0; i < DEVICES && i < set->device_count; i++)
-        if (set->devices[i].ifindex == ifindex)
-            return set->devices[i].flags & SEND_BACK;
-    return 0;
-}
-
 // Decide on all there is to decide on, without touching the packet. REASONS says that nothing stands against it.
 INLINE enum reason decide(const struct packet *packet, const struct udp *udp, const u8 *end, enum direction direction, u64 now,
                           struct plan *plan, struct next_hop *hop)
@@ -601,22 +616,25 @@ INLINE enum reason decide(const struct packet *packet, const struct udp *udp, co
 SECTION("xdp") int relay(struct xdp_md *context)
 {
     const u32 zero = 0;
-    const u8 *end = (const u8 *)(uptr)context->data_end;
+    const u8 *data = (const u8 *)(uptr)context->data, *end = (const u8 *)(uptr)context->data_end;
     const struct settings *set = bpf_map_lookup_elem(&settings, &zero);
     struct totals *all = bpf_map_lookup_elem(&totals, &zero);
+    const struct udp *udp;
     struct packet packet = {};
     struct plan plan = {};
     struct next_hop hop = {};
-    const struct udp *udp;
     enum direction direction;
-    enum reason against;
-    int headers;
+    u32 against;
+    int headers, flags;
     u16 port;
     u64 now;
 
-    if (!set || !all)
+    if (!set || !all || data + sizeof(struct ethernet) > end)
         return XDP_PASS;
-    udp = read(set, context->ingress_ifindex, (const u8 *)(uptr)context->data, end, &packet);
+    flags = flags_of_device(set, context->ingress_ifindex, (const void *)data);
+    if (flags < 0)
+        return XDP_PASS;
+    udp = read(data, end, &packet);
     if (!udp)
         return XDP_PASS;
     port = BE16(packet.destination_port);
@@ -626,7 +644,7 @@ SECTION("xdp") int relay(struct xdp_md *context)
         direction = TO_CLIENT;
     else
         return XDP_PASS;
-    if (!is_own(set, &packet.destination))
+    if (!is_own(set, &packet))
         return XDP_PASS;
 
     now = bpf_ktime_get_coarse_ns();
@@ -637,6 +655,7 @@ SECTION("xdp") int relay(struct xdp_md *context)
         if (bpf_xdp_adjust_head(context, packet.headers + plan.strip - headers))
             against = NO_ROOM;
     }
+    COMPARED(against);
     if (against != REASONS) {
         // The bound is for the kernel, which does not know that all reasons are below it.
         if (against < REASONS)
@@ -646,7 +665,7 @@ SECTION("xdp") int relay(struct xdp_md *context)
     if (!rewrite(context, &packet, &plan, &hop))
         return XDP_ABORTED;
     count(all, &plan, now);
-    if (hop.ifindex == context->ingress_ifindex && goes_back(set, hop.ifindex))
+    if (hop.ifindex == context->ingress_ifindex && flags & SEND_BACK)
         return XDP_TX;
     return (int)bpf_redirect(hop.ifindex, 0);
 }

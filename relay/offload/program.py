@@ -15,6 +15,7 @@ from relay.offload.layout import (
     DEVICES,
     DIRECTIONS,
     NEXT_HOP_SIZE,
+    OWN,
     OWN_ADDRESSES,
     SEND_BACK,
     SETTINGS,
@@ -22,6 +23,7 @@ from relay.offload.layout import (
     TOTALS,
     USAGE,
     NextHop,
+    Own,
     PassReason,
 )
 
@@ -149,7 +151,7 @@ class XdpProgram:
         """Set the ports whose packets are the relay's."""
         self._settled = (service_port, relayed_ports)
 
-    def write_settings(self, own: Sequence[bytes], devices: Sequence[Device]) -> None:
+    def write_settings(self, own: Sequence[Own], devices: Sequence[Device]) -> None:
         """Set whose packets the relay's are: at which of its addresses and interfaces they arrive.
 
         Args:
@@ -158,17 +160,12 @@ class XdpProgram:
         """
         own, devices = own[:OWN_ADDRESSES], devices[:DEVICES]
         service_port, relayed_ports = self._settled
+        ports = (service_port, relayed_ports[0], relayed_ports[-1])
+        addresses = b"".join(OWN.pack(each.address, each.vlan.to_bytes(2, "big")) for each in own)
         packed = b"".join(DEVICE.pack(each.ifindex, each.mac, SEND_BACK * each.send_back) for each in devices)
-        self._settings[: SETTINGS.size] = SETTINGS.pack(
-            service_port,
-            relayed_ports[0],
-            relayed_ports[-1],
-            len(own),
-            b"".join(own),
-            len(devices),
-            0,
-            packed,
-        )
+        # The counts last, so that none is looked at that is half written.
+        for own_count, device_count in ((0, 0), (len(own), len(devices))):
+            self._settings[: SETTINGS.size] = SETTINGS.pack(*ports, own_count, addresses, device_count, 0, packed)
 
     def totals(self) -> Totals:
         """Read what was counted."""
