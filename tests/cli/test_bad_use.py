@@ -213,6 +213,7 @@ def test_help_names_each_environment_variable_and_default(
         *("49152", "65535", "0.0.0.0:8080", "127.0.0.1:9999", "human"),
         *("FIREZONE_TOKEN", "FIREZONE_NAME", "FIREZONE_API_URL", "wss://api.firezone.dev", "DRAIN_TIMEOUT"),
         *("CPU_AFFINITY", "auto", "SWITCH_INTERVAL", "0.5"),
+        *("--ebpf-offloading", "EBPF_OFFLOADING", "--ebpf-attach-mode", "EBPF_ATTACH_MODE", "[driver|generic|auto]"),
     ):
         assert text in said
     # It would be seen by every user of the machine.

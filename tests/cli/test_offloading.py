@@ -1,0 +1,81 @@
+"""Where the kernel relays is the operator's to say, by option or variable."""
+
+import sys
+from typing import Any
+
+import click
+import pytest
+
+from relay.cli import cli, main
+from relay.config import AttachMode, BadUseError, OffloadConfig
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("EBPF_OFFLOADING", "EBPF_ATTACH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def setting(name: str, *arguments: str) -> Any:  # noqa: ANN401 - whatever the option's type makes
+    """Give what a command line sets."""
+    with cli.make_context("firezone-relay", list(arguments)) as context:
+        return context.params[name]
+
+
+@pytest.mark.parametrize(
+    ("text", "interfaces"),
+    [
+        ("eth0", ("eth0",)),
+        ("eth0,eth1", ("eth0", "eth1")),
+        (" eth0 , ens5f0np0.100 ,", ("eth0", "ens5f0np0.100")),
+        ("fifteen-letters", ("fifteen-letters",)),
+    ],
+)
+def test_interfaces_are_named_with_commas_between_them(
+    monkeypatch: pytest.MonkeyPatch, text: str, interfaces: tuple[str, ...]
+) -> None:
+    assert setting("offload", "--ebpf-offloading", text) == interfaces
+    monkeypatch.setenv("EBPF_OFFLOADING", text)
+    assert setting("offload") == interfaces
+
+
+@pytest.mark.parametrize("text", ["", " ", ",", " , "])
+def test_no_interface_is_no_offload(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    assert not setting("offload")
+    monkeypatch.setenv("EBPF_OFFLOADING", text)
+    assert not setting("offload")
+
+
+@pytest.mark.parametrize("text", ["sixteen-letters-", "a/b", "eth0,../x", "eth\n0", "eth\0"])
+def test_what_can_be_no_interface_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="is no name of an interface: write eth0, or eth0,eth1"):
+        setting("offload", "--ebpf-offloading", text)
+
+
+def test_the_mode_is_one_of_three_and_auto_if_nobody_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert setting("attach_mode") == "auto"
+    for mode in AttachMode:
+        assert setting("attach_mode", "--ebpf-attach-mode", mode.value) == mode
+        monkeypatch.setenv("EBPF_ATTACH_MODE", mode.value)
+        assert setting("attach_mode") == mode
+    with pytest.raises(click.BadParameter, match="'driver', 'generic', 'auto'"):
+        setting("attach_mode", "--ebpf-attach-mode", "hardware")
+
+
+def test_an_interface_that_is_named_twice_is_refused() -> None:
+    with pytest.raises(BadUseError, match="names eth1 twice: name it once"):
+        OffloadConfig(("eth0", "eth1", "eth1"))
+    with pytest.raises(BadUseError, match="names no interface"):
+        OffloadConfig(())
+
+
+def test_a_relay_that_can_not_offload_as_asked_does_not_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EBPF_OFFLOADING", "nowhere0")
+    monkeypatch.setattr(sys, "argv", ["firezone-relay", "--standalone", "--public-ip4-addr", "127.81.0.3"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("firezone-relay: --ebpf-offloading nowhere0: there is no such interface, only ")

@@ -1,0 +1,129 @@
+"""The pages: what is answered to whom, and how."""
+
+import http.client
+import json
+from collections.abc import Iterator, Mapping
+from http import HTTPStatus
+from typing import NamedTuple
+
+import pytest
+
+from relay.config import Endpoint
+from relay.ops.http import HttpEndpoint, health_pages, offload_pages
+
+HOST = "127.0.0.1"
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: Mapping[str, str]
+    body: dict[str, object]
+
+
+class Switch:
+    """Something that is attached or not, and may refuse to be."""
+
+    def __init__(self) -> None:
+        self.attached = True
+        self.works = True
+
+    def __call__(self, attached: bool) -> bool:  # noqa: FBT001 - as it is called
+        if self.works:
+            self.attached = attached
+        return self.works
+
+
+@pytest.fixture
+def switch() -> Switch:
+    return Switch()
+
+
+@pytest.fixture
+def endpoint(switch: Switch) -> Iterator[HttpEndpoint]:
+    """An address with all pages there are."""
+    pages, actions = offload_pages(
+        lambda: {"xdp_attached": switch.attached}, lambda: {"clients": {"198.51.100.7:40001": {}}}, switch
+    )
+    opened = HttpEndpoint("control", Endpoint(HOST, 0), health_pages(lambda: True) | pages, actions)
+    yield opened
+    opened.stop()
+
+
+def ask(endpoint: HttpEndpoint, method: str, path: str, body: bytes | None = None) -> Answer:
+    connection = http.client.HTTPConnection(HOST, endpoint.port, timeout=5)
+    try:
+        connection.request(method, path, body)
+        answer = connection.getresponse()
+        text = answer.read()
+        return Answer(answer.status, dict(answer.getheaders()), json.loads(text) if text else {})
+    finally:
+        connection.close()
+
+
+def test_get_shows_what_the_kernel_relays(endpoint: HttpEndpoint) -> None:
+    assert ask(endpoint, "GET", "/offload")[::2] == (HTTPStatus.OK, {"xdp_attached": True})
+    assert ask(endpoint, "GET", "/offload/channels").body == {"clients": {"198.51.100.7:40001": {}}}
+
+
+@pytest.mark.parametrize("body", [None, b"", b"anything"])
+def test_post_switches_it_and_shows_how_it_then_is(endpoint: HttpEndpoint, switch: Switch, body: bytes | None) -> None:
+    assert ask(endpoint, "POST", "/offload/detach", body)[::2] == (HTTPStatus.OK, {"xdp_attached": False})
+    assert not switch.attached
+    assert ask(endpoint, "POST", "/offload/attach", body)[::2] == (HTTPStatus.OK, {"xdp_attached": True})
+    assert switch.attached
+
+
+def test_what_can_not_be_switched_is_503_with_how_it_is(endpoint: HttpEndpoint, switch: Switch) -> None:
+    switch.works = False
+    assert ask(endpoint, "POST", "/offload/detach")[::2] == (HTTPStatus.SERVICE_UNAVAILABLE, {"xdp_attached": True})
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("POST", "/offload", "GET, HEAD"),
+        ("POST", "/healthz", "GET, HEAD"),
+        ("DELETE", "/offload/channels", "GET, HEAD"),
+        ("PUT", "/offload/attach", "POST"),
+        ("GET", "/offload/attach", "POST"),
+        ("GET", "/offload/detach", "POST"),
+        ("HEAD", "/offload/detach", "POST"),
+    ],
+)
+def test_another_method_is_405_with_those_that_are_allowed(
+    endpoint: HttpEndpoint, switch: Switch, method: str, path: str, allowed: str
+) -> None:
+    answer = ask(endpoint, method, path)
+    assert (answer.status, answer.headers["Allow"]) == (HTTPStatus.METHOD_NOT_ALLOWED, allowed)
+    assert switch.attached
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/"), ("POST", "/"), ("GET", "/offload/"), ("POST", "/offload/stop")])
+def test_another_page_is_404_with_those_there_are(endpoint: HttpEndpoint, method: str, path: str) -> None:
+    answer = ask(endpoint, method, path)
+    assert answer.status == HTTPStatus.NOT_FOUND
+    assert answer.body["pages"] == [
+        *("/healthz", "/offload", "/offload/attach", "/offload/channels", "/offload/detach", "/readyz")
+    ]
+    assert "Allow" not in answer.headers
+
+
+def test_head_is_get_without_a_body(endpoint: HttpEndpoint) -> None:
+    answer, whole = ask(endpoint, "HEAD", "/offload"), ask(endpoint, "GET", "/offload")
+    assert answer.body == {}
+    assert answer.headers["Content-Length"] == whole.headers["Content-Length"]
+
+
+def test_nothing_is_kept_by_caches(endpoint: HttpEndpoint) -> None:
+    answer = ask(endpoint, "GET", "/offload")
+    assert (answer.headers["Cache-Control"], answer.headers["Content-Type"]) == ("no-store", "application/json")
+
+
+def test_an_address_without_actions_takes_no_post() -> None:
+    endpoint = HttpEndpoint("health", Endpoint(HOST, 0), health_pages(lambda: False))
+    try:
+        assert ask(endpoint, "POST", "/healthz").headers["Allow"] == "GET, HEAD"
+        assert ask(endpoint, "POST", "/offload/detach").status == HTTPStatus.NOT_FOUND
+        assert ask(endpoint, "GET", "/readyz").status == HTTPStatus.SERVICE_UNAVAILABLE
+    finally:
+        endpoint.stop()
