@@ -11,7 +11,7 @@ import structlog
 
 from relay.actors.messages import FromClients
 from relay.actors.news import Failure, Request
-from relay.actors.server import ServerActor, ServerCounters, DataPaths
+from relay.actors.server import DataPaths, ServerActor, ServerCounters
 from relay.core.addresses import Family
 from relay.core.counters import FreeReason
 from relay.core.instant import Instant
