@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from relay.offload import layout
-from relay.offload.layout import NEXT_HOP_SIZE, SETTINGS, NextHop, PassReason, packed_address
+from relay.offload.layout import NEXT_HOP_SIZE, SETTINGS, NextHop, Own, PassReason, packed_address
 from relay.offload.program import MOST_BINDINGS, Device, Usage, XdpProgram, bindings_for
 from tests.offload.conftest import needs_bpf
 
@@ -38,7 +38,7 @@ def on_each_cpu(program: XdpProgram, make: Callable[[int], bytes]) -> bytes:
 def count(program: XdpProgram, entry: int, packets: int, octets: int, last_used: int) -> None:
     """Have each CPU have counted: the first one so much, the second twice as much, and so on."""
     parts = on_each_cpu(
-        program, lambda cpu: struct.pack("=QQQ", packets * (cpu + 1), octets * (cpu + 1), last_used * (cpu + 1))
+        program, lambda cpu: layout.USAGE.pack(packets * (cpu + 1), octets * (cpu + 1), last_used * (cpu + 1))
     )
     program._usage.update(index(entry), parts)
 
@@ -121,10 +121,10 @@ def test_a_next_hop_is_written_whole_with_an_even_version_and_no_other_is_touche
 
 @needs_bpf
 def test_what_the_kernel_writes_of_a_next_hop_is_left_alone(program: XdpProgram) -> None:
-    nudged = slice(3 * NEXT_HOP_SIZE + 64, 4 * NEXT_HOP_SIZE)
-    program._next_hops[nudged] = struct.pack("=Q", 12345)
+    nudged = slice(3 * NEXT_HOP_SIZE + 4 + len(HOP.packed()), 4 * NEXT_HOP_SIZE)
+    program._next_hops[nudged] = b"\xff" * (nudged.stop - nudged.start)
     program.write_next_hop(3, HOP)
-    assert program._next_hops[nudged] == struct.pack("=Q", 12345)
+    assert entry(program, 3) == index(2) + HOP.packed() + b"\xff" * (nudged.stop - nudged.start)
 
 
 class Watched:
@@ -162,11 +162,11 @@ def test_a_version_that_was_left_odd_is_even_after_the_next_write(program: XdpPr
 @needs_bpf
 def test_settings_name_ports_addresses_and_interfaces(program: XdpProgram) -> None:
     program.listen_to(3478, range(50000, 50010))
-    own = [packed_address("192.0.2.1"), packed_address("2001:db8::1")]
+    own = [Own(packed_address("192.0.2.1")), Own(packed_address("2001:db8::1"), vlan=100)]
     program.write_settings(own, [Device(3, b"abcdef", send_back=True), Device(4, b"ghijkl", send_back=False)])
     assert SETTINGS.unpack(bytes(program._settings[: SETTINGS.size])) == (
         *(3478, 50000, 50009, 2),
-        b"".join(own).ljust(256, b"\0"),
+        b"".join((own[0].address, bytes(4), own[1].address, b"\0\x64\0\0")).ljust(320, b"\0"),
         *(2, 0),
         (struct.pack("=I6sH", 3, b"abcdef", 1) + struct.pack("=I6sH", 4, b"ghijkl", 0)).ljust(96, b"\0"),
     )
@@ -175,11 +175,11 @@ def test_settings_name_ports_addresses_and_interfaces(program: XdpProgram) -> No
 @needs_bpf
 def test_settings_of_nobody_leave_no_address_and_no_interface(program: XdpProgram) -> None:
     program.listen_to(3478, range(50000, 50010))
-    program.write_settings([HOP.destination], [Device(3, b"abcdef", send_back=True)])
+    program.write_settings([Own(HOP.destination)], [Device(3, b"abcdef", send_back=True)])
     program.write_settings((), ())
     assert SETTINGS.unpack(bytes(program._settings[: SETTINGS.size])) == (
         *(3478, 50000, 50009, 0),
-        bytes(256),
+        bytes(320),
         *(0, 0),
         bytes(96),
     )
@@ -188,10 +188,10 @@ def test_settings_of_nobody_leave_no_address_and_no_interface(program: XdpProgra
 @needs_bpf
 def test_more_addresses_and_interfaces_than_there_is_room_for_are_left_out(program: XdpProgram) -> None:
     program.listen_to(3478, range(50000, 50010))
-    own = [bytes([i]) * 16 for i in range(17)]
+    own = [Own(bytes([i]) * 16) for i in range(17)]
     program.write_settings(own, [Device(i, b"abcdef", send_back=False) for i in range(9)])
     written = SETTINGS.unpack(bytes(program._settings[: SETTINGS.size]))
-    assert (written[3], written[4], written[5]) == (16, b"".join(own[:16]), 8)
+    assert (written[3], written[4], written[5]) == (16, b"".join(each.address + bytes(4) for each in own[:16]), 8)
 
 
 @needs_bpf
