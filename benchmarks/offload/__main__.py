@@ -31,7 +31,14 @@ from benchmarks.servers import COTURN
 from benchmarks.table import WIDTH
 from relay.offload import capabilities, elf
 
-_TOOLS = {"ip": "iproute2", "ethtool": "ethtool", "sysctl": "procps", "clang": "clang", "cc": "gcc libc6-dev"}
+_TOOLS = {
+    "ip": "iproute2",
+    "ethtool": "ethtool",
+    "sysctl": "procps",
+    "setpriv": "util-linux",
+    "clang": "clang",
+    "cc": "gcc libc6-dev",
+}
 """Programs, and the Debian packages that have them."""
 
 _EPILOG = """\b

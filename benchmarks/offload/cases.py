@@ -66,14 +66,22 @@ class Plan(NamedTuple):
     seconds: float = 0.4
     """Of a saturated case."""
     warm_up_seconds: float = 0.05
-    calibration_seconds: float = 0.15
-    """Of what is subtracted, each of two parts."""
+    calibration_seconds: float = 0.2
+    """Of sending to nobody."""
+    wait_seconds: float = 0.04
+    """Of waiting, before and after each measurement."""
     delay_seconds: float = 1.5
     bindings: int = 10_000
 
 
 QUICK: Final = Plan(
-    rounds=1, seconds=0.1, warm_up_seconds=0.02, calibration_seconds=0.05, delay_seconds=0.3, bindings=10_000
+    rounds=1,
+    seconds=0.1,
+    warm_up_seconds=0.02,
+    calibration_seconds=0.05,
+    wait_seconds=0.02,
+    delay_seconds=0.3,
+    bindings=10_000,
 )
 
 
@@ -98,12 +106,12 @@ def chosen(patterns: Iterable[str]) -> tuple[Case, ...]:
 def expected_seconds(case: Case, plan: Plan) -> float:
     """Guess how long a case takes in a round."""
     each = {
-        Kind.SATURATED: plan.seconds + plan.warm_up_seconds + 0.35,
+        Kind.SATURATED: plan.seconds + plan.warm_up_seconds + 2 * plan.wait_seconds + 0.35,
         Kind.PROGRAM: plan.seconds + plan.warm_up_seconds + 0.2,
         Kind.DELAY: plan.delay_seconds + 0.5,
         Kind.BINDINGS: 0.5,
     }[case.kind]
-    calibration = 2 * plan.calibration_seconds if case.kind is Kind.SATURATED else 0
+    calibration = plan.calibration_seconds if case.kind is Kind.SATURATED else 0
     return len(case.subjects) * each + calibration
 
 

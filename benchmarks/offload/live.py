@@ -27,6 +27,8 @@ _SENDER, _SINK = "sender", "sink"
 _LOAD: Final = struct.Struct("=IIIIIIQQQQQ")
 """`struct load`: interface, flows, packets that may be under way, next flow, length of a frame that arrives, credit; sent,
 lost, waited, seen, seen at."""
+_WINDOW_AT: Final = 8
+_CREDIT_AT: Final = 20
 _COUNTERS: Final = struct.Struct("=QQQ")
 _COUNTERS_AT: Final = 24
 
@@ -98,6 +100,11 @@ class Live:
             self._flows[number * _STRIDE : number * _STRIDE + HEADERS] = each[:HEADERS]
         self._load_map[: _LOAD.size] = _LOAD.pack(ifindex, len(frames), window, 0, arriving, 0, 0, 0, 0, 0, 0)
         self._arrived[:8] = bytes(8)
+
+    def set_window(self, window: int) -> None:
+        """Have another number of packets under way from now on; with 0, whoever sends only waits."""
+        self._load_map[_WINDOW_AT : _WINDOW_AT + 4] = window.to_bytes(4, "little")
+        self._load_map[_CREDIT_AT : _CREDIT_AT + 4] = bytes(4)
 
     def send(self, place: Namespace, seconds: float) -> None:
         """Send for some time, as fast as the window allows."""

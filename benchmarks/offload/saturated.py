@@ -7,8 +7,8 @@ call that sends; another one has the subject's process. So what is spent on rela
     - the packets sent, times what one costs up to the relay's interface, where a program drops it
     - how often the sender looked whether it may send again, times what that costs
 
-by the packets that have arrived. Both costs are measured in each round, just before. What is left has in it: the relay's
-receiving (a socket's, or the program), relaying, sending, and the program that counts at the other end and drops.
+by the packets that have arrived. The former cost is measured in each round, the latter just before and after. What is left
+has in it: the relay's receiving (a socket's, or the program), relaying, sending, and what counts at the other end and drops.
 
 Packets a second are those that were counted there. The sender's own time is in them: where the kernel relays, one CPU does
 all. A subject of sockets has the second CPU besides.
@@ -40,7 +40,7 @@ class Floor(NamedTuple):
 
     packet: float
     """Made, sent, and dropped as it arrives at the relay's interface."""
-    wait: float
+    wait: float = 0
     """Once looked whether a packet may be sent, and not."""
 
 
@@ -63,11 +63,9 @@ def measure_floor(live: Live, network: Network, case: Case, session: Session, pl
     try:
         live.prepare(sent, way.source_interface.ifindex, window=_ALL, arriving=len(sent[0]))
         packets, spent = _run(live, way, plan.calibration_seconds, None)
-        live.prepare(sent, way.source_interface.ifindex, window=0, arriving=len(sent[0]))
-        waits, waiting = _run(live, way, plan.calibration_seconds, None)
     finally:
         link.close()
-    return Floor(spent.load / packets.sent, waiting.load / waits.waited)
+    return Floor(spent.load / packets.sent)
 
 
 def measure_saturated(live: Live, network: Network, case: Case, session: Session, plan: Plan, floor: Floor) -> Metrics:
@@ -83,15 +81,19 @@ def measure_saturated(live: Live, network: Network, case: Case, session: Session
         link = live.sink(way.sink, network.FAR_END)
         try:
             arriving = frames.frame_length(case.size, channel=not way.up)
-            live.prepare(sent, way.source_interface.ifindex, window=window_of(case, session.subject.name), arriving=arriving)
+            window = window_of(case, session.subject.name)
+            live.prepare(sent, way.source_interface.ifindex, window=window, arriving=arriving)
             live.send(way.source, plan.warm_up_seconds)
+            waits = [_wait_ns(live, way, plan)]
+            live.set_window(window)
             packets, spent = _run(live, way, plan.seconds, session)
+            waits.append(_wait_ns(live, way, plan))
         finally:
             link.close()
     session.check()
     if not packets.arrived:
         raise FailedError(f"none of {packets.sent:,} packets arrived")
-    return metrics_of(packets, spent, floor)
+    return metrics_of(packets, spent, floor._replace(wait=sum(waits) / len(waits)))
 
 
 def metrics_of(packets: Counters, spent: Spent, floor: Floor) -> Metrics:
@@ -118,6 +120,12 @@ def _run(live: Live, way: Way, seconds: float, session: Session | None) -> tuple
     live.send(way.source, seconds)
     after = _spent(session)
     return live.counters() - counters, after - before
+
+
+def _wait_ns(live: Live, way: Way, plan: Plan) -> float:
+    live.set_window(0)
+    waits, spent = _run(live, way, plan.wait_seconds, None)
+    return spent.load / waits.waited
 
 
 def _spent(session: Session | None) -> Spent:

@@ -32,6 +32,9 @@ OFFLOADED: Final = frozenset({NATIVE, GENERIC})
 _MODES: Final = {NATIVE: "driver", GENERIC: "generic"}
 _FIRST_CONTROL_PORT: Final = 9001
 _FIRST_PEER_PORT: Final = 5001
+_WITH_US: Final = ("setpriv", "--pdeathsig", "KILL", "--")
+"""In front of a command: nothing is left running, nor its namespace, if this process dies."""
+
 _CREDENTIAL_SECONDS: Final = 86400
 _ANSWER_SECONDS: Final = 5
 
@@ -125,7 +128,7 @@ def _relay(directory: Path, name: str) -> Subject:
     secret_file.write_text(secret.reveal(), encoding="utf-8")
     expiry = int(time.time()) + _CREDENTIAL_SECONDS
     command = (
-        *(sys.executable, "-m", "relay", "--standalone", "--public-ip4-addr", shape.address[0]),
+        *(*_WITH_US, sys.executable, "-m", "relay", "--standalone", "--public-ip4-addr", shape.address[0]),
         *("--relay-secret-file", str(secret_file), "--allow-peer", f"{PEER_HOST}/32"),
         *("--health-address", "127.0.0.1:0", "--control-address", f"127.0.0.1:{shape.control_port}"),
         *_offloading(name),
@@ -143,7 +146,7 @@ def _coturn(directory: Path, program: str) -> Subject:
     said = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=False)
     version = next((word for word in (said.stdout + said.stderr).split() if word[:1].isdigit()), "unknown")
     command = (
-        *(program, "-n", "--lt-cred-mech", "--user=u:p", f"--realm={FIREZONE_REALM}", "-m", "1"),
+        *(*_WITH_US, program, "-n", "--lt-cred-mech", "--user=u:p", f"--realm={FIREZONE_REALM}", "-m", "1"),
         *("--no-tls", "--no-dtls", "--no-cli", "--no-tcp", "--no-tcp-relay"),
         *("-L", shape.address[0], "-E", shape.address[0], "--listening-port", str(SERVICE_PORT)),
         *("--min-port", str(LOWEST_PORT), "--max-port", str(HIGHEST_PORT)),
