@@ -178,11 +178,16 @@ class OffloadActor(Actor):
             self._inbox.wake_at(self._asked_at + ROUTES_REST, self._clock)
 
     def _take_link(self, news: LinkNews) -> bool:
-        if news.link is None:
-            self._links.pop(news.ifindex, None)
-        else:
-            self._links[news.ifindex] = news.link
-        return self._next_hops.link(news)
+        ifindex, link = news
+        before = self._links.get(ifindex)
+        if link is None:
+            self._links.pop(ifindex, None)
+            return self._next_hops.link(news)
+        if link.ipv6_mtu < link.mtu and (before is None or before.mtu != link.mtu):
+            # The kernel tells of a new MTU before IPv6 has it, and nothing when it has.
+            link = next((each for each in self._network.links() if each.ifindex == ifindex), link)
+        self._links[ifindex] = link
+        return self._next_hops.link(LinkNews(ifindex, link))
 
     def _switch(self, *, attached: bool) -> bool:
         self._wanted = attached
