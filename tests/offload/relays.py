@@ -14,7 +14,6 @@ from typing import Any, Final, NamedTuple
 
 from relay.core.addresses import Family, SocketAddress, socket_address
 from relay.core.credentials import Credential, RelaySecret, mint
-from tests.conftest import wait_until
 from tests.interop.conftest import Program
 from tests.interop.test_trains import SO_RCVBUFFORCE
 from tests.offload.topology import CLIENT, PEER, RELAY, Host, Row
@@ -98,6 +97,7 @@ def running(
     with host.entered():
         program = Program(
             *("--relay-secret-file", str(secret), "--ebpf-offloading", links, "--ebpf-attach-mode", mode),
+            *("--health-address", "127.0.0.1:0"),
             hosts=tuple(public),
         )
     try:
@@ -144,12 +144,21 @@ class Talk:
     def wait_for_kernel(self, seconds: float = 5) -> None:
         """Go on until the kernel relays, both ways."""
 
-        def is_relayed() -> bool:
-            before = self.relay.counts()
+        until = time.monotonic() + seconds
+        while True:
+            before = self.by_kernel()
             self.both()
-            return self.relay.counts().since(before)[:2] == (1, 1)
+            after = self.by_kernel()
+            if all(later > earlier for earlier, later in zip(before, after, strict=True)):
+                return
+            assert time.monotonic() < until, f"not relayed: {after}\n{self.relay.state()}\n{self.relay.program.log}"
 
-        wait_until(is_relayed, seconds)
+    def by_kernel(self) -> tuple[int, int]:
+        """Give how many packets the kernel has relayed for it, to the peer and to the client."""
+        host, port = self.client.address
+        shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        used = self.relay.ask("/offload/channels")["clients"].get(shown, {}).get(f"{self.number:#06x}")
+        return (used["to_peer"]["packets"], used["to_client"]["packets"]) if used else (0, 0)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from typing import Final, NamedTuple, Self
 import pytest
 
 from relay.core.addresses import Family
+from tests.conftest import HAS_IPV6
 from tests.interop.test_trains import SO_RCVBUFFORCE, Machine
 from tests.offload.packets import checksum_of, sum_of
 
@@ -100,6 +101,9 @@ def hosts(*names: str) -> Iterator[list[Host]]:
                 pytest.skip(f"NOTHING IS RELAYED IN THE KERNEL: networks take root ({error.strerror})")
             stack.callback(made[-1].close)
             made[-1].ip("link set lo up")
+            if HAS_IPV6:
+                # Whether anyone else has an address that a link gives itself is asked for two seconds.
+                made[-1].set_knob("ipv6/conf/default/accept_dad", 0)
         yield made
 
 
