@@ -50,7 +50,8 @@ def here(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]
     """A network with an interface for the program."""
     machine.run("ip", "link", "add", "near", "type", "veth", "peer", "name", "far")
     for name in ("near", "far", "lo"):
-        machine.run("ip", "link", "set", name, "up")
+        # The kernel is to have no news of its own.
+        machine.run("ip", "link", "set", name, "addrgenmode", "none", "up")
     # These threads are also those of the tests to come.
     monkeypatch.setattr(capabilities, "drop", lambda: None)
     with machine.entered():

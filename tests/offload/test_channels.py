@@ -575,8 +575,8 @@ def test_without_room_channels_are_left_to_the_sockets_until_there_is_some() -> 
     assert (set(channels.installed), channels.refused) == ({(second.client, NUMBER), (third.client, NUMBER)}, 1)
 
 
-def test_without_room_for_its_second_host_a_channel_takes_none_of_the_first() -> None:
-    tables = Memory(next_hops=1)
+def test_without_room_for_its_second_host_a_channel_takes_nothing() -> None:
+    tables = Memory(bindings=1, next_hops=1)
     channels = new_channels(tables)
     assert channels.carry_out([installing()]) == [Follow(0, CLIENT[0]), Unfollow(0, CLIENT[0])]
     assert (tables.channels, channels.refused) == ({}, 1)
