@@ -128,8 +128,10 @@ class Network:
         for place, name, address in ends:
             place.run("sysctl", "-qw", f"net.ipv6.conf.{name}.disable_ipv6=1")
             place.run("ip", "address", "add", f"{address}/24", "dev", name)
-            place.run("ethtool", "-K", name, "gro", "on")
             place.run("ip", "link", "set", name, "up")
+        for place, name, _ in ends:
+            # Turned on while it is down, frames are still refused.
+            place.run("ethtool", "-K", name, "gro", "on")
         far.run("ip", "route", "add", "default", "via", near_host)
         # What a socket sends has all its checksums, as what comes over a network has.
         far.run("ethtool", "-K", names[0], "tx", "off")
