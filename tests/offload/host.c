@@ -15,6 +15,11 @@
 
 #include "program.c"
 
+// Packets begin anywhere, and here a sanitizer looks at where what is read begins.
+_Static_assert(_Alignof(struct ethernet) == 1 && _Alignof(struct vlan_tag) == 1, "Ethernet");
+_Static_assert(_Alignof(struct ipv4) == 1 && _Alignof(struct ipv6) == 1, "IP");
+_Static_assert(_Alignof(struct udp) == 1 && _Alignof(struct channel_data) == 1 && sizeof(struct channel_data) == 4, "UDP");
+
 enum { HASHED = 256, INDEXED = 64, FILL = 0xa5 };  // entries; what memory holds that nobody has written
 
 static void refuse(const char *format, ...)
@@ -252,6 +257,7 @@ static void tell_layout(void)
     SIZE(next_hop), FIELD(next_hop, version), FIELD(next_hop, ifindex), FIELD(next_hop, destination);
     FIELD(next_hop, source), FIELD(next_hop, to), FIELD(next_hop, from), FIELD(next_hop, vlan), FIELD(next_hop, mtu);
     FIELD(next_hop, flags), FIELD(next_hop, nudged);
+    SIZE(own), FIELD(own, address), FIELD(own, vlan);
     SIZE(device), FIELD(device, ifindex), FIELD(device, mac), FIELD(device, flags);
     SIZE(settings), FIELD(settings, service_port), FIELD(settings, lowest_port), FIELD(settings, highest_port);
     FIELD(settings, own_count), FIELD(settings, own), FIELD(settings, device_count), FIELD(settings, devices);

@@ -18,6 +18,7 @@ from relay.offload.layout import (
     END,
     ENDS,
     HAIRPIN,
+    OWN,
     OWN_ADDRESSES,
     SEND_BACK,
     SETTINGS,
@@ -25,6 +26,7 @@ from relay.offload.layout import (
     SIZES,
     TOTALS,
     NextHop,
+    Own,
     PassReason,
     in_packet,
 )
@@ -44,11 +46,21 @@ from tests.offload.packets import (
 )
 
 SECOND: Final = 1_000_000_000
+TICK: Final = 1 << 20
+"""Nanoseconds, of which a next hop's time is a number."""
+TICKS: Final = 1 << 32
+"""How many of them it can count; then it begins anew."""
 NEVER: Final = 1 << 62
 SHORTEST: Final = 60
+LONGEST_PADDED: Final = 64
 TO_PEER, TO_CLIENT = range(len(DIRECTIONS))
 
 Endpoint = tuple[bytes, int]
+
+
+def tick_of(now: int) -> int:
+    """A time of the clock as next hops have it."""
+    return now // TICK % TICKS
 
 
 class Verdict(IntEnum):
@@ -90,14 +102,18 @@ class Binding(NamedTuple):
 
 
 class Hop(NamedTuple):
-    """An entry of `next_hops` with what is not the relay's alone."""
+    """An entry of `next_hops` with what is not the relay's alone.
+
+    Attributes:
+        nudged: the tick at which a packet was left to the sockets.
+    """
 
     hop: NextHop
     version: int = 2
     nudged: int = 0
 
     def packed(self) -> bytes:
-        return struct.pack("=I", self.version) + self.hop.packed() + struct.pack("=Q", self.nudged)
+        return struct.pack("=I", self.version) + self.hop.packed() + struct.pack("=I", self.nudged)
 
 
 class Device(NamedTuple):
@@ -107,7 +123,7 @@ class Device(NamedTuple):
 
 
 class Settings(NamedTuple):
-    own: tuple[bytes, ...]
+    own: tuple[Own, ...]
     devices: tuple[Device, ...]
     service_port: int = 3478
     lowest_port: int = 49152
@@ -120,7 +136,7 @@ class Settings(NamedTuple):
             self.lowest_port,
             self.highest_port,
             min(len(self.own), OWN_ADDRESSES),
-            b"".join(self.own),
+            b"".join(OWN.pack(each.address, each.vlan.to_bytes(2, "big")) for each in self.own),
             min(len(self.devices), DEVICES),
             0,
             devices,
@@ -128,6 +144,10 @@ class Settings(NamedTuple):
 
     def device(self, ifindex: int) -> Device | None:
         return next((each for each in self.devices if each.ifindex == ifindex), None)
+
+    def vlan_of(self, address: bytes) -> int | None:
+        """The tag by which packets for an address come; None if it isn't ours."""
+        return next((each.vlan for each in self.own[:OWN_ADDRESSES] if each.address == address), None)
 
 
 @dataclass(frozen=True)
@@ -156,6 +176,10 @@ class Tables:
 
     def with_settings(self, **changes: object) -> "Tables":
         return replace(self, settings=self.settings._replace(**changes))  # type: ignore[arg-type]
+
+    def in_vlan(self, vlan: int) -> "Tables":
+        """The same with all addresses of this machine in a VLAN."""
+        return self.with_settings(own=tuple(each._replace(vlan=vlan) for each in self.settings.own))
 
 
 def key_of(key: tuple[bytes, int, int]) -> bytes:
@@ -244,9 +268,11 @@ class Model:
         device = tables.settings.device(ifindex)
         if device is None or frame[:6] != device.mac or len(frame) < 14:
             raise _Passed
-        packet = _read(frame)
+        vlan, packet = _read(frame)
         address, port = packet.destination
-        if address not in tables.settings.own[:OWN_ADDRESSES]:
+        if tables.settings.vlan_of(address) != vlan:
+            raise _Passed
+        if packet.trailing and len(frame) > LONGEST_PADDED:
             raise _Passed
         if port == tables.settings.service_port:
             plan = self._from_client(packet, now)
@@ -296,8 +322,8 @@ class Model:
         entry = self.next_hops.get(binding.next_hop)
         if entry is None or entry.version % 2 or not entry.hop.ifindex or entry.hop.destination != binding.destination:
             raise _Passed(PassReason.NO_NEXT_HOP)
-        if entry.hop.stale and not entry.nudged <= now < entry.nudged + SECOND:
-            self.next_hops[binding.next_hop] = entry._replace(nudged=now)
+        if entry.hop.stale and (tick_of(now) - entry.nudged) % TICKS * TICK >= SECOND:
+            self.next_hops[binding.next_hop] = entry._replace(nudged=tick_of(now))
             raise _Passed(PassReason.STALE_NEIGHBOUR)
         return entry.hop
 
@@ -311,14 +337,15 @@ class Model:
             self.usage[binding.usage] = Usage(before.packets + 1, before.octets + length, now)
 
 
-def _read(frame: bytes) -> _Packet:
-    kind, rest = int.from_bytes(frame[12:14], "big"), frame[14:]
+def _read(frame: bytes) -> tuple[int, _Packet]:
+    vlan, kind, rest = 0, int.from_bytes(frame[12:14], "big"), frame[14:]
     if kind == VLAN and len(rest) >= 4:
-        kind, rest = int.from_bytes(rest[2:4], "big"), rest[4:]
+        # Of the tag's 16 bits, three are a priority and one says what may be lost.
+        vlan, kind, rest = int.from_bytes(rest[:2], "big") % 4096, int.from_bytes(rest[2:4], "big"), rest[4:]
     if kind == IPV4:
-        return _read_ipv4(rest)
+        return vlan, _read_ipv4(rest)
     if kind == IPV6:
-        return _read_ipv6(rest)
+        return vlan, _read_ipv6(rest)
     raise _Passed
 
 

@@ -1,9 +1,11 @@
 """The XDP program, made to run on one packet at a time: under sanitizers, and in the kernel."""
 
+import contextlib
 import shutil
 import struct
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Final, Protocol, Self
 
@@ -47,7 +49,7 @@ class Runner(Protocol):
     def totals(self) -> Totals: ...
 
     def nudged(self, index: int) -> int:
-        """When a packet was last left to the sockets for this next hop."""
+        """The tick at which a packet was last left to the sockets for this next hop."""
 
 
 def build_host(folder: Path) -> Path:
@@ -107,6 +109,16 @@ class HostRunner:
         self._clock = now
         self._tell("t", struct.pack("=Q", now))
 
+    @contextlib.contextmanager
+    def at(self, now: int) -> Iterator[None]:
+        """Have it another time for a while."""
+        before = self._clock
+        self.set_clock(now)
+        try:
+            yield
+        finally:
+            self.set_clock(before)
+
     def set_headroom(self, headroom: int) -> None:
         """Bytes that there are in front of packets, until tables are loaded."""
         self._tell("h", struct.pack("=I", headroom))
@@ -123,7 +135,7 @@ class HostRunner:
         return Totals.of(self._get(_TOTALS, 0, layout.TOTALS.size))
 
     def nudged(self, index: int) -> int:
-        return int.from_bytes(self._get(_NEXT_HOPS, index, layout.NEXT_HOP_SIZE)[-8:], "little")
+        return int.from_bytes(self._get(_NEXT_HOPS, index, layout.NEXT_HOP_SIZE)[-4:], "little")
 
     def layout(self) -> dict[str, int]:
         """Offsets of fields as "structure.field", sizes of structures by name, and constants as "= name"."""
@@ -232,7 +244,7 @@ class KernelRunner:
     def nudged(self, index: int) -> int:
         value = self._maps["next_hops"].lookup(struct.pack("=I", index))
         assert value
-        return int.from_bytes(value[-8:], "little")
+        return int.from_bytes(value[-4:], "little")
 
     def _per_cpu(self, name: str, index: int) -> tuple[bytes, ...]:
         parts = self._maps[name].lookup_per_cpu(struct.pack("=I", index))

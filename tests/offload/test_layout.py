@@ -40,6 +40,7 @@ def offsets_of(packed: struct.Struct, start: int = 0) -> list[int]:
             "destination expires next_hop usage end flow_label destination_port source_port number flags",
         ),
         ("next_hop", layout.NEXT_HOP, 4, "ifindex destination source to from vlan mtu flags"),
+        ("own", layout.OWN, 0, "address vlan"),
         ("device", layout.DEVICE, 0, "ifindex mac flags"),
         ("settings", layout.SETTINGS, 0, "service_port lowest_port highest_port own_count own device_count _ devices"),
         ("usage", layout.USAGE, 0, "packets bytes last_used"),
@@ -60,13 +61,32 @@ def test_structures_are_as_large_as_the_program_has_them(host: HostRunner) -> No
         "end": layout.END.size,
         "binding": layout.BINDING.size,
         "next_hop": layout.NEXT_HOP_SIZE,
+        "own": layout.OWN.size,
         "device": layout.DEVICE.size,
         "settings": layout.SETTINGS.size,
         "usage": layout.USAGE.size,
         "totals": layout.TOTALS.size,
     }
     assert {name: in_program[name] for name in sizes} == sizes
-    assert in_program["next_hop.nudged"] == 4 + layout.NEXT_HOP.size == layout.NEXT_HOP_SIZE - 8
+    assert in_program["next_hop.nudged"] == 4 + layout.NEXT_HOP.size == layout.NEXT_HOP_SIZE - 4
+
+
+def test_what_is_waited_for_lies_in_one_line_of_the_cache(host: HostRunner) -> None:
+    in_program = host.layout()
+    line = 64
+    assert in_program["next_hop"] == line
+    assert line % in_program["usage"] == 0
+
+
+def test_numbers_lie_where_the_kernel_reads_them_whole(host: HostRunner) -> None:
+    in_program = host.layout()
+    eight = "binding.expires usage.packets usage.bytes usage.last_used totals.packets binding usage totals settings"
+    four = """binding.next_hop binding.usage binding.end binding.flow_label next_hop next_hop.version next_hop.ifindex
+        next_hop.destination next_hop.source next_hop.nudged own own.address device device.ifindex
+        settings.own settings.device_count settings.devices end"""
+    two = "next_hop.to next_hop.from next_hop.vlan next_hop.mtu next_hop.flags own.vlan device.mac device.flags"
+    for names, size in ((eight, 8), (four, 4), (two, 2)):
+        assert {name: in_program[name] % size for name in names.split()} == dict.fromkeys(names.split(), 0)
 
 
 def test_the_totals_stand_in_the_programs_order(host: HostRunner) -> None:
@@ -94,9 +114,15 @@ def test_numbers_are_the_programs(host: HostRunner) -> None:
     assert [in_program[f"= {each.upper()}"] for each in layout.DIRECTIONS] == list(range(in_program["= DIRECTIONS"]))
 
 
+@pytest.mark.parametrize(("mtu", "packed"), [(1500, 1500), (0xFFFF, 0xFFFF), (0x1_0000, 0xFFFF), (0xFFFF_FFFF, 0xFFFF)])
+def test_an_mtu_beyond_all_packets_is_the_largest(mtu: int, packed: int) -> None:
+    assert layout.NEXT_HOP.unpack(NextHop(1, bytes(16), mtu=mtu).packed())[6] == packed
+
+
 def test_what_packets_have_is_packed_as_it_stands_there() -> None:
     address = layout.packed_address("192.0.2.1")
     assert layout.END.pack(address, 0x0102, 0x4003) == bytes(10) + b"\xff\xff\xc0\0\2\1\1\2\x40\3"
     hop = NextHop(1, address, vlan=0x0FFE).packed()
     assert hop[4 + 16 + 16 + 12 :].startswith(b"\x0f\xfe")
+    assert layout.OWN.pack(address, b"\x0f\xfe") == address + b"\x0f\xfe\0\0"
     assert layout.in_packet(0x4001).to_bytes(2, "little") == b"\x40\1"

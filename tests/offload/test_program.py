@@ -5,12 +5,13 @@ what its name says.
 """
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Final
 
 import pytest
 
-from relay.offload.layout import NextHop, PassReason, packed_address
-from tests.offload.model import NEVER, SECOND, Device, Hop, Tables, Verdict
+from relay.offload.layout import NextHop, Own, PassReason, packed_address
+from tests.offload.model import NEVER, SECOND, TICK, TICKS, Device, Hop, Tables, Verdict, tick_of
 from tests.offload.packets import (
     IPV4,
     IPV6,
@@ -135,7 +136,7 @@ def test_a_vlan_tag_is_the_next_hops_not_the_packets(
     runner: Runner, client: int, peer: int, tags: tuple[int, ...], vlan: int, direction: str
 ) -> None:
     frame = from_client(client, tags=tags) if direction == "to-peer" else from_peer(peer, tags=tags)
-    (outcome,) = agreed(runner, world(client, peer, vlan), frame)
+    (outcome,) = agreed(runner, world(client, peer, vlan).in_vlan(7 if tags else 0), frame)
     assert outcome.verdict is Verdict.TX
     family = peer if direction == "to-peer" else client
     kind = (IPV4 if family == 4 else IPV6).to_bytes(2, "big")
@@ -233,13 +234,6 @@ def test_an_ipv6_address_that_looks_like_a_mapped_one_is_none(runner: Runner, li
     assert there.frame[12:14] == IPV6.to_bytes(2, "big")
 
 
-@clients
-@peers
-def test_what_follows_a_packet_in_its_frame_stays_behind_it(runner: Runner, client: int, peer: int) -> None:
-    (outcome,) = agreed(runner, world(client, peer), from_client(client, bytes(20), trailing=b"padding"))
-    assert outcome.frame.endswith(bytes(20) + b"padding")
-
-
 @pytest.mark.parametrize("client_port", [1, SERVICE, 49152, 65535])
 def test_any_port_can_be_a_clients(runner: Runner, client_port: int) -> None:
     tables = world()
@@ -318,7 +312,7 @@ def test_of_many_interfaces_and_addresses_the_last_ones_count_too(runner: Runner
         *(Device(10 + index, FRONT_MAC, sends_back=True) for index in range(7)),
         Device(HERE, OUR_MAC, sends_back=True),
     )
-    own = (*(bytes(15) + bytes([index]) for index in range(1, 15)), OWN[6], OWN[4])
+    own = tuple(Own(each) for each in (*(bytes(15) + bytes([index]) for index in range(1, 15)), OWN[6], OWN[4]))
     tables = world().with_settings(devices=devices, own=own)
     assert agreed(runner, tables, from_client())[0].verdict is Verdict.TX
     for shorter in (tables.with_settings(devices=devices[:-1]), tables.with_settings(own=own[:-1])):
@@ -426,7 +420,7 @@ LEFT: Final = [
     counted(PassReason.NO_CHANNEL_DATA, client_says(STUN), "STUN"),
     counted(PassReason.NO_CHANNEL_DATA, client_says(b""), "nothing"),
     counted(PassReason.NO_CHANNEL_DATA, client_says(b"\x40\x01\x00"), "three bytes"),
-    counted(PassReason.NO_CHANNEL_DATA, client_says(b"\x40\x01\x00", trailing=bytes(20)), "three bytes and padding"),
+    counted(PassReason.NO_CHANNEL_DATA, client_says(b"\x40\x01\x00", trailing=bytes(15)), "three bytes and padding"),
     counted(PassReason.NO_CHANNEL_DATA, from_client(number=0x3FFF), "below channel numbers"),
     counted(PassReason.NO_CHANNEL_DATA, from_client(number=0x8000), "above channel numbers"),
     counted(PassReason.NO_CHANNEL_DATA, from_client(number=0xC001), "far above channel numbers"),
@@ -594,20 +588,70 @@ def test_a_packet_a_second_asks_for_a_stale_neighbour(runner: Runner) -> None:
 def test_who_was_asked_for_a_second_ago_is_asked_for_again(runner: Runner) -> None:
     now = runner.now()
     tables = world().with_next_hops(stale=True)
-    assert (
-        agreed(runner, tables.with_next_hops(nudged=now - 2 * SECOND), from_client())[0].reason is PassReason.STALE_NEIGHBOUR
-    )
-    assert agreed(runner, tables.with_next_hops(nudged=now - SECOND // 10), from_client())[0].reason is None
+    for ago, reason in ((2 * SECOND, PassReason.STALE_NEIGHBOUR), (SECOND // 10, None)):
+        assert agreed(runner, tables.with_next_hops(nudged=tick_of(now - ago)), from_client())[0].reason is reason
 
 
-def test_to_the_nanosecond_a_second_passes_between_two_questions(host: HostRunner) -> None:
+SECOND_IN_TICKS: Final = -(-SECOND // TICK)
+LAST_TICK: Final = (TICKS - 1) * TICK
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        pytest.param(1000 * SECOND, id="some-time-after-the-start"),
+        pytest.param(LAST_TICK, id="at-the-last-tick"),
+        pytest.param(LAST_TICK + TICK, id="as-they-begin-anew"),
+        pytest.param(LAST_TICK + SECOND // 2, id="half-a-second-later"),
+        pytest.param(LAST_TICK + 2 * SECOND, id="two-seconds-later"),
+        pytest.param(3 * LAST_TICK + SECOND // 3, id="after-beginning-anew-a-few-times"),
+    ],
+)
+@pytest.mark.parametrize("within_tick", [0, TICK - 1])
+def test_to_the_tick_a_second_passes_between_two_questions(host: HostRunner, now: int, within_tick: int) -> None:
+    now = now // TICK * TICK + within_tick
     tables = world().with_next_hops(stale=True)
-    for ago, reason in ((SECOND - 1, None), (SECOND, PassReason.STALE_NEIGHBOUR)):
-        assert agreed(host, tables.with_next_hops(nudged=host.now() - ago), from_client())[0].reason is reason
+    with host.at(now):
+        for ticks, reason in (
+            (0, None),
+            (1, None),
+            (SECOND_IN_TICKS - 1, None),
+            (SECOND_IN_TICKS, PassReason.STALE_NEIGHBOUR),
+            (SECOND_IN_TICKS + 1, PassReason.STALE_NEIGHBOUR),
+            (TICKS // 2, PassReason.STALE_NEIGHBOUR),
+            (TICKS - 1, PassReason.STALE_NEIGHBOUR),
+        ):
+            asked = tables.with_next_hops(nudged=(tick_of(now) - ticks) % TICKS)
+            assert agreed(host, asked, from_client())[0].reason is reason
+
+
+def test_as_ticks_begin_anew_one_packet_a_second_still_asks(host: HostRunner) -> None:
+    host.load(world().with_next_hops(stale=True))
+    start, asked = LAST_TICK - 3 * SECOND, []
+    for tenth in range(60):
+        now = start + tenth * SECOND // 10
+        with host.at(now):
+            if host.run(from_client()).verdict is Verdict.PASS:
+                assert host.nudged(TO_PEER) == tick_of(now)
+                asked.append(tenth)
+    assert asked[0] == 0
+    assert {later - before for before, later in pairwise(asked)} <= {10, 11}
 
 
 def test_who_is_not_stale_is_not_asked_for(runner: Runner) -> None:
     assert both_ways(runner, world().with_next_hops(nudged=0)) == [None, None]
+
+
+def test_to_ask_changes_nothing_of_a_next_hop_but_the_time(runner: Runner) -> None:
+    tables = world().with_next_hops(stale=True, vlan=0x0FFE, mtu=0xFFFF)
+    first, second = agreed(runner, tables, from_client(), from_client())
+    assert first.reason is PassReason.STALE_NEIGHBOUR
+    assert second.frame[:16] == BACK_MAC + OUR_MAC + b"\x81\x00\x0f\xfe"
+
+
+@pytest.mark.parametrize(("mtu", "reason"), [(0xFFFF, None), (0x1_0000, None), (0, PassReason.TOO_LONG)])
+def test_an_mtu_can_be_any_size_of_packet(runner: Runner, mtu: int, reason: PassReason | None) -> None:
+    assert agreed(runner, world().with_next_hops(mtu=mtu), from_client(payload=bytes(1400)))[0].reason is reason
 
 
 @clients
@@ -664,18 +708,18 @@ IGNORED: Final = {
     "MPLS": from_client(kind=0x8847),
     "IPv4 said to be IPv6": from_client(kind=IPV6),
     "IPv6 said to be IPv4": from_client(6, kind=IPV4),
-    "two VLAN tags": from_client(tags=(7, 8)),
+    "a VLAN tag that our address has not": from_client(tags=(7,)),
+    "a VLAN tag that our IPv6 address has not": from_client(6, tags=(7,)),
+    "something behind it": from_client(trailing=b"?"),
+    "something behind it over IPv6": from_client(6, trailing=b"?"),
     "a provider's tag": ethernet(OUR_MAC, FRONT_MAC, 0x88A8, b"\0\7\x08\0" + from_client()[14:]),
     "a tag and nothing": ethernet(OUR_MAC, FRONT_MAC, VLAN, b""),
     "half a tag": ethernet(OUR_MAC, FRONT_MAC, VLAN, b"\0\7\x08"),
-    "a tag and ARP": from_client(tags=(7,), kind=0x0806),
     "only an Ethernet header": from_client()[:14],
     "half an IPv4 header": from_client()[:33],
     "half a UDP header": from_client()[:41],
     "half an IPv6 header": from_client(6)[:53],
     "half a UDP header over IPv6": from_client(6)[:61],
-    "half an IPv4 header behind a tag": from_client(tags=(7,))[:37],
-    "half a UDP header behind a tag": from_client(tags=(7,))[:45],
     "cut off": from_client()[:-1],
     "cut off over IPv6": from_client(6)[:-1],
     "the first fragment": over_ipv4(inner(), fragment=0x2000),
@@ -736,15 +780,16 @@ def test_what_is_none_of_the_relays_business_passes_untouched(runner: Runner, cl
 @clients
 @pytest.mark.parametrize("tags", [(), (7,)], ids=["untagged", "tagged"])
 def test_whatever_its_length_a_packet_that_was_cut_off_passes_untouched(
-    host: HostRunner, client: int, tags: tuple[int]
+    host: HostRunner, client: int, tags: tuple[int, ...]
 ) -> None:
-    host.load(world(client))
+    host.load(world(client).in_vlan(7 if tags else 0))
     for frame in (from_client(client, tags=tags), from_peer(4, tags=tags)):
         for length in range(len(frame)):
             outcome = host.run(frame[:length])
             assert outcome.verdict is Verdict.PASS
             assert outcome.frame == frame[:length]
-    assert not any(host.totals().passed)
+        assert not any(host.totals().passed)
+        assert host.run(frame).verdict is Verdict.TX
 
 
 def test_an_interface_without_an_entry_has_no_packets_for_the_relay(host: HostRunner) -> None:

@@ -10,8 +10,8 @@ from typing import Any, Final
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay.offload.layout import NextHop
-from tests.offload.model import NEVER, SECOND, Binding, Device, Hop, Model, Settings, Tables
+from relay.offload.layout import NextHop, Own
+from tests.offload.model import NEVER, SECOND, TICK, TICKS, Binding, Device, Hop, Model, Settings, Tables, tick_of
 from tests.offload.packets import channel_data, is_ipv4, pseudo_header, sum_of, with_right_header
 from tests.offload.runners import ENTRIES, HostRunner
 from tests.offload.world import (
@@ -44,7 +44,8 @@ FRAMES: Final = 12_000
 """Of the fuzz test: a few seconds' worth."""
 FRAMES_PER_TABLES: Final = 25
 
-NOW: Final = 1000 * SECOND
+NOW: Final = TICKS * TICK - 2 * SECOND
+"""A while before ticks begin anew."""
 
 # Few of each, so that what is drawn twice often meets, and limits often.
 ADDRESSES: Final = (*OWN.values(), *CLIENT.values(), *OTHER.values(), *PEER.values(), bytes(16), b"\xff" * 16)
@@ -52,6 +53,8 @@ PORTS: Final = (SERVICE, CLIENT_PORT, OTHER_PORT, PEER_PORT, RELAYED, OTHER_RELA
 NUMBERS: Final = (NUMBER, OTHER_NUMBER, 0x4000, 0x7FFF, 0x3FFF, 0x8000)
 INDICES: Final = (0, 1, 2, 3, ENTRIES - 1, ENTRIES, 0xFFFFFFFF)
 TIMES: Final = (0, NOW - SECOND, NOW - SECOND + 1, NOW - 1, NOW, NOW + 1, NOW + SECOND, NEVER, (1 << 64) - 1)
+NUDGED: Final = (0, *(tick_of(NOW + each) for each in (-SECOND, TICK - SECOND, -TICK, 0, TICK, 2 * SECOND)))
+VLANS: Final = (0, 0, 0, 7, 0x0FFF)
 ENDS: Final = tuple(end_of(port, family) for port, family in product((RELAYED, OTHER_RELAYED, 49152, 65535), (4, 6)))
 MTUS: Final = (0, 60, 68, 127, 128, 576, 1280, 1500, 9000, 0xFFFFFFFF)
 SIZES: Final = (*range(24), 60, 61, 127, 128, 129, 1279, 1452, 1468, 1472, 1473, 2047, 8000)
@@ -93,10 +96,11 @@ class Source:
             lambda it: it.with_channels(is_hairpin=bool(self.bits(1)), end=self.one((*ENDS, 1 << 17))),
             lambda it: it.with_channels(flow_label=self.bits(20), destination_port=self.bits(16), source_port=self.bits(16)),
             lambda it: it.with_next_hops(mtu=self.one(MTUS), ifindex=self.one((0, HERE, ELSEWHERE))),
-            lambda it: it.with_next_hops(version=self.bits(2), stale=bool(self.bits(1)), nudged=self.one(TIMES)),
+            lambda it: it.with_next_hops(version=self.bits(2), stale=bool(self.bits(1)), nudged=self.one(NUDGED)),
             lambda it: it.with_next_hops(vlan=self.bits(16), to_mac=self.octets(6), from_mac=self.octets(6)),
             lambda it: replace(it, ends={each: self.one(TIMES) for each in ENDS}),
             lambda it: it.with_settings(own=self._settings().own),
+            lambda it: it.in_vlan(self.one(VLANS)),
             lambda it: it.with_settings(devices=self._settings().devices),
             lambda it: it.with_settings(lowest_port=self.one(PORTS), highest_port=self.one(PORTS)),
         ]
@@ -105,7 +109,7 @@ class Source:
         return tables
 
     def _settings(self) -> Settings:
-        own = tuple(self.one(ADDRESSES) for _ in range(self.below(17)))
+        own = tuple(Own(self.one(ADDRESSES), self.one(VLANS)) for _ in range(self.below(17)))
         devices = tuple(Device(1 + self.below(10), self.one(MACS), bool(self.bits(1))) for _ in range(self.below(9)))
         return Settings(own, devices, *(self.one(PORTS) for _ in range(3)))
 
@@ -151,11 +155,23 @@ class Source:
             payload,
             ip={"traffic_class": self.bits(8), "hop_limit": self.one((0, 1)) if self.happens(20) else 2 + self.below(254)},
             udp_fields={"checksum": self.one((0, 0xFFFF, partial, self.bits(16)))} if self.happens(8) else {},
-            tags=self.one(((), (), (), (), (0,), (1,), (0xFFFF,), (1, 2))),
-            trailing=self.octets(self.one((0, 0, 0, 1, 4, 14))),
+            tags=self._tags(tables.settings.vlan_of(OWN[family]) or 0),
             to_mac=tables.settings.devices[0].mac if tables.settings.devices else OUR_MAC,
         )
+        frame += self.octets(self._trailing(len(frame)))
         return self.damaged(frame) if self.happens(4) else frame
+
+    def _tags(self, vlan: int) -> tuple[int, ...]:
+        """Mostly those by which packets for an address of this VLAN come."""
+        if self.happens(6):
+            return tuple(self.one(((0,), (1,), (7,), (0xFFFF,), (1, 2), (7, 7), ())))
+        priority = self.bits(4) << 12
+        return (priority | vlan,) if vlan or self.happens(6) else ()
+
+    def _trailing(self, length: int) -> int:
+        """Nothing, padding, or more than padding is."""
+        padded = max(self.one((59, 60, 63, 64, 65)) - length, 0)
+        return int(self.one((0, padded, padded, self.one((1, 4, 14)) if self.happens(4) else 0)))
 
     def damaged(self, frame: bytes) -> bytes:
         """Another in a few places, most of them in its headers."""
@@ -185,16 +201,16 @@ def compare(host: HostRunner, source: Source, frames: int) -> None:
     tables = source.tables()
     headroom = source.one((0, 4, 20, 28)) if source.happens(6) else 256
     host.load(tables)
-    host.set_clock(NOW)
     host.set_headroom(headroom)
     model = Model(tables, headroom)
-    for number in range(frames):
-        frame, ifindex = source.frame(tables), source.ifindex(tables)
-        # Half a second each: whoever was asked for is asked for again at every other.
-        now = NOW + number * (SECOND // 2) if source.happens(4) else host.now()
-        host.set_clock(max(now, host.now()))
-        check(host.run(frame, ifindex), model.run(frame, ifindex, host.now()))
-    check_counters(host, model)
+    with host.at(NOW):
+        for number in range(frames):
+            frame, ifindex = source.frame(tables), source.ifindex(tables)
+            # Half a second each: whoever was asked for is asked for again at every other.
+            now = NOW + number * (SECOND // 2) if source.happens(4) else host.now()
+            host.set_clock(max(now, host.now()))
+            check(host.run(frame, ifindex), model.run(frame, ifindex, host.now()))
+        check_counters(host, model)
 
 
 @settings(max_examples=200, deadline=None)
