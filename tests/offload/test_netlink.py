@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import pytest
 
-from relay.offload.layout import NextHop, packed_address
+from relay.offload.layout import NextHop, Own, packed_address
 from relay.offload.netlink import Monitor, Network
 from relay.offload.network import (
     AddressesChanged,
@@ -229,8 +229,8 @@ def test_addresses_are_told_as_they_are(ipv6: Machine, network: Network) -> None
     links = network.links()
     first = {link(network, "one").ifindex: Mode.NATIVE}
     own = own_addresses(network.addresses(), links, first)
-    assert own[:3] == [packed_address(host) for host in (OWN, "192.0.2.5", OWN6)]
-    assert set(own[3:]) == {packed_address("203.0.113.1"), packed_address("2001:db8:2::1")}
+    assert own[:3] == [Own(packed_address(host)) for host in (OWN, "192.0.2.5", OWN6)]
+    assert set(own[3:]) == {Own(packed_address("203.0.113.1")), Own(packed_address("2001:db8:2::1"))}
 
 
 def test_neighbours_are_told_as_they_are(machine: Machine, network: Network) -> None:

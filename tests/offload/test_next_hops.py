@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from relay.offload.layout import NextHop, packed_address
+from relay.offload.layout import NextHop, Own, packed_address
 from relay.offload.network import (
     Address,
     Link,
@@ -307,21 +307,40 @@ def test_own_addresses_are_what_packets_on_a_wire_can_have() -> None:
     addresses = [Address(ifindex, packed_address(host), 0) for ifindex, host in hosts]
     addresses.append(Address(DEVICE, OWN6, 0, tentative=True))
     found = own_addresses(addresses, LINKS, {DEVICE: Mode.NATIVE})
-    assert found == [packed_address(host) for host in ("192.0.2.1", "192.0.2.5", "192.0.2.9")]
+    assert found == [Own(packed_address(host)) for host in ("192.0.2.1", "192.0.2.5", "192.0.2.9")]
 
 
 def test_addresses_of_a_vlan_are_own_ones_only_where_its_tag_is_seen() -> None:
     addresses = [Address(VLAN, OWN, 0)]
-    assert own_addresses(addresses, LINKS, {DEVICE: Mode.NATIVE}) == [OWN]
+    assert own_addresses(addresses, LINKS, {DEVICE: Mode.NATIVE}) == [Own(OWN, vlan=7)]
     assert own_addresses(addresses, LINKS, {DEVICE: Mode.GENERIC}) == []
-    assert own_addresses(addresses, LINKS, {DEVICE: Mode.GENERIC, VLAN: Mode.GENERIC}) == [OWN]
+
+
+@pytest.mark.parametrize("mode", [Mode.NATIVE, Mode.GENERIC])
+def test_packets_for_addresses_of_a_vlan_come_untagged_where_it_has_the_program_itself(mode: Mode) -> None:
+    addresses = [Address(VLAN, OWN, 0)]
+    assert own_addresses(addresses, LINKS, {DEVICE: mode, VLAN: Mode.GENERIC}) == [Own(OWN)]
+    assert own_addresses(addresses, LINKS, {VLAN: Mode.GENERIC}) == [Own(OWN)]
+
+
+def test_packets_for_addresses_of_other_interfaces_come_untagged() -> None:
+    addresses = [Address(VLAN, OWN, 0), Address(SECOND, OWN6, 0), Address(DEVICE, GATEWAY, 0)]
+    own = own_addresses(addresses, LINKS, {DEVICE: Mode.NATIVE})
+    assert own == [Own(GATEWAY), Own(OWN, vlan=7), Own(OWN6)]
+    assert own_addresses(addresses, LINKS, {SECOND: Mode.NATIVE}) == [Own(OWN6), Own(GATEWAY), Own(OWN)]
+
+
+@pytest.mark.parametrize("first", [DEVICE, VLAN])
+def test_an_address_of_an_interface_and_its_vlan_is_the_interfaces(first: int) -> None:
+    addresses = [Address(first, OWN, 0), Address(DEVICE + VLAN - first, OWN, 0)]
+    assert own_addresses(addresses, LINKS, {DEVICE: Mode.NATIVE}) == [Own(OWN)]
 
 
 def test_of_many_own_addresses_those_of_the_programs_interfaces_go_first() -> None:
     addresses = [Address(SECOND, packed_address(f"192.0.2.{each}"), 0) for each in range(20)] + [Address(DEVICE, OWN6, 0)]
     found = own_addresses(addresses, LINKS, {DEVICE: Mode.NATIVE})
     assert len(found) == 16
-    assert found[0] == OWN6
+    assert found[0] == Own(OWN6)
 
 
 HOSTS = (PEER, OTHER_PEER, PEER6)
