@@ -120,8 +120,7 @@ class Allocations:
 
     def remove(self, allocation: Allocation) -> None:
         """Take an allocation and all its channels out of every table."""
-        if self._offload is not None and allocation.state is AllocationState.ESTABLISHED:
-            self._offload.append(StopAllocation(allocation.port, allocation.families))
+        self._stop(allocation, allocation.families)
         for binding in tuple(allocation.channels.values()):
             self.unbind_channel(allocation, binding)
         self.deadlines.discard((allocation.id, None))
@@ -162,11 +161,15 @@ class Allocations:
     def remove_family(self, allocation: Allocation, family: Family) -> None:
         """Take one of its relayed addresses, and the channels to peers of that family, from a dual allocation."""
         allocation.families = tuple(each for each in allocation.families if each is not family)
-        if self._offload is not None:
-            self._offload.append(StopAllocation(allocation.port, (family,)))
+        self._stop(allocation, (family,))
         for binding in tuple(allocation.channels.values()):
             if family_of(binding.peer) is family:
                 self.unbind_channel(allocation, binding)
+
+    def _stop(self, allocation: Allocation, families: tuple[Family, ...]) -> None:
+        """Have the kernel relay nothing more for some families, if it ever was to."""
+        if self._offload is not None and allocation.state is AllocationState.ESTABLISHED:
+            self._offload.append(StopAllocation(allocation.port, families))
 
     def _uninstall(self, allocation: Allocation, binding: ChannelBinding) -> None:
         if binding.live:

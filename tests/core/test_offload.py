@@ -259,6 +259,13 @@ def test_a_deleted_family_is_stopped_alone_with_its_channels(relay: Relay, clien
     assert for_kernel(refresh(client, 0)) == [StopAllocation(allocated.port, IPV4), removed(allocated)]
 
 
+def test_a_family_that_is_deleted_before_it_was_there_tells_the_kernel_nothing(relay: Relay, client: Client) -> None:
+    begun = client.begin_allocate(DUAL)
+    assert told(refresh(client, 0, (REQUESTED_ADDRESS_FAMILY, Family.IPV6))) == [ANSWER]
+    extend = ExtendAllocation(begun.port, IPV4, relay.now.monotonic + 600)
+    assert for_kernel(relay.report_bound(begun.allocation)) == [extend]
+
+
 def test_only_the_port_that_was_bound_may_relay(relay: Relay, client: Client) -> None:
     begun = client.begin_allocate()
     again = relay.report_refused(begun.allocation)
