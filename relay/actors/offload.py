@@ -17,7 +17,7 @@ from relay.actors.messages import Failed, Tick
 from relay.core.addresses import Family
 from relay.core.commands import OFFLOAD_COMMANDS, Command
 from relay.offload.channels import Follow, Unfollow
-from relay.offload.datapath import Datapath, usage_by_client
+from relay.offload.datapath import Datapath, asking, usage_by_client
 from relay.offload.layout import OWN_ADDRESSES, packed_address
 from relay.offload.netlink import Monitor, Network
 from relay.offload.network import AddressesChanged, Link, LinkNews, NeighbourNews, News, Overrun, RoutesChanged
@@ -278,10 +278,11 @@ class Offloading:
         """Start them.
 
         Raises:
-            OSError: the kernel can't be asked about its network.
+            BadUseError: the kernel can't be asked about its network.
         """
         # What changes from here on is not missed by who looks around next.
-        monitor = Monitor()
+        with asking():
+            monitor = Monitor()
         self._offload = OffloadActor.start(self.datapath, self._hosts, self._clock, _failed)
         listener = MonitorActor.start(monitor, self._offload, _failed)
         self._stops = [monitor.stop, lambda: _stop(listener), lambda: _stop(self._offload)]
@@ -296,10 +297,17 @@ class Offloading:
         """Do what is for the kernel, of some commands; in the thread of whoever is the server actor."""
         ours = [command for command in commands if isinstance(command, OFFLOAD_COMMANDS)]
         if ours:
-            changes = self.datapath.channels.carry_out(ours)
-            if changes and self._offload is not None:
-                with contextlib.suppress(pykka.ActorDeadError):
-                    self._offload.tell(Followed(changes))
+            channels = self.datapath.channels
+            changes = channels.carry_out(ours)
+            if channels.is_broken:
+                self._tell(Failed(RuntimeError("the kernel did not remove channels from its tables")))
+            elif changes:
+                self._tell(Followed(changes))
+
+    def _tell(self, message: object) -> None:
+        if self._offload is not None:
+            with contextlib.suppress(pykka.ActorDeadError):
+                self._offload.tell(message)
 
     def pages(self) -> tuple[Pages, Pages]:
         """Give what is answered to GET and to POST."""

@@ -52,7 +52,7 @@ class ChannelTables(Protocol):
         """Put keys and values into the two tables; `OSError` if the kernel won't, and then there may be some of them."""
 
     def remove(self, channels: list[bytes], peers: list[bytes]) -> None:
-        """Remove keys from the two tables, as far as they are there."""
+        """Remove keys from the two tables, as far as they are there; `OSError` if the kernel won't."""
 
     def clear(self, slots: list[int]) -> None:
         """Have the usage of channels begin at 0; `OSError` if the kernel won't."""
@@ -189,6 +189,8 @@ class Channels:
         """Channels that the kernel's tables had no room for: userspace relays them."""
         self.failures = 0
         """Batches that the kernel did not take."""
+        self.is_broken = False
+        """Whether there are channels in the tables that should not be: then the program is not to be trusted any more."""
         self._tables = tables
         self._service_port = layout.in_packet(service_port)
         self._relayed_ports = relayed_ports
@@ -254,7 +256,10 @@ class Channels:
         except OSError:
             # What is not in the kernel's tables is relayed by the sockets: nothing is lost but speed.
             self.failures += 1
-            self._tables.remove(batch.channels, batch.peers)
+            try:
+                self._tables.remove(batch.channels, batch.peers)
+            except OSError:
+                self.is_broken = True
             for key in dict.fromkeys(batch.keys):
                 self._forget(self.installed.pop(key))
 
@@ -274,7 +279,11 @@ class Channels:
             elif isinstance(command, StopAllocation):
                 self._set_ends(command.port, command.families, 0)
         if channels:
-            self._tables.remove(channels, peers)
+            try:
+                self._tables.remove(channels, peers)
+            except OSError:
+                self.failures += 1
+                self.is_broken = True
 
     def _set_ends(self, port: int, families: Iterable[Family], until: int) -> None:
         for family in families:

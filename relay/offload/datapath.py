@@ -1,5 +1,6 @@
 """The kernel's data path, from its opening at the start of the process: before any thread, while there are capabilities."""
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -92,7 +93,7 @@ def open_datapath(config: Config, offload: OffloadConfig) -> Datapath:
         BadUseError: this machine, this process or this package can't do it.
     """
     _check_kernel(os.uname().release)
-    with Network() as network:
+    with asking(), Network() as network:
         links = network.links()
     devices.check(offload, links)
     missing = capabilities.missing()
@@ -110,6 +111,21 @@ def open_datapath(config: Config, offload: OffloadConfig) -> Datapath:
         program.close()
         raise
     return Datapath(program, channels, attached, tuple(notes))
+
+
+@contextlib.contextmanager
+def asking() -> Iterator[None]:
+    """Ask the kernel about its network.
+
+    Raises:
+        BadUseError: it can't be asked.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise BadUseError(
+            f"--ebpf-offloading: can't ask the kernel about its network ({error.strerror}): allow AF_NETLINK"
+        ) from error
 
 
 def usage_by_client(portion: list[ChannelUsage], now: float) -> dict[str, dict[str, object]]:

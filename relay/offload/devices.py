@@ -81,7 +81,8 @@ class Devices:
     @property
     def modes(self) -> dict[str, str | None]:
         """How each of them has it: `driver`, `generic`, or None."""
-        attached = self._attached
+        # A copy: whoever asks is another thread than who attaches.
+        attached = self._attached.copy()
         return {name: _SPELLING[attached[name].mode] if name in attached else None for name in self.names}
 
     def by_ifindex(self) -> dict[int, Mode]:

@@ -613,3 +613,18 @@ def test_a_batch_that_the_kernel_does_not_take_is_rolled_back(program: XdpProgra
     assert (channels.failures, len(channels.installed)) == (1, 4)
     channels.carry_out(map(removing, many(4)))
     assert channels.installed == {}
+
+
+def test_channels_that_the_kernel_does_not_remove_make_it_untrustworthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = Memory()
+    channels = new_channels(tables)
+    channels.carry_out([installing()])
+    assert not channels.is_broken
+
+    def refuse(*_: list[bytes]) -> None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(tables, "remove", refuse)
+    channels.carry_out([StopAllocation(PORT, BOTH[:1]), removing(installing())])
+    assert (channels.is_broken, channels.failures, channels.installed) == (True, 1, {})
+    assert not any(tables.ends.values()), "what is still there relays nothing all the same"
