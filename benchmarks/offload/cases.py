@@ -20,7 +20,7 @@ DELAY_RATE: Final = 2000
 
 WINDOW: Final = 192
 """Packets under way at once, where the kernel relays: they fit a cable, which holds 256."""
-SOCKET_WINDOW: Final = 48
+SOCKET_WINDOW: Final = 40
 MOST_IN_SOCKETS: Final = 1000
 """Where sockets do: in one flow, and in all. They fit coturn's receive buffers, the smallest."""
 
