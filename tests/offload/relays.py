@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import re
+import signal
 import socket
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ from typing import Any, Final, NamedTuple
 
 from relay.core.addresses import Family, SocketAddress, socket_address
 from relay.core.credentials import Credential, RelaySecret, mint
+from tests.conftest import wait_until
 from tests.interop.conftest import Program
 from tests.interop.test_trains import SO_RCVBUFFORCE
 from tests.offload.topology import CLIENT, PEER, RELAY, Host, Row
@@ -29,7 +31,7 @@ MODES: Final = ("generic", "driver")
 
 def credential() -> Credential:
     """One that no other client has."""
-    return mint(RelaySecret(SECRET), int(time.time()) + 600, os.urandom(8).hex())
+    return mint(RelaySecret(SECRET), int(time.time()) + 86400, os.urandom(8).hex())
 
 
 class Counts(NamedTuple):
@@ -44,14 +46,21 @@ class Counts(NamedTuple):
 
 
 class Offloading:
-    """A relay on a machine, and its control address."""
+    """A relay on a machine, and its control address.
 
-    def __init__(self, host: Host, program: Program) -> None:
+    Args:
+        host: the machine.
+        control: host and port.
+    """
+
+    def __init__(self, host: Host, control: tuple[str, int]) -> None:
         self.host = host
-        self.program = program
-        found = re.search(r"control=(\S+):(\d+)", program.log)
-        assert found, program.log
-        self._control = found[1], int(found[2])
+        self._control = control
+
+    @property
+    def log(self) -> str:
+        """What it has logged, as far as that can be had."""
+        return ""
 
     def ask(self, path: str, method: str = "GET") -> dict[str, Any]:
         """Give what its control address answers."""
@@ -87,22 +96,50 @@ class Offloading:
         return made
 
 
+class Running(Offloading):
+    """One that runs as a program of its own."""
+
+    def __init__(self, host: Host, program: Program) -> None:
+        found = re.search(r"control=(\S+):(\d+)", program.log)
+        assert found, program.log
+        super().__init__(host, (found[1], int(found[2])))
+        self.program = program
+
+    @property
+    def log(self) -> str:
+        return self.program.log
+
+    def dropped(self) -> int:
+        """Give how many packets its sockets and threads were too busy for, so far."""
+        ends = "--- end of dump"
+        before = self.log.count(ends)
+        self.program.process.send_signal(signal.SIGUSR1)
+        wait_until(lambda: self.log.count(ends) > before)
+        counted = re.findall(r"^(?:dropped_late|kernel_drops): (\d+)$", self.log, re.MULTILINE)
+        return sum(map(int, counted[-2:]))
+
+
 @contextlib.contextmanager
 def running(
-    host: Host, folder: Path, mode: str, *, links: str = "r0,r1", public: Sequence[str] = tuple(RELAY.values())
-) -> Iterator[Offloading]:
+    host: Host,
+    folder: Path,
+    mode: str,
+    *options: str,
+    links: str = "r0,r1",
+    public: Sequence[str] = tuple(RELAY.values()),
+) -> Iterator[Running]:
     """Start a relay; it ends with the context."""
     secret = folder / "secret"
     secret.write_text(SECRET)
     with host.entered():
         program = Program(
             *("--relay-secret-file", str(secret), "--ebpf-offloading", links, "--ebpf-attach-mode", mode),
-            *("--health-address", "127.0.0.1:0"),
+            *("--health-address", "127.0.0.1:0", *options),
             hosts=tuple(public),
         )
     try:
         program.wait_until_ready()
-        relay = Offloading(host, program)
+        relay = Running(host, program)
         assert relay.state()["xdp_attached"] == dict.fromkeys(links.split(","), mode)
         yield relay
         assert program.process.poll() is not None or program.stop() == 0
@@ -115,16 +152,22 @@ def running(
 class Talk:
     """A client with a channel to a peer."""
 
-    NUMBER = 0x4123
-
-    def __init__(self, relay: Offloading, client: TurnClient, peer: socket.socket) -> None:
+    def __init__(
+        self,
+        relay: Offloading,
+        client: TurnClient,
+        peer: socket.socket,
+        relayed: SocketAddress | None = None,
+        number: int = 0x4123,
+    ) -> None:
+        """Bind the channel, in a new allocation if the client has none to give."""
         self.relay = relay
         self.client = client
         self.peer = peer
         family = Family.IPV6 if peer.family == socket.AF_INET6 else Family.IPV4
-        self.relayed: SocketAddress = client.allocate(family=family)[0]
+        self.relayed: SocketAddress = relayed or client.allocate(family=family)[0]
+        self.number = number
         host, port, *_ = peer.getsockname()
-        self.number = self.NUMBER
         assert client.bind_channel(self.number, socket_address(host, port)) is None
 
     def to_peer(self, payload: bytes) -> None:
@@ -151,7 +194,7 @@ class Talk:
             after = self.by_kernel()
             if all(later > earlier for earlier, later in zip(before, after, strict=True)):
                 return
-            assert time.monotonic() < until, f"not relayed: {after}\n{self.relay.state()}\n{self.relay.program.log}"
+            assert time.monotonic() < until, f"not relayed: {after}\n{self.relay.state()}\n{self.relay.log}"
 
     def by_kernel(self) -> tuple[int, int]:
         """Give how many packets the kernel has relayed for it, to the peer and to the client."""

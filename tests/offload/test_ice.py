@@ -1,0 +1,110 @@
+"""ICE agents on machines of their own, which may use nothing but the relay: the kernel relays what they say."""
+
+import asyncio
+import queue
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeAlias
+
+import pytest
+from aioice import Candidate, Connection
+
+from relay.core.addresses import Family
+from tests.conftest import needs_ipv6
+from tests.offload.conftest import needs_bpf
+from tests.offload.relays import MODES, Offloading, credential, running
+from tests.offload.topology import RELAY, Host, Row, row
+
+pytestmark = [needs_bpf, needs_ipv6, pytest.mark.usefixtures("object_file")]
+
+SECONDS = 20
+MESSAGES = 50
+
+
+class Introduction(NamedTuple):
+    """What one agent is told of the other."""
+
+    username: str
+    password: str
+    candidates: list[str]
+
+
+Letterbox: TypeAlias = "queue.SimpleQueue[Introduction]"
+
+
+class Lab(NamedTuple):
+    network: Row
+    relay: Offloading
+
+
+@pytest.fixture(scope="module", params=MODES)
+def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    with row() as network:
+        network.know_all()
+        with running(network.relay, tmp_path_factory.mktemp("relay"), request.param) as relay:
+            yield Lab(network, relay)
+
+
+class Agent:
+    """One that runs in a thread of its own, on a machine."""
+
+    def __init__(self, host: Host, server: str, *, first: bool, own: Letterbox, others: Letterbox) -> None:
+        self._host = host
+        self._server = server
+        self._first = first
+        self._own = own
+        self._others = others
+
+    def run(self) -> list[bytes]:
+        """Meet the other, exchange messages with it, and give what it said."""
+        with self._host.entered():
+            return asyncio.run(asyncio.wait_for(self._talk(), SECONDS))
+
+    async def _talk(self) -> list[bytes]:
+        login = credential()
+        connection = Connection(
+            ice_controlling=self._first,
+            turn_server=(self._server, 3478),
+            turn_username=login.username,
+            turn_password=login.password,
+        )
+        await self._meet(connection)
+        heard = []
+        for number in range(MESSAGES):
+            said = b"message %d of a conversation by nobody but the relay" % number
+            if self._first:
+                await connection.send(said)
+                heard.append(await connection.recv())
+            else:
+                heard.append(await connection.recv())
+                await connection.send(said)
+        await connection.close()
+        return heard
+
+    async def _meet(self, connection: Connection) -> None:
+        await connection.gather_candidates()
+        relayed = [each.to_sdp() for each in connection.local_candidates if each.type == "relay"]
+        assert relayed, "no relayed candidate"
+        self._own.put(Introduction(connection.local_username, connection.local_password, relayed))
+        other = await asyncio.to_thread(self._others.get, timeout=SECONDS)
+        for each in other.candidates:
+            await connection.add_remote_candidate(Candidate.from_sdp(each))
+        await connection.add_remote_candidate(None)
+        connection.remote_username, connection.remote_password = other.username, other.password
+        await connection.connect()
+
+
+def test_two_ice_agents_talk_through_the_kernel(lab: Lab) -> None:
+    network, relay = lab
+    letters: tuple[Letterbox, Letterbox] = queue.SimpleQueue(), queue.SimpleQueue()
+    server = RELAY[Family.IPV4]
+    one = Agent(network.client, server, first=True, own=letters[0], others=letters[1])
+    other = Agent(network.peer, server, first=False, own=letters[1], others=letters[0])
+    before = relay.counts()
+    with ThreadPoolExecutor(2) as pool:
+        heard = [each.result(SECONDS) for each in [pool.submit(one.run), pool.submit(other.run)]]
+    expected = [b"message %d of a conversation by nobody but the relay" % number for number in range(MESSAGES)]
+    assert heard == [expected, expected]
+    counts = relay.counts().since(before)
+    # Each of them goes from its sender to a relayed address, and from there to the other relayed one's client.
+    assert min(counts[:2]) >= 2 * MESSAGES, counts
