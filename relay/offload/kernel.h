@@ -31,6 +31,9 @@ struct map {
 // reads whole words: a third fewer instructions.
 #define IN_PACKET(alignment) __attribute__((packed, aligned(alignment)))
 
+// A loop whose first round is its last, most often, is best left one.
+#define ROLLED _Pragma("clang loop unroll(disable)")
+
 struct xdp_md {
     u32 data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex;
 };
@@ -43,6 +46,7 @@ static u64 (*bpf_ktime_get_coarse_ns)(void) = (void *)160;
 #else
 
 #define IN_PACKET(alignment) __attribute__((packed))
+#define ROLLED
 
 struct xdp_md {
     uptr data, data_end;

@@ -193,8 +193,9 @@ _Static_assert(sizeof(struct ipv4) == 20 && sizeof(struct ipv6) == 40 && sizeof(
 
 // A packet, as it was read.
 struct packet {
-    struct address source, destination;
-    u16 source_port, destination_port;
+    struct end from;  // its tag is the one that it is looked up by
+    struct address destination;
+    u16 destination_port;
     u16 udp_length, checksum;
     u16 headers;  // bytes in front of the UDP header
     u16 vlan;     // 0: none
@@ -247,7 +248,7 @@ INLINE int is_same_mac(struct mac one, struct mac other)
 // to know which of them it is makes eight times as many.)
 INLINE int flags_of_device(const struct settings *set, u32 ifindex, const struct ethernet *frame)
 {
-    for (u32 i = 0; i < DEVICES && i < set->device_count; i++)
+    ROLLED for (u32 i = 0; i < DEVICES && i < set->device_count; i++)
         if (set->devices[i].ifindex == ifindex)
             return is_same_mac(frame->to, set->devices[i].mac) ? set->devices[i].flags : -1;
     return -1;
@@ -256,7 +257,7 @@ INLINE int flags_of_device(const struct settings *set, u32 ifindex, const struct
 // On the same wire with another tag there may be another machine with the same address.
 INLINE int is_own(const struct settings *set, const struct packet *packet)
 {
-    for (u32 i = 0; i < OWN_ADDRESSES && i < set->own_count; i++)
+    ROLLED for (u32 i = 0; i < OWN_ADDRESSES && i < set->own_count; i++)
         if (same(&set->own[i].address, &packet->destination))
             return set->own[i].vlan == packet->vlan;
     return 0;
@@ -274,7 +275,7 @@ INLINE int read_ipv4(const struct ipv4 *ip, const u8 *end, struct packet *packet
     // Nobody else has looked at it yet. What fits by chance must not go anywhere.
     if (folded(ipv4_sum(ip)) != 0xffff)
         return 0;
-    packet->source = mapped(ip->source);
+    packet->from.address = mapped(ip->source);
     packet->destination = mapped(ip->destination);
     packet->traffic_class = ip->traffic_class;
     packet->hop_limit = ip->hop_limit;
@@ -293,10 +294,10 @@ INLINE int read_ipv6(const struct ipv6 *ip, const u8 *end, struct packet *packet
     first = BE32(ip->version_class_label);
     if (first >> 28 != 6)
         return 0;
-    packet->source = ip->source;
+    packet->from.address = ip->source;
     packet->destination = ip->destination;
     // No host has such an address (RFC 4291 §2.5.5.2); here it would be taken for an IPv4 client's.
-    if (is_ipv4(&packet->source) || is_ipv4(&packet->destination))
+    if (is_ipv4(&packet->from.address) || is_ipv4(&packet->destination))
         return 0;
     packet->traffic_class = (u8)(first >> 20);
     packet->hop_limit = ip->hop_limit;
@@ -343,7 +344,7 @@ INLINE const struct udp *read(const u8 *data, const u8 *end, struct packet *pack
     // What is behind the packet goes along. That may be padding, and no more: it would count for no MTU.
     if (packet->udp_length < end - (const u8 *)udp && end - data > MAX_PADDED)
         return 0;
-    packet->source_port = udp->source;
+    packet->from.port = udp->source;
     packet->destination_port = udp->destination;
     packet->checksum = udp->checksum;
     return udp;
@@ -358,16 +359,10 @@ INLINE int is_over(const struct binding *binding, u64 now)
     return !allocation_ends || now >= *allocation_ends || now >= binding->expires;
 }
 
-INLINE struct binding *look_up(void *table, const struct address *address, u16 port, u16 tag)
+INLINE enum reason find_for_client(struct packet *packet, u64 now, struct plan *plan)
 {
-    const struct end from = {*address, port, tag};
-
-    return bpf_map_lookup_elem(table, &from);
-}
-
-INLINE enum reason find_for_client(const struct packet *packet, u64 now, struct plan *plan)
-{
-    plan->binding = look_up(&peers, &packet->source, packet->source_port, packet->destination_port);
+    packet->from.tag = packet->destination_port;
+    plan->binding = bpf_map_lookup_elem(&peers, &packet->from);
     if (!plan->binding)
         return UNBOUND;
     if (is_over(plan->binding, now))
@@ -377,7 +372,7 @@ INLINE enum reason find_for_client(const struct packet *packet, u64 now, struct 
     return REASONS;
 }
 
-INLINE enum reason find_for_peer(const struct packet *packet, const struct channel_data *header, const u8 *end, u64 now,
+INLINE enum reason find_for_peer(struct packet *packet, const struct channel_data *header, const u8 *end, u64 now,
                                  struct plan *plan)
 {
     u32 payload = packet->udp_length - sizeof(struct udp) - sizeof(*header);
@@ -388,7 +383,8 @@ INLINE enum reason find_for_peer(const struct packet *packet, const struct chann
         return NO_CHANNEL_DATA;
     if (BE16(header->length) != payload)
         return ODD_LENGTH;
-    plan->binding = look_up(&channels, &packet->source, packet->source_port, header->number);
+    packet->from.tag = header->number;
+    plan->binding = bpf_map_lookup_elem(&channels, &packet->from);
     if (!plan->binding)
         return UNBOUND;
     if (is_over(plan->binding, now))
@@ -398,8 +394,9 @@ INLINE enum reason find_for_peer(const struct packet *packet, const struct chann
     __builtin_memcpy(&plan->stripped, header, sizeof(*header));
     if (plan->binding->flags & HAIRPIN) {
         // To the other allocation it comes from the relayed address of this one, which has the same host.
-        plan->first = plan->binding;
-        plan->binding = look_up(&peers, &plan->first->destination, plan->first->source_port, plan->first->destination_port);
+        const struct binding *first = plan->first = plan->binding;
+        const struct end from = {first->destination, first->source_port, first->destination_port};
+        plan->binding = bpf_map_lookup_elem(&peers, &from);
         if (!plan->binding)
             return UNBOUND;
         if (is_over(plan->binding, now))
@@ -455,7 +452,7 @@ INLINE u16 without(u64 sum)
 INLINE u16 new_checksum(const struct packet *packet, const struct plan *plan, const struct next_hop *hop, u16 source_port,
                         u16 length, u32 put)
 {
-    u64 old = pseudo_header(&packet->source, &packet->destination, packet->udp_length) + packet->source_port +
+    u64 old = pseudo_header(&packet->from.address, &packet->destination, packet->udp_length) + packet->from.port +
               packet->destination_port + BE16(packet->udp_length) + plan->stripped;
     u64 new = pseudo_header(&hop->source, &plan->binding->destination, length) + source_port +
               plan->binding->destination_port + BE16(length) + put;
@@ -467,20 +464,20 @@ INLINE u16 new_checksum(const struct packet *packet, const struct plan *plan, co
 
 // ----------------------------------------------------------------------------------------------------------- rewrite
 
+// In whole words, and the checksum of their values: to read back what was just written in smaller pieces would stall.
 INLINE void write_ipv4(struct ipv4 *ip, const struct packet *packet, const struct next_hop *hop, u32 destination, u16 length)
 {
-    ip->version_and_length = 0x45;
-    ip->traffic_class = packet->traffic_class;
-    ip->length = BE16((u16)(length + sizeof(*ip)));
+    u32 first = 0x45 | (u32)packet->traffic_class << 8 | (u32)BE16((u16)(length + sizeof(*ip))) << 16;
     // As the relay's sockets send: not to be fragmented, and so without a number for its fragments (RFC 6864 §4.1).
-    ip->id = 0;
-    ip->fragment = DONT_FRAGMENT;
-    ip->hop_limit = (u8)(packet->hop_limit - 1);
-    ip->protocol = UDP;
-    ip->checksum = 0;
-    ip->source = hop->source.word[3];
-    ip->destination = destination;
-    ip->checksum = without(ipv4_sum(ip));
+    u32 second = (u32)DONT_FRAGMENT << 16;
+    u32 third = (u32)(packet->hop_limit - 1) | UDP << 8;
+    u16 checksum = without((u64)first + second + third + hop->source.word[3] + destination);
+
+    ip->words[0] = first;
+    ip->words[1] = second;
+    ip->words[2] = third | (u32)checksum << 16;
+    ip->words[3] = hop->source.word[3];
+    ip->words[4] = destination;
 }
 
 INLINE void write_ipv6(struct ipv6 *ip, const struct packet *packet, const struct next_hop *hop,
@@ -521,16 +518,14 @@ INLINE int rewrite(struct xdp_md *context, const struct packet *packet, const st
     u16 length = (u16)(sizeof(struct udp) + plan->put + plan->payload);
     // What came for the service goes on from a relayed port, and the other way round; with a hairpin, from the service.
     u16 source_port = binding->source_port;
-    struct channel_data put = {binding->number, BE16((u16)plan->payload)};
-    u32 put_word = 0;
+    // The new ChannelData header, or 0.
+    u32 put = plan->put ? (u32)binding->number | (u32)BE16((u16)plan->payload) << 16 : 0;
     u16 checksum;
     const u8 *end;
     struct udp *udp;
     void *next;
 
-    if (plan->put)
-        __builtin_memcpy(&put_word, &put, sizeof(put));
-    checksum = new_checksum(packet, plan, hop, source_port, length, put_word);
+    checksum = new_checksum(packet, plan, hop, source_port, length, put);
     end = (const u8 *)(uptr)context->data_end;
     if (is_ipv4(&binding->destination)) {
         struct ipv4 *ip = next = write_link((u8 *)(uptr)context->data, end, hop, IPV4);
@@ -587,7 +582,7 @@ INLINE void count(struct totals *all, const struct plan *plan, u64 now)
 // --------------------------------------------------------------------------------------------------- all of it, in order
 
 // Decide on all there is to decide on, without touching the packet. REASONS says that nothing stands against it.
-INLINE enum reason decide(const struct packet *packet, const struct udp *udp, const u8 *end, enum direction direction, u64 now,
+INLINE enum reason decide(struct packet *packet, const struct udp *udp, const u8 *end, enum direction direction, u64 now,
                           struct plan *plan, struct next_hop *hop)
 {
     enum reason against =
@@ -599,7 +594,7 @@ INLINE enum reason decide(const struct packet *packet, const struct udp *udp, co
     if (!packet->checksum)
         return NO_CHECKSUM;
     // Also what tells a train of datagrams, which generic mode is given in one piece, from a single one.
-    if (packet->checksum == folded(pseudo_header(&packet->source, &packet->destination, packet->udp_length)))
+    if (packet->checksum == folded(pseudo_header(&packet->from.address, &packet->destination, packet->udp_length)))
         return PARTIAL_CHECKSUM;
     if (packet->hop_limit <= 1)
         return LAST_HOP;
