@@ -18,8 +18,8 @@ from relay.core.addresses import ChannelNumber, ClientAddress, Family, SocketAdd
 from relay.core.commands import ExtendAllocation, InstallChannel, OffloadCommand, RemoveChannel, StopAllocation
 from relay.offload import layout
 from relay.offload.layout import BINDING, END, HAIRPIN, packed_address
+from relay.offload.ticks import Ticks
 
-_NANOSECONDS: Final = 1_000_000_000
 _SPREAD: Final = 2654435761
 """A prime near 2³² over the golden ratio: neighbouring slots get labels far apart, and each one another."""
 _FLOW_LABEL: Final = 0xFFFF0F00
@@ -47,6 +47,8 @@ class ChannelTables(Protocol):
     """How many channels there is room for."""
     next_hops: int
     """How many destinations there is room for."""
+    ticks: Ticks
+    """How they count time."""
 
     def install(self, channels: Entries, peers: Entries) -> None:
         """Put keys and values into the two tables; `OSError` if the kernel won't, and then there may be some of them."""
@@ -57,7 +59,7 @@ class ChannelTables(Protocol):
     def clear(self, slots: list[int]) -> None:
         """Have the usage of channels begin at 0; `OSError` if the kernel won't."""
 
-    def set_end(self, index: int, nanoseconds: int) -> None:
+    def set_end(self, index: int, tick: int) -> None:
         """Set until when anything is relayed for a relayed address."""
 
 
@@ -197,6 +199,9 @@ class Channels:
         self._public_hosts = frozenset(public_hosts)
         # A look-up takes a third of the time of a call.
         self._in_packet = array.array("H", map(layout.in_packet, range(1 << 16)))
+        self._ticks = tables.ticks
+        # Ticks.at, without the call.
+        self._epoch, self._per_second = tables.ticks
         self._slots = _Slots(tables.bindings)
         self._hosts = _Hosts(tables.next_hops)
 
@@ -221,7 +226,7 @@ class Channels:
                     batch.keys.append(key)
                     put(command, installed, batch)
             elif isinstance(command, ExtendAllocation):
-                self._set_ends(command.port, command.families, int(command.until * _NANOSECONDS))
+                self._set_ends(command.port, command.families, self._ticks.at(command.until))
         if batch.keys:
             self._flush(batch)
 
@@ -230,7 +235,7 @@ class Channels:
         in_packet = self._in_packet
         slot, (client_entry, client_host, _), (peer_entry, peer_host, _) = installed
         client_port, peer_port = client[1], peer[1]
-        expires = int(until * _NANOSECONDS)
+        expires = int((until - self._epoch) * self._per_second)
         end = port * 2 + (len(peer) != IPV4)
         # Any number but 0 does as a flow label, if it is one flow's only (RFC 6437 §3).
         label = (slot + 1) * _SPREAD & _FLOW_LABEL

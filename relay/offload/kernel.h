@@ -41,7 +41,7 @@ struct xdp_md {
 static void *(*bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
 static long (*bpf_redirect)(u32 ifindex, u64 flags) = (void *)23;
 static long (*bpf_xdp_adjust_head)(struct xdp_md *context, int delta) = (void *)44;
-static u64 (*bpf_ktime_get_coarse_ns)(void) = (void *)160;
+static u64 (*bpf_jiffies64)(void) = (void *)118;
 
 #else
 
@@ -56,7 +56,7 @@ struct xdp_md {
 void *bpf_map_lookup_elem(void *map, const void *key);
 long bpf_redirect(u32 ifindex, u64 flags);
 long bpf_xdp_adjust_head(struct xdp_md *context, int delta);
-u64 bpf_ktime_get_coarse_ns(void);
+u64 bpf_jiffies64(void);
 
 #endif
 

@@ -13,7 +13,7 @@ END: Final = struct.Struct(">16sHH")
 """A key of `channels` and `peers`: address, port and channel number or relayed port, as they stand in packets."""
 
 BINDING: Final = struct.Struct("=16sQIIIIHHHH")
-"""A value of them: destination; expiry (ns); indices into next_hops, usage and ends; flow label; port to send to and from;
+"""A value of them: destination; expiry (tick); indices into next_hops, usage and ends; flow label; port to send to and from;
 channel number; flags. What packets have too (label, ports, number) as it stands there: see `in_packet`."""
 
 in_packet = socket.htons
@@ -37,7 +37,8 @@ DEVICES: Final = 8
 """How many of each there is room for in `SETTINGS`."""
 
 SETTINGS: Final = struct.Struct(f"=HHHH{20 * OWN_ADDRESSES}sII{12 * DEVICES}s")
-"""The service port, the lowest and the highest relayed port, own addresses and devices, each with its count."""
+"""The service port, the lowest and the highest relayed port; own addresses and devices, each with its count; ticks a second,
+in front of the devices."""
 
 OWN: Final = struct.Struct("=16s2sxx")
 """An own address in `SETTINGS`: address, and the VLAN tag by which packets for it come."""
@@ -57,7 +58,7 @@ SIZE_STEP: Final = 128
 """Bytes from one bound of the histogram of sizes to the next; the last one is open."""
 
 USAGE: Final = struct.Struct("=QQQ8x")
-"""An entry of `usage`, for one CPU: packets, bytes of payload, and when it was used last (ns)."""
+"""An entry of `usage`, for one CPU: packets, bytes of payload, and the tick at which it was used last."""
 
 
 class PassReason(IntEnum):

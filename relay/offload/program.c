@@ -14,6 +14,9 @@
 // before it changes a byte. It drops nothing. It decides nothing either: which channels there are, until when, and who is
 // behind which MAC address, the relay writes into the tables below (relay/offload/layout.py has the same layout).
 //
+// Time is counted in the kernel's ticks, of which there are 100 to 1,000 a second: to read them costs next to nothing, and a
+// clock costs a fifth of all that is done here. The relay knows when they began and how long they are.
+//
 // Addresses are IPv6 addresses, IPv4 ones as ::ffff:a.b.c.d, so that one pair of tables serves all. Fields that the
 // packet has too (addresses, ports, channel numbers) stand in tables as they do in packets, in network byte order.
 
@@ -27,8 +30,6 @@ enum {
     UDP = 17,
     MIN_FRAME = 60,  // bytes; whether a driver pads shorter frames, nobody knows
     MAX_PADDED = 64,  // bytes; a frame with something behind its packet is never longer: with a tag, the tag may come on top
-    TICK_SHIFT = 20,  // 1.05 ms; in a number of 32 bits, they begin anew after 52 days
-    SECOND = 954,     // ticks
 };
 
 enum direction { TO_PEER, TO_CLIENT, DIRECTIONS };
@@ -64,7 +65,7 @@ struct end {  // a key: where a packet comes from, and what it is for
 
 struct binding {  // a value: what becomes of it
     struct address destination;
-    u64 expires;      // nanoseconds of CLOCK_MONOTONIC
+    u64 expires;      // tick
     u32 next_hop;     // index into next_hops
     u32 usage;        // index into usage
     u32 end;          // index into ends
@@ -111,7 +112,8 @@ struct settings {
     u16 service_port, lowest_port, highest_port;  // in this machine's byte order
     u16 own_count;
     struct own own[OWN_ADDRESSES];
-    u32 device_count, unused;
+    u32 device_count;
+    u32 second;  // ticks
     struct device devices[DEVICES];
 };
 
@@ -138,13 +140,13 @@ SECTION("maps") struct map channels = {HASH, sizeof(struct end), sizeof(struct b
 SECTION("maps") struct map peers = {HASH, sizeof(struct end), sizeof(struct binding), 1, 0};
 SECTION("maps") struct map next_hops = {ARRAY, sizeof(u32), sizeof(struct next_hop), 1, MMAPABLE};
 SECTION("maps") struct map usage = {PERCPU_ARRAY, sizeof(u32), sizeof(struct usage), 1, 0};
-// Until when anything is relayed for a relayed address, by its port * 2, + 1 for IPv6. Whoever frees an allocation writes
-// 0 here, and all its channels have ended with that one store.
+// Until which tick anything is relayed for a relayed address, by its port * 2, + 1 for IPv6. Whoever frees an allocation
+// writes 0 here, and all its channels have ended with that one store.
 SECTION("maps") struct map ends = {ARRAY, sizeof(u32), sizeof(u64), 2 << 16, MMAPABLE};
 SECTION("maps") struct map settings = {ARRAY, sizeof(u32), sizeof(struct settings), 1, MMAPABLE};
 SECTION("maps") struct map totals = {PERCPU_ARRAY, sizeof(u32), sizeof(struct totals), 1, 0};
 
-// bpf_ktime_get_coarse_ns is free to all; the license is the kernel's question about the program itself.
+// bpf_jiffies64 is free to all; the license is the kernel's question about the program itself.
 SECTION("license") char terms[] = "Dual MIT/GPL";
 
 // ------------------------------------------------------------------------------------------------- what packets have
@@ -202,8 +204,10 @@ struct packet {
     u8 traffic_class, hop_limit;
 };
 
-// A packet, as it shall be.
+// A packet, as it shall be, and what that rests on.
 struct plan {
+    const struct settings *set;
+    u64 now;                  // tick
     struct binding *binding;  // where it goes
     struct binding *first;    // the channel of its sender, if it is a hairpin
     u32 payload;              // bytes
@@ -359,21 +363,20 @@ INLINE int is_over(const struct binding *binding, u64 now)
     return !allocation_ends || now >= *allocation_ends || now >= binding->expires;
 }
 
-INLINE enum reason find_for_client(struct packet *packet, u64 now, struct plan *plan)
+INLINE enum reason find_for_client(struct packet *packet, struct plan *plan)
 {
     packet->from.tag = packet->destination_port;
     plan->binding = bpf_map_lookup_elem(&peers, &packet->from);
     if (!plan->binding)
         return UNBOUND;
-    if (is_over(plan->binding, now))
+    if (is_over(plan->binding, plan->now))
         return EXPIRED;
     plan->payload = packet->udp_length - sizeof(struct udp);
     plan->put = sizeof(struct channel_data);
     return REASONS;
 }
 
-INLINE enum reason find_for_peer(struct packet *packet, const struct channel_data *header, const u8 *end, u64 now,
-                                 struct plan *plan)
+INLINE enum reason find_for_peer(struct packet *packet, const struct channel_data *header, const u8 *end, struct plan *plan)
 {
     u32 payload = packet->udp_length - sizeof(struct udp) - sizeof(*header);
 
@@ -387,7 +390,7 @@ INLINE enum reason find_for_peer(struct packet *packet, const struct channel_dat
     plan->binding = bpf_map_lookup_elem(&channels, &packet->from);
     if (!plan->binding)
         return UNBOUND;
-    if (is_over(plan->binding, now))
+    if (is_over(plan->binding, plan->now))
         return EXPIRED;
     plan->payload = payload;
     plan->strip = sizeof(*header);
@@ -399,7 +402,7 @@ INLINE enum reason find_for_peer(struct packet *packet, const struct channel_dat
         plan->binding = bpf_map_lookup_elem(&peers, &from);
         if (!plan->binding)
             return UNBOUND;
-        if (is_over(plan->binding, now))
+        if (is_over(plan->binding, plan->now))
             return EXPIRED;
         plan->put = sizeof(*header);
     }
@@ -408,9 +411,10 @@ INLINE enum reason find_for_peer(struct packet *packet, const struct channel_dat
 
 // ------------------------------------------------------------------------------------------------------------- route
 
-// Take the next hop for a binding. An entry that is being written, or was written for another, is none.
-INLINE enum reason route(const struct binding *binding, u64 now, struct next_hop *hop)
+// Take the next hop of a plan's binding. An entry that is being written, or was written for another, is none.
+INLINE enum reason route(const struct plan *plan, struct next_hop *hop)
 {
+    const struct binding *binding = plan->binding;
     struct next_hop *entry = bpf_map_lookup_elem(&next_hops, &binding->next_hop);
     u32 version;
 
@@ -423,8 +427,8 @@ INLINE enum reason route(const struct binding *binding, u64 now, struct next_hop
     if (version & 1 || *(volatile u32 *)&entry->version != version || !hop->ifindex ||
         !same(&hop->destination, &binding->destination))
         return NO_NEXT_HOP;
-    if (hop->flags & STALE && (u32)(now >> TICK_SHIFT) - hop->nudged >= SECOND) {
-        entry->nudged = (u32)(now >> TICK_SHIFT);
+    if (hop->flags & STALE && (u32)plan->now - hop->nudged >= plan->set->second) {
+        entry->nudged = (u32)plan->now;
         return STALE_NEIGHBOUR;
     }
     return REASONS;
@@ -572,21 +576,21 @@ INLINE void count_one(struct totals *all, const struct binding *binding, enum di
     }
 }
 
-INLINE void count(struct totals *all, const struct plan *plan, u64 now)
+INLINE void count(struct totals *all, const struct plan *plan)
 {
     if (plan->first)
-        count_one(all, plan->first, TO_PEER, plan->payload, now);
-    count_one(all, plan->binding, plan->put ? TO_CLIENT : TO_PEER, plan->payload, now);
+        count_one(all, plan->first, TO_PEER, plan->payload, plan->now);
+    count_one(all, plan->binding, plan->put ? TO_CLIENT : TO_PEER, plan->payload, plan->now);
 }
 
 // --------------------------------------------------------------------------------------------------- all of it, in order
 
 // Decide on all there is to decide on, without touching the packet. REASONS says that nothing stands against it.
-INLINE enum reason decide(struct packet *packet, const struct udp *udp, const u8 *end, enum direction direction, u64 now,
+INLINE enum reason decide(struct packet *packet, const struct udp *udp, const u8 *end, enum direction direction,
                           struct plan *plan, struct next_hop *hop)
 {
     enum reason against =
-        direction == TO_PEER ? find_for_peer(packet, (const void *)(udp + 1), end, now, plan) : find_for_client(packet, now, plan);
+        direction == TO_PEER ? find_for_peer(packet, (const void *)(udp + 1), end, plan) : find_for_client(packet, plan);
     u32 length;
 
     if (against != REASONS)
@@ -598,7 +602,7 @@ INLINE enum reason decide(struct packet *packet, const struct udp *udp, const u8
         return PARTIAL_CHECKSUM;
     if (packet->hop_limit <= 1)
         return LAST_HOP;
-    against = route(plan->binding, now, hop);
+    against = route(plan, hop);
     if (against != REASONS)
         return against;
     length = (is_ipv4(&plan->binding->destination) ? sizeof(struct ipv4) : sizeof(struct ipv6)) + sizeof(struct udp) +
@@ -622,7 +626,6 @@ SECTION("xdp") int relay(struct xdp_md *context)
     u32 against;
     int headers, flags;
     u16 port;
-    u64 now;
 
     if (!set || !all || data + sizeof(struct ethernet) > end)
         return XDP_PASS;
@@ -642,8 +645,9 @@ SECTION("xdp") int relay(struct xdp_md *context)
     if (!is_own(set, &packet))
         return XDP_PASS;
 
-    now = bpf_ktime_get_coarse_ns();
-    against = decide(&packet, udp, end, direction, now, &plan, &hop);
+    plan.set = set;
+    plan.now = bpf_jiffies64();
+    against = decide(&packet, udp, end, direction, &plan, &hop);
     if (against == REASONS) {
         headers = sizeof(struct ethernet) + (hop.vlan ? sizeof(struct vlan_tag) : 0) +
                   (is_ipv4(&plan.binding->destination) ? sizeof(struct ipv4) : sizeof(struct ipv6)) + plan.put;
@@ -659,7 +663,7 @@ SECTION("xdp") int relay(struct xdp_md *context)
     }
     if (!rewrite(context, &packet, &plan, &hop))
         return XDP_ABORTED;
-    count(all, &plan, now);
+    count(all, &plan);
     if (hop.ifindex == context->ingress_ifindex && flags & SEND_BACK)
         return XDP_TX;
     return (int)bpf_redirect(hop.ifindex, 0);

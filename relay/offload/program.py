@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from relay.offload import elf
+from relay.offload import elf, ticks
 from relay.offload.bpf import BatchError, Link, Map, Program, XdpMode
 from relay.offload.channels import Entries
 from relay.offload.layout import (
@@ -53,7 +53,7 @@ class Usage(NamedTuple):
     packets: int
     bytes: int
     last_used: float | None
-    """Monotonic seconds, some milliseconds early; None if it never was."""
+    """Monotonic seconds, up to a tick early; None if it never was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,7 @@ class XdpProgram:
             **dict.fromkeys(("next_hops", "usage"), 2 * bindings),
         }
         parsed = elf.parse(elf.packaged())
+        self.ticks = ticks.measure()
         with contextlib.ExitStack() as stack:
             maps = {
                 each.name: stack.enter_context(Map(each._replace(max_entries=entries.get(each.name, each.max_entries))))
@@ -133,9 +134,9 @@ class XdpProgram:
         keys = [entry.to_bytes(4, "little") for slot in slots for entry in (2 * slot, 2 * slot + 1)]
         self._usage.update_batch(keys, [bytes(self._usage.size)] * len(keys))
 
-    def set_end(self, index: int, nanoseconds: int) -> None:
+    def set_end(self, index: int, tick: int) -> None:
         """Set until when anything is relayed for a relayed address: its port * 2, + 1 for IPv6."""
-        self._ends[index] = nanoseconds
+        self._ends[index] = tick
 
     def write_next_hop(self, entry: int, hop: NextHop) -> None:
         """Write where packets for a destination go next."""
@@ -160,12 +161,13 @@ class XdpProgram:
         """
         own, devices = own[:OWN_ADDRESSES], devices[:DEVICES]
         service_port, relayed_ports = self._settled
+        second = round(self.ticks.per_second)
         ports = (service_port, relayed_ports[0], relayed_ports[-1])
         addresses = b"".join(OWN.pack(each.address, each.vlan.to_bytes(2, "big")) for each in own)
         packed = b"".join(DEVICE.pack(each.ifindex, each.mac, SEND_BACK * each.send_back) for each in devices)
         # The counts last, so that none is looked at that is half written.
         for own_count, device_count in ((0, 0), (len(own), len(devices))):
-            self._settings[: SETTINGS.size] = SETTINGS.pack(*ports, own_count, addresses, device_count, 0, packed)
+            self._settings[: SETTINGS.size] = SETTINGS.pack(*ports, own_count, addresses, device_count, second, packed)
 
     def totals(self) -> Totals:
         """Read what was counted."""
@@ -195,7 +197,8 @@ class XdpProgram:
     def _sum(self, value: bytes) -> Usage:
         by_cpu = [USAGE.unpack_from(value, at) for at in range(0, len(value), self._usage.stride)]
         packets, bytes_, last_used = (tuple(each) for each in zip(*by_cpu, strict=True))
-        return Usage(sum(packets), sum(bytes_), max(last_used) / 1e9 or None)
+        tick = max(last_used)
+        return Usage(sum(packets), sum(bytes_), self.ticks.seconds(tick) if tick else None)
 
 
 def bindings_for(capacity: int) -> int:
