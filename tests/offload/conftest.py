@@ -16,7 +16,9 @@ from relay.offload import capabilities, elf
 from relay.offload.bpf import Map, MapType
 from relay.offload.elf import MapDefinition, ProgramObject
 from tests.interop.test_trains import Machine
+from tests.offload.relays import MODES, Lab, running
 from tests.offload.runners import HostRunner, KernelRunner, Runner, build_host
+from tests.offload.topology import row
 
 ROOT = Path(hatch_build.__file__).parent
 CLANG = shutil.which(os.environ.get("CLANG", "clang"))
@@ -58,6 +60,17 @@ def object_file() -> bytes:
 def program_object(object_file: bytes) -> ProgramObject:
     """The same, read."""
     return elf.parse(object_file)
+
+
+@pytest.fixture(scope="session", params=MODES)
+def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, object_file: bytes) -> Iterator[Lab]:
+    """A relay that many tests use, each of which leaves it and its network as they were."""
+    del object_file
+    with row() as network:
+        network.know_all()
+        network.shorten_routes()
+        with running(network.relay, tmp_path_factory.mktemp("relay"), request.param) as relay:
+            yield Lab(network, relay, request.param)
 
 
 @pytest.fixture

@@ -149,6 +149,14 @@ def running(
     assert "xdp" not in host.links(), "the program stays behind"
 
 
+class Lab(NamedTuple):
+    """A relay with a client and a peer around it, all of whom know each other."""
+
+    network: Row
+    relay: Running
+    mode: str
+
+
 class Talk:
     """A client with a channel to a peer."""
 

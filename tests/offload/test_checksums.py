@@ -13,8 +13,8 @@ from relay.core.addresses import Family
 from tests.conftest import needs_ipv6
 from tests.interop.test_trains import SOL_UDP, UDP_GRO, UDP_SEGMENT, receive_whole
 from tests.offload.conftest import needs_bpf
-from tests.offload.relays import MODES, SERVICE, Offloading, Talk, running, talk
-from tests.offload.topology import RELAY, Capture, Row, row
+from tests.offload.relays import MODES, SERVICE, Lab, Talk, running, talk
+from tests.offload.topology import RELAY, Capture, row
 
 pytestmark = [needs_bpf, needs_ipv6, pytest.mark.usefixtures("object_file")]
 
@@ -27,29 +27,17 @@ NUMBER: Final = 40
 SIZE: Final = 1200
 
 
-class Lab(NamedTuple):
-    network: Row
-    relay: Offloading
-
-    @contextlib.contextmanager
-    def cards_sum(self) -> Iterator[None]:
-        """Have the ends leave checksums to their links, where nobody completes them. The relay's own are complete always."""
-        ends = (self.network.client, "c0"), (self.network.peer, "p0")
+@contextlib.contextmanager
+def cards_sum(lab: Lab) -> Iterator[None]:
+    """Have the ends leave checksums to their links, where nobody completes them. The relay's own are complete always."""
+    ends = (lab.network.client, "c0"), (lab.network.peer, "p0")
+    for host, link in ends:
+        host.set_features(link, sums=True)
+    try:
+        yield
+    finally:
         for host, link in ends:
-            host.set_features(link, sums=True)
-        try:
-            yield
-        finally:
-            for host, link in ends:
-                host.set_features(link, sums=False)
-
-
-@pytest.fixture(scope="module", params=MODES)
-def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    with row() as network:
-        network.know_all()
-        with running(network.relay, tmp_path_factory.mktemp("relay"), request.param) as relay:
-            yield Lab(network, relay)
+            host.set_features(link, sums=False)
 
 
 @pytest.fixture(scope="module", params=MODES)
@@ -61,7 +49,7 @@ def coalescing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         network.client.configure(c0={})
         network.peer.configure(p0={})
         with running(network.relay, tmp_path_factory.mktemp("relay"), request.param) as relay:
-            yield Lab(network, relay)
+            yield Lab(network, relay, request.param)
 
 
 def payloads(size: int = SIZE) -> list[bytes]:
@@ -109,19 +97,19 @@ def check_arrival(direction: Direction, all_: list[bytes]) -> None:
 
 
 @pytest.mark.parametrize("families", FAMILIES)
-def test_packets_without_their_checksum_get_it_on_the_way(plain: Lab, families: tuple[Family, Family]) -> None:
+def test_packets_without_their_checksum_get_it_on_the_way(lab: Lab, families: tuple[Family, Family]) -> None:
     with (
-        talk(plain.relay, plain.network, families) as way,
-        Capture(plain.network.peer, "p0") as at_peer,
-        Capture(plain.network.client, "c0") as at_client,
+        talk(lab.relay, lab.network, families) as way,
+        Capture(lab.network.peer, "p0") as at_peer,
+        Capture(lab.network.client, "c0") as at_client,
     ):
-        before = plain.relay.counts()
-        with plain.cards_sum():
+        before = lab.relay.counts()
+        with cards_sum(lab):
             for direction in directions(way, families):
                 for each in payloads():
                     direction.sender.sendto(direction.wrapped(each), direction.to)
                 check_arrival(direction, payloads())
-        counts = plain.relay.counts().since(before)
+        counts = lab.relay.counts().since(before)
         assert counts == (0, 0, {"partial_checksum": 2 * NUMBER})
         seen = [*at_peer.take(), *at_client.take()]
         assert len(seen) == 2 * NUMBER
@@ -131,14 +119,14 @@ def test_packets_without_their_checksum_get_it_on_the_way(plain: Lab, families: 
 
 @pytest.mark.parametrize("summing", [True, False], ids=["by-the-card", "summed"])
 @pytest.mark.parametrize("families", FAMILIES)
-def test_trains_arrive_as_their_datagrams(plain: Lab, families: tuple[Family, Family], *, summing: bool) -> None:
-    with talk(plain.relay, plain.network, families) as way:
-        before = plain.relay.counts()
-        with plain.cards_sum() if summing else contextlib.nullcontext():
+def test_trains_arrive_as_their_datagrams(lab: Lab, families: tuple[Family, Family], *, summing: bool) -> None:
+    with talk(lab.relay, lab.network, families) as way:
+        before = lab.relay.counts()
+        with cards_sum(lab) if summing else contextlib.nullcontext():
             for direction in directions(way, families):
                 send_train(direction, payloads())
                 check_arrival(direction, payloads())
-        counts = plain.relay.counts().since(before)
+        counts = lab.relay.counts().since(before)
         assert counts[:2] == ((0, 0) if summing else (NUMBER, NUMBER)), counts
 
 

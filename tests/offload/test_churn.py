@@ -27,7 +27,7 @@ from tests.turn_client import TIMEOUT, TurnClient
 
 pytestmark = [needs_bpf, needs_ipv6, pytest.mark.usefixtures("object_file")]
 
-SECONDS: Final = 3.0
+SECONDS: Final = 2.0
 CHURNERS: Final = 3
 PEERS: Final = 3
 PORTS: Final = ("--lowest-port", "50000", "--highest-port", "50015")

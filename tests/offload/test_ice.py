@@ -2,7 +2,6 @@
 
 import asyncio
 import queue
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeAlias
 
@@ -12,8 +11,8 @@ from aioice import Candidate, Connection
 from relay.core.addresses import Family
 from tests.conftest import needs_ipv6
 from tests.offload.conftest import needs_bpf
-from tests.offload.relays import MODES, Offloading, credential, running
-from tests.offload.topology import RELAY, Host, Row, row
+from tests.offload.relays import Lab, credential
+from tests.offload.topology import RELAY, Host
 
 pytestmark = [needs_bpf, needs_ipv6, pytest.mark.usefixtures("object_file")]
 
@@ -30,19 +29,6 @@ class Introduction(NamedTuple):
 
 
 Letterbox: TypeAlias = "queue.SimpleQueue[Introduction]"
-
-
-class Lab(NamedTuple):
-    network: Row
-    relay: Offloading
-
-
-@pytest.fixture(scope="module", params=MODES)
-def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    with row() as network:
-        network.know_all()
-        with running(network.relay, tmp_path_factory.mktemp("relay"), request.param) as relay:
-            yield Lab(network, relay)
 
 
 class Agent:
@@ -95,7 +81,7 @@ class Agent:
 
 
 def test_two_ice_agents_talk_through_the_kernel(lab: Lab) -> None:
-    network, relay = lab
+    network, relay, _ = lab
     letters: tuple[Letterbox, Letterbox] = queue.SimpleQueue(), queue.SimpleQueue()
     server = RELAY[Family.IPV4]
     one = Agent(network.client, server, first=True, own=letters[0], others=letters[1])

@@ -3,8 +3,8 @@
 import select
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Final, NamedTuple
+from collections.abc import Callable
+from typing import Final
 
 import pytest
 
@@ -12,8 +12,8 @@ from relay.core.addresses import Family
 from tests.conftest import needs_ipv6
 from tests.interop.test_trains import CLASS_OPTIONS
 from tests.offload.conftest import needs_bpf
-from tests.offload.relays import MODES, SERVICE, Counts, Offloading, running, talk
-from tests.offload.topology import PEER, RELAY, ROUTE_MTU, Capture, Row, Seen, row
+from tests.offload.relays import SERVICE, Counts, Lab, talk
+from tests.offload.topology import PEER, RELAY, ROUTE_MTU, Capture, Seen
 from tests.turn_client import TurnClient
 
 pytestmark = [needs_bpf, needs_ipv6, pytest.mark.usefixtures("object_file")]
@@ -27,20 +27,6 @@ SHORTEST: Final = 60 - 14
 CLASSES: Final = (0, 0xB8, 0x02, 0x03, 0xFF)
 
 BOTH: Final = [pytest.param((one, other), id=f"{one.name}-{other.name}") for one in Family for other in Family]
-
-
-class Lab(NamedTuple):
-    network: Row
-    relay: Offloading
-
-
-@pytest.fixture(scope="module", params=MODES)
-def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    with row() as network:
-        network.know_all()
-        network.shorten_routes()
-        with running(network.relay, tmp_path_factory.mktemp("relay"), request.param) as relay:
-            yield Lab(network, relay)
 
 
 def sizes(sender: Family, receiver: Family, *, strip: int, put: int) -> dict[int, str]:

@@ -2,35 +2,20 @@
 
 import re
 import signal
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import pytest
 
 from tests.conftest import wait_until
 from tests.offload.conftest import needs_bpf
-from tests.offload.relays import MODES, Running, running, talk
+from tests.offload.relays import MODES, Lab, running, talk
 from tests.offload.stream import Stream
-from tests.offload.topology import Row, row
+from tests.offload.topology import row
 
 pytestmark = [needs_bpf, pytest.mark.usefixtures("object_file")]
 
 GONE: Final = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
-
-
-class Lab(NamedTuple):
-    network: Row
-    relay: Running
-    mode: str
-
-
-@pytest.fixture(scope="module", params=MODES)
-def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    with row() as network:
-        network.know_all()
-        with running(network.relay, tmp_path_factory.mktemp("relay"), request.param) as relay:
-            yield Lab(network, relay, request.param)
 
 
 def test_switched_off_and_on_while_packets_flow_none_is_lost(lab: Lab) -> None:
