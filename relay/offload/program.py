@@ -88,7 +88,6 @@ class XdpProgram:
             **dict.fromkeys(("next_hops", "usage"), 2 * bindings),
         }
         parsed = elf.parse(elf.packaged())
-        self.ticks = ticks.measure()
         with contextlib.ExitStack() as stack:
             maps = {
                 each.name: stack.enter_context(Map(each._replace(max_entries=entries.get(each.name, each.max_entries))))
@@ -99,6 +98,7 @@ class XdpProgram:
             self._channels, self._peers, self._usage, self._totals = (
                 maps[name] for name in ("channels", "peers", "usage", "totals")
             )
+            self.ticks = ticks.measure()
             # Written by plain stores: no system call, and none of these 8 bytes is ever seen half written.
             self._ends = memoryview(maps["ends"].mapped()).cast("Q")
             self._next_hops = memoryview(maps["next_hops"].mapped())

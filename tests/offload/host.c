@@ -200,7 +200,7 @@ long bpf_xdp_adjust_head(struct xdp_md *context, int delta)
     return 0;
 }
 
-u64 bpf_ktime_get_coarse_ns(void)
+u64 bpf_jiffies64(void)
 {
     return kernel.now;
 }
@@ -260,7 +260,7 @@ static void tell_layout(void)
     SIZE(own), FIELD(own, address), FIELD(own, vlan);
     SIZE(device), FIELD(device, ifindex), FIELD(device, mac), FIELD(device, flags);
     SIZE(settings), FIELD(settings, service_port), FIELD(settings, lowest_port), FIELD(settings, highest_port);
-    FIELD(settings, own_count), FIELD(settings, own), FIELD(settings, device_count), FIELD(settings, devices);
+    FIELD(settings, own_count), FIELD(settings, own), FIELD(settings, device_count), FIELD(settings, second), FIELD(settings, devices);
     SIZE(usage), FIELD(usage, packets), FIELD(usage, bytes), FIELD(usage, last_used);
     SIZE(totals), FIELD(totals, packets), FIELD(totals, bytes), FIELD(totals, sizes), FIELD(totals, passed);
     NUMBER(OWN_ADDRESSES), NUMBER(DEVICES), NUMBER(SIZES), NUMBER(SIZE_SHIFT), NUMBER(TO_PEER), NUMBER(TO_CLIENT);

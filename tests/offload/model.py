@@ -45,11 +45,10 @@ from tests.offload.packets import (
     udp,
 )
 
-SECOND: Final = 1_000_000_000
-TICK: Final = 1 << 20
-"""Nanoseconds, of which a next hop's time is a number."""
+SECOND: Final = 250
+"""Ticks, in which all times here are. A kernel may have other ones: it is told so."""
 TICKS: Final = 1 << 32
-"""How many of them it can count; then it begins anew."""
+"""How many of them a next hop can count; then it begins anew."""
 NEVER: Final = 1 << 62
 SHORTEST: Final = 60
 LONGEST_PADDED: Final = 64
@@ -59,8 +58,8 @@ Endpoint = tuple[bytes, int]
 
 
 def tick_of(now: int) -> int:
-    """A time of the clock as next hops have it."""
-    return now // TICK % TICKS
+    """A time as next hops have it."""
+    return now % TICKS
 
 
 class Verdict(IntEnum):
@@ -138,7 +137,7 @@ class Settings(NamedTuple):
             min(len(self.own), OWN_ADDRESSES),
             b"".join(OWN.pack(each.address, each.vlan.to_bytes(2, "big")) for each in self.own),
             min(len(self.devices), DEVICES),
-            0,
+            SECOND,
             devices,
         )
 
@@ -322,7 +321,7 @@ class Model:
         entry = self.next_hops.get(binding.next_hop)
         if entry is None or entry.version % 2 or not entry.hop.ifindex or entry.hop.destination != binding.destination:
             raise _Passed(PassReason.NO_NEXT_HOP)
-        if entry.hop.stale and (tick_of(now) - entry.nudged) % TICKS * TICK >= SECOND:
+        if entry.hop.stale and (tick_of(now) - entry.nudged) % TICKS >= SECOND:
             self.next_hops[binding.next_hop] = entry._replace(nudged=tick_of(now))
             raise _Passed(PassReason.STALE_NEIGHBOUR)
         return entry.hop

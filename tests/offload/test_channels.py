@@ -19,8 +19,9 @@ from relay.core.commands import ExtendAllocation, InstallChannel, OffloadCommand
 from relay.offload.channels import Channels, ChannelTables, Entries, Follow, Unfollow
 from relay.offload.layout import BINDING, packed_address
 from relay.offload.program import XdpProgram
+from relay.offload.ticks import Ticks
 from tests.offload.conftest import needs_bpf
-from tests.offload.model import SECOND, Binding, key_of
+from tests.offload.model import Binding, key_of
 
 SERVICE = 3478
 PORTS = range(50000, 50003)
@@ -67,12 +68,16 @@ class Observed(Protocol):
         """Count packets."""
 
 
+TICKS = Ticks(-1000.0, 250.0)
+
+
 class Memory:
     """Tables as the kernel has them, in which a batch can be made to fail after some of its elements."""
 
     def __init__(self, bindings: int = 64, next_hops: int = 128) -> None:
         self.bindings = bindings
         self.next_hops = next_hops
+        self.ticks = TICKS
         self.channels: Entry = {}
         self.peers: Entry = {}
         self.ends: dict[int, int] = {}
@@ -103,9 +108,9 @@ class Memory:
             self._spend()
             self.counted[2 * slot] = self.counted[2 * slot + 1] = 0
 
-    def set_end(self, index: int, nanoseconds: int) -> None:
+    def set_end(self, index: int, tick: int) -> None:
         self.calls.append(f"end {index}")
-        self.ends[index] = nanoseconds
+        self.ends[index] = tick
 
     def _spend(self) -> None:
         if self.elements_left == 0:
@@ -132,6 +137,7 @@ class Kernel:
         self._program = program
         self.bindings = program.bindings
         self.next_hops = program.next_hops
+        self.ticks = program.ticks
         program.clear(list(range(program.bindings)))
 
     @property
@@ -300,7 +306,7 @@ class ChannelsMachine(RuleBasedStateMachine):
                     self.expect_run_done(run, fails=fails)
                     self.installed.pop((client, number), None)
                 case ExtendAllocation(port, families, until):
-                    self.ends |= {2 * port + (each is Family.IPV6): int(until * SECOND) for each in families}
+                    self.ends |= {2 * port + (each is Family.IPV6): self.observed.ticks.at(until) for each in families}
                 case StopAllocation(port, families):
                     self.expect_run_done(run, fails=fails)
                     for each in families:
@@ -360,7 +366,7 @@ class ChannelsMachine(RuleBasedStateMachine):
             assert back.usage == there.usage + 1
             assert 0 < there.label == back.label < 1 << 20
             slots.add(there.usage // 2)
-            expires, end = int(channel.until * SECOND), 2 * channel.port + (len(channel.peer) == 4)
+            expires, end = self.observed.ticks.at(channel.until), 2 * channel.port + (len(channel.peer) == 4)
             either = functools.partial(Binding, end=end, flow_label=there.label, expires=expires)
             to_peer = either(peer, channel.peer[1], channel.port, entries[peer], there.usage)
             to_client = either(host, client[1], SERVICE, entries[host], back.usage, number=number)
@@ -542,7 +548,7 @@ def test_a_channel_that_was_removed_and_installed_again_at_once_is_there_and_cou
     tables.count(0)
     channels.carry_out([removing(installing()), installing(until=UNTIL + 1)])
     (to_peer,) = map(read, tables.channels.values())
-    assert (to_peer.expires, to_peer.usage, tables.usage(0)) == (int((UNTIL + 1) * SECOND), 0, 0)
+    assert (to_peer.expires, to_peer.usage, tables.usage(0)) == (TICKS.at(UNTIL + 1), 0, 0)
 
 
 def test_a_channel_that_was_installed_twice_at_once_has_the_later_end_and_one_slot() -> None:
@@ -550,7 +556,7 @@ def test_a_channel_that_was_installed_twice_at_once_has_the_later_end_and_one_sl
     channels = new_channels(tables)
     news = channels.carry_out([installing(), installing(until=UNTIL + 1)])
     (to_peer,) = map(read, tables.channels.values())
-    assert (to_peer.expires, to_peer.usage) == (int((UNTIL + 1) * SECOND), 0)
+    assert (to_peer.expires, to_peer.usage) == (TICKS.at(UNTIL + 1), 0)
     assert [each.host for each in news] == [CLIENT[0], PEER[0]]
     assert [type(each) for each in channels.carry_out([removing(installing())])] == [Unfollow, Unfollow]
 

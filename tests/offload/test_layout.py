@@ -42,7 +42,7 @@ def offsets_of(packed: struct.Struct, start: int = 0) -> list[int]:
         ("next_hop", layout.NEXT_HOP, 4, "ifindex destination source to from vlan mtu flags"),
         ("own", layout.OWN, 0, "address vlan"),
         ("device", layout.DEVICE, 0, "ifindex mac flags"),
-        ("settings", layout.SETTINGS, 0, "service_port lowest_port highest_port own_count own device_count _ devices"),
+        ("settings", layout.SETTINGS, 0, "service_port lowest_port highest_port own_count own device_count second devices"),
         ("usage", layout.USAGE, 0, "packets bytes last_used"),
     ],
 )

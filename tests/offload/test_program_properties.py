@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay.offload.layout import NextHop, Own
-from tests.offload.model import NEVER, SECOND, TICK, TICKS, Binding, Device, Hop, Model, Settings, Tables, tick_of
+from tests.offload.model import NEVER, SECOND, TICKS, Binding, Device, Hop, Model, Settings, Tables, tick_of
 from tests.offload.packets import channel_data, is_ipv4, pseudo_header, sum_of, with_right_header
 from tests.offload.runners import ENTRIES, HostRunner
 from tests.offload.world import (
@@ -44,7 +44,7 @@ FRAMES: Final = 12_000
 """Of the fuzz test: a few seconds' worth."""
 FRAMES_PER_TABLES: Final = 25
 
-NOW: Final = TICKS * TICK - 2 * SECOND
+NOW: Final = TICKS - 2 * SECOND
 """A while before ticks begin anew."""
 
 # Few of each, so that what is drawn twice often meets, and limits often.
@@ -53,7 +53,7 @@ PORTS: Final = (SERVICE, CLIENT_PORT, OTHER_PORT, PEER_PORT, RELAYED, OTHER_RELA
 NUMBERS: Final = (NUMBER, OTHER_NUMBER, 0x4000, 0x7FFF, 0x3FFF, 0x8000)
 INDICES: Final = (0, 1, 2, 3, ENTRIES - 1, ENTRIES, 0xFFFFFFFF)
 TIMES: Final = (0, NOW - SECOND, NOW - SECOND + 1, NOW - 1, NOW, NOW + 1, NOW + SECOND, NEVER, (1 << 64) - 1)
-NUDGED: Final = (0, *(tick_of(NOW + each) for each in (-SECOND, TICK - SECOND, -TICK, 0, TICK, 2 * SECOND)))
+NUDGED: Final = (0, *(tick_of(NOW + each) for each in (-SECOND, 1 - SECOND, -1, 0, 1, 2 * SECOND)))
 VLANS: Final = (0, 0, 0, 7, 0x0FFF)
 ENDS: Final = tuple(end_of(port, family) for port, family in product((RELAYED, OTHER_RELAYED, 49152, 65535), (4, 6)))
 MTUS: Final = (0, 60, 68, 127, 128, 576, 1280, 1500, 9000, 0xFFFFFFFF)

@@ -73,12 +73,12 @@ def test_totals_are_sums_over_all_cpus(program: XdpProgram) -> None:
 
 @needs_bpf
 def test_usage_is_the_sum_over_all_cpus_and_the_latest_of_their_times(program: XdpProgram) -> None:
-    count(program, 4, packets=10, octets=1000, last_used=500_000_000)
+    count(program, 4, packets=10, octets=1000, last_used=500)
     count(program, 5, packets=3, octets=30, last_used=1)
-    cpus = program._usage.cpus
+    cpus, at = program._usage.cpus, program.ticks.seconds
     times = sum(range(1, cpus + 1))
     (used,) = program.usage(2, 1)
-    assert used == (Usage(10 * times, 1000 * times, cpus / 2), Usage(3 * times, 30 * times, cpus / 1e9))
+    assert used == (Usage(10 * times, 1000 * times, at(500 * cpus)), Usage(3 * times, 30 * times, at(cpus)))
     assert program.usage(1, 3)[1] == used
     assert len(program.usage(ROOM - 1, 256)) == 1
     assert program.usage(ROOM, 256) == []
@@ -167,7 +167,7 @@ def test_settings_name_ports_addresses_and_interfaces(program: XdpProgram) -> No
     assert SETTINGS.unpack(bytes(program._settings[: SETTINGS.size])) == (
         *(3478, 50000, 50009, 2),
         b"".join((own[0].address, bytes(4), own[1].address, b"\0\x64\0\0")).ljust(320, b"\0"),
-        *(2, 0),
+        *(2, round(program.ticks.per_second)),
         (struct.pack("=I6sH", 3, b"abcdef", 1) + struct.pack("=I6sH", 4, b"ghijkl", 0)).ljust(96, b"\0"),
     )
 
@@ -180,7 +180,7 @@ def test_settings_of_nobody_leave_no_address_and_no_interface(program: XdpProgra
     assert SETTINGS.unpack(bytes(program._settings[: SETTINGS.size])) == (
         *(3478, 50000, 50009, 0),
         bytes(320),
-        *(0, 0),
+        *(0, round(program.ticks.per_second)),
         bytes(96),
     )
 

@@ -5,7 +5,6 @@ from typing import Final
 from relay.offload.layout import NextHop, Own, packed_address
 from tests.offload.model import (
     NEVER,
-    TICK,
     TICKS,
     Binding,
     Device,
@@ -154,7 +153,7 @@ def check_counters(runner: Runner, model: Model) -> None:
         assert counted[:2] == expected[:2]
         assert abs(counted.last_used - expected.last_used) <= runner.slack
     for index, entry in model.next_hops.items():
-        assert _ticks_between(runner.nudged(index), entry.nudged) <= -(-runner.slack // TICK)
+        assert _ticks_between(runner.nudged(index), entry.nudged) <= runner.slack
 
 
 def _ticks_between(one: int, other: int) -> int:
