@@ -224,12 +224,19 @@ def test_an_allocation_that_has_expired_is_the_kernels_no_more(here: Here) -> No
         nothing_more_arrives(here, way, flood)
 
 
-def test_the_kernel_needs_nobody_to_tell_it_that_the_time_is_over(here: Here) -> None:
+@pytest.mark.parametrize("which", ["channel", "allocation"])
+def test_the_kernel_needs_nobody_to_tell_it_that_the_time_is_over(here: Here, which: str) -> None:
     """For the relay, less time has passed than for the kernel: the sockets go on where the kernel has stopped."""
     here.jump(-598.5)
-    with talk_here(here) as way:
-        way.wait_for_kernel()
+    with here.client(here.network.client) as client, here.network.peer.udp(PEER[Family.IPV4]) as peer:
+        (relayed,) = client.allocate()
         ends = time.monotonic() + 1.5
+        if which == "allocation":
+            here.jump(300)
+        way = Talk(here, client, peer, relayed)
+        if which == "channel":
+            assert client.refresh(3600) is None
+        way.wait_for_kernel()
 
         def has_stopped() -> bool:
             before = here.counts()
@@ -238,7 +245,7 @@ def test_the_kernel_needs_nobody_to_tell_it_that_the_time_is_over(here: Here) ->
 
         wait_until(has_stopped)
         assert time.monotonic() > ends - 0.5
-        here.jump(300)
-        assert way.client.refresh(600) is None
-        assert way.client.bind_channel(way.number, (PEER[Family.IPV4], way.peer.getsockname()[1])) is None
+        here.jump(200)
+        assert client.refresh(600) is None
+        assert client.bind_channel(way.number, (PEER[Family.IPV4], peer.getsockname()[1])) is None
         way.wait_for_kernel()
