@@ -31,7 +31,7 @@ from relay.offload.network import RoutesChanged
 from relay.ops import threads
 from tests.actors.conftest import CONFIG, JumpingClock, Relay
 from tests.conftest import wait_until
-from tests.interop.test_trains import Machine
+from tests.machine import Machine
 from tests.offload.conftest import machine, needs_bpf, object_file
 from tests.turn_client import TurnClient, udp_socket
 

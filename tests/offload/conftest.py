@@ -15,7 +15,7 @@ import hatch_build
 from relay.offload import capabilities, elf
 from relay.offload.bpf import Map, MapType
 from relay.offload.elf import MapDefinition, ProgramObject
-from tests.interop.test_trains import Machine
+from tests.machine import Machine
 from tests.offload.relays import MODES, Lab, running
 from tests.offload.runners import HostRunner, KernelRunner, Runner, build_host
 from tests.offload.topology import row

@@ -12,7 +12,7 @@ from relay.offload import bpf, syscall
 from relay.offload.bpf import BatchError, Link, Map, MapFlag, MapType, Program, UpdateFlag, Verdict, VerifierError, XdpMode
 from relay.offload.elf import MapDefinition
 from tests.conftest import wait_until
-from tests.interop.test_trains import Machine
+from tests.machine import Machine
 from tests.offload.conftest import needs_bpf
 
 pytestmark = needs_bpf

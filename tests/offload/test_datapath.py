@@ -18,7 +18,7 @@ from relay.offload.bpf import XdpMode
 from relay.offload.datapath import ChannelUsage, Datapath, open_datapath, usage_by_client
 from relay.offload.elf import NotBuiltError
 from relay.offload.program import Usage, XdpProgram
-from tests.interop.test_trains import Machine
+from tests.machine import Machine
 from tests.offload.conftest import needs_bpf
 
 T = TypeVar("T")

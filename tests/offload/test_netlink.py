@@ -30,7 +30,7 @@ from relay.offload.network import (
 )
 from relay.offload.next_hops import UNKNOWN, Mode, NextHops, own_addresses
 from tests.conftest import needs_ipv6
-from tests.interop.test_trains import CLONE_NEWNET, Machine
+from tests.machine import CLONE_NEWNET, Machine
 
 T = TypeVar("T")
 

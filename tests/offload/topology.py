@@ -16,7 +16,8 @@ import pytest
 
 from relay.core.addresses import Family
 from tests.conftest import HAS_IPV6
-from tests.interop.test_trains import SO_RCVBUFFORCE, Machine
+from tests.interop.test_trains import SO_RCVBUFFORCE
+from tests.machine import Machine
 from tests.offload.packets import checksum_of, sum_of
 
 CLIENT: Final = {Family.IPV4: "10.77.1.2", Family.IPV6: "fd77:1::2"}
