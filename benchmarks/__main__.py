@@ -10,15 +10,15 @@ import click
 from rich.console import Console
 
 from benchmarks.allocations import raise_descriptor_limit
-from benchmarks.cases import QUICK, Case, Plan, all_cases, chosen
+from benchmarks.cases import QUICK, Case, Plan, all_cases
 from benchmarks.charts import write_charts
-from benchmarks.command_line import run
+from benchmarks.command_line import chosen, list_cases, results_directory, run
 from benchmarks.failure import FailedError
 from benchmarks.generator import Generator, NoCompilerError, compiled
 from benchmarks.measure import machine
 from benchmarks.pinning import Places, on, places
 from benchmarks.progress import Said
-from benchmarks.report import LATEST, RESULTS
+from benchmarks.report import LATEST
 from benchmarks.results import Results
 from benchmarks.run import Bench, Run, calibrate
 from benchmarks.servers import COTURN, DIRECT, Server, coturn_server, plain_server, relay_server
@@ -51,16 +51,13 @@ def main(*, quick: bool, rounds: int | None, only: Sequence[str], list_only: boo
 
     Progress is on standard error, the tables on standard output.
     """
-    try:
-        cases = chosen(only)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
+    cases = chosen(all_cases(), only)
     if list_only:
-        _list(cases)
+        list_cases(cases)
         return
     plan = QUICK if quick else Plan()
     plan = plan if rounds is None else plan._replace(rounds=rounds)
-    directory = directory or _directory(quick=quick, partial=bool(only))
+    directory = directory or results_directory(quick=quick, partial=bool(only))
     # Whoever ends this with SIGTERM gets what Ctrl-C does: servers and load are ended too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -110,19 +107,6 @@ def _remarks(bench: Bench) -> list[str]:
     if bench.places.shared:
         remarks.append("only one CPU may be used: load and servers share it, unpinned, and rates and delays say little")
     return remarks
-
-
-def _directory(*, quick: bool, partial: bool) -> Path:
-    """Keep what is less than a full run apart from it: the README's figures are a full run's."""
-    if partial:
-        return RESULTS / "partial"
-    return RESULTS / "quick" if quick else RESULTS
-
-
-def _list(cases: Sequence[Case]) -> None:
-    width = max(len(case.name) for case in all_cases())
-    for case in cases:
-        click.echo(f"{case.name:<{width}}  {case.title}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """What is measured: the cases by name, and how much time each is given."""
 
-import fnmatch
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -120,19 +119,6 @@ def all_cases() -> tuple[Case, ...]:
     )
 
 
-def chosen(patterns: Iterable[str]) -> tuple[Case, ...]:
-    """Give the cases whose names match, or begin with, one of the patterns; all if there are none.
-
-    Raises:
-        ValueError: a pattern has no case. The message is one line.
-    """
-    cases, patterns = all_cases(), tuple(patterns)
-    for pattern in patterns:
-        if not any(_matches(case, pattern) for case in cases):
-            raise ValueError(f"no case is called {pattern!r}: --list names them all")
-    return tuple(case for case in cases if not patterns or any(_matches(case, pattern) for pattern in patterns))
-
-
 def expected_seconds(case: Case, plan: Plan) -> float:
     """Guess how long a case takes in a round."""
     if case.kind is Kind.CROWD:
@@ -141,12 +127,6 @@ def expected_seconds(case: Case, plan: Plan) -> float:
         return 3 + plan.allocations * 0.0025 + plan.refreshes * 0.0006
     seconds = plan.paced_seconds if case.is_delay else plan.seconds
     return len(case.servers) * (seconds + plan.warm_up_seconds + 0.08)
-
-
-def _matches(case: Case, pattern: str) -> bool:
-    if pattern in {each.name for each in all_cases()}:
-        return case.name == pattern
-    return case.name.startswith(pattern) or fnmatch.fnmatchcase(case.name, pattern)
 
 
 def _saturated() -> Iterator[Case]:

@@ -5,14 +5,13 @@ from pathlib import Path
 import click
 
 from benchmarks.charts import write_charts
-from benchmarks.command_line import run
+from benchmarks.command_line import RESULTS, run
 from benchmarks.offload.table import markdown as offload_markdown
 from benchmarks.offload.table import write_chart as write_offload_chart
 from benchmarks.results import Results
 from benchmarks.table import markdown
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
 LATEST = "latest.json"
 OFFLOAD = "offload.json"
 

@@ -13,11 +13,11 @@ import click
 from rich.console import Console
 
 from benchmarks.allocations import raise_descriptor_limit
-from benchmarks.command_line import run
+from benchmarks.command_line import chosen, list_cases, results_directory, run
 from benchmarks.failure import FailedError
 from benchmarks.generator import Generator, NoCompilerError, compiled
 from benchmarks.measure import machine
-from benchmarks.offload.cases import QUICK, Case, Plan, all_cases, chosen
+from benchmarks.offload.cases import QUICK, Case, Plan, all_cases
 from benchmarks.offload.live import Live
 from benchmarks.offload.network import Network
 from benchmarks.offload.run import Bench, Run
@@ -25,7 +25,7 @@ from benchmarks.offload.subjects import Subject, subjects
 from benchmarks.offload.table import print_tables, write_chart
 from benchmarks.pinning import on, places
 from benchmarks.progress import Said
-from benchmarks.report import OFFLOAD, RESULTS
+from benchmarks.report import OFFLOAD
 from benchmarks.results import Results
 from benchmarks.servers import COTURN
 from benchmarks.table import WIDTH
@@ -70,12 +70,9 @@ def main(
 
     Progress is on standard error, the tables on standard output.
     """
-    try:
-        cases = chosen(only)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
+    cases = chosen(all_cases(), only)
     if list_only:
-        _list(cases)
+        list_cases(cases)
         return
     reason = _why_not()
     if reason and if_possible:
@@ -85,7 +82,7 @@ def main(
         raise click.ClickException(reason)
     plan = QUICK if quick else Plan()
     plan = plan if rounds is None else plan._replace(rounds=rounds)
-    directory = directory or _directory(quick=quick, partial=bool(only))
+    directory = directory or results_directory(quick=quick, partial=bool(only))
     # Whoever ends this with SIGTERM gets what Ctrl-C does: all that was started is ended too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -142,19 +139,6 @@ def _why_not() -> str:
     except elf.NotBuiltError as error:
         return f"{error}: python hatch_build.py builds it"
     return ""
-
-
-def _directory(*, quick: bool, partial: bool) -> Path:
-    """Keep what is less than a full run apart from it: the README's figures are a full run's."""
-    if partial:
-        return RESULTS / "partial"
-    return RESULTS / "quick" if quick else RESULTS
-
-
-def _list(cases: Sequence[Case]) -> None:
-    width = max(len(case.name) for case in all_cases())
-    for case in cases:
-        click.echo(f"{case.name:<{width}}  {case.title}")
 
 
 if __name__ == "__main__":

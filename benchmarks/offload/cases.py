@@ -1,7 +1,6 @@
 """What is measured of the kernel's part: the cases by name, and how much time each is given."""
 
-import fnmatch
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NamedTuple
@@ -90,19 +89,6 @@ def all_cases() -> tuple[Case, ...]:
     return (*_saturated(), *_program(), *_delays(), *_bindings())
 
 
-def chosen(patterns: Iterable[str]) -> tuple[Case, ...]:
-    """Give the cases whose names match, or begin with, one of the patterns; all if there are none.
-
-    Raises:
-        ValueError: a pattern has no case. The message is one line.
-    """
-    cases, patterns = all_cases(), tuple(patterns)
-    for pattern in patterns:
-        if not any(_matches(case, pattern) for case in cases):
-            raise ValueError(f"no case is called {pattern!r}: --list names them all")
-    return tuple(case for case in cases if not patterns or any(_matches(case, pattern) for pattern in patterns))
-
-
 def expected_seconds(case: Case, plan: Plan) -> float:
     """Guess how long a case takes in a round."""
     each = {
@@ -113,12 +99,6 @@ def expected_seconds(case: Case, plan: Plan) -> float:
     }[case.kind]
     calibration = plan.calibration_seconds if case.kind is Kind.SATURATED else 0
     return len(case.subjects) * each + calibration
-
-
-def _matches(case: Case, pattern: str) -> bool:
-    if pattern in {each.name for each in all_cases()}:
-        return case.name == pattern
-    return case.name.startswith(pattern) or fnmatch.fnmatchcase(case.name, pattern)
 
 
 def _saturated() -> Iterator[Case]:

@@ -2,10 +2,12 @@ import socket
 import struct
 import zlib
 
+import click
 import pytest
 
+from benchmarks.command_line import chosen
 from benchmarks.offload import frames
-from benchmarks.offload.cases import SOCKET_WINDOW, WINDOW, all_cases, chosen
+from benchmarks.offload.cases import SOCKET_WINDOW, WINDOW, all_cases
 from benchmarks.offload.frames import Flow, Link, frame, frame_length, internet_checksum, payload
 from benchmarks.offload.live import Counters
 from benchmarks.offload.rows import sections
@@ -67,8 +69,8 @@ def test_lost_packets_are_paid_by_those_that_arrive() -> None:
 
 
 def test_sockets_are_given_no_more_than_their_buffers_hold() -> None:
-    (one,) = chosen(["saturated-up-200-1"])
-    (many,) = chosen(["saturated-up-200-1000"])
+    (one,) = chosen(all_cases(), ["saturated-up-200-1"])
+    (many,) = chosen(all_cases(), ["saturated-up-200-1000"])
     assert window_of(one, PLAIN) == SOCKET_WINDOW
     assert window_of(many, PLAIN) == 1000
     assert window_of(many, NATIVE) == WINDOW
@@ -80,5 +82,5 @@ def test_every_row_is_of_a_case_that_is_measured() -> None:
 
 
 def test_a_pattern_without_a_case_is_refused() -> None:
-    with pytest.raises(ValueError, match="no case is called 'sideways'"):
-        chosen(["sideways"])
+    with pytest.raises(click.ClickException, match="no case is called 'sideways'"):
+        chosen(all_cases(), ["sideways"])
