@@ -142,11 +142,10 @@ class OffloadActor(Actor):
     def _follow(self, changes: list[Follow | Unfollow]) -> None:
         for change in changes:
             if isinstance(change, Unfollow):
-                self._next_hops.unfollow(change)
+                self._next_hops.unfollow(change.entry)
             else:
-                entry, host = change
-                family = Family.IPV6 if ":" in host else Family.IPV4
-                self._next_hops.follow(entry, host, self._sources.get(family))
+                family = Family.IPV6 if ":" in change.host else Family.IPV4
+                self._next_hops.follow(change.entry, change.host, self._sources.get(family))
 
     def _hear(self, news: list[News]) -> None:
         addresses = routes = False

@@ -156,21 +156,18 @@ class Map(Owned):
         size = self.definition.value_size
         return tuple(value[at : at + size] for at in range(0, len(value), self.stride))
 
-    def update_batch(self, keys: bytes, values: bytes) -> None:
+    def update_batch(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
         """Put elements there, or replace them.
-
-        Args:
-            keys: one after the other.
-            values: of each, with all its parts.
 
         Raises:
             ValueError: keys or values aren't as long as this map's, or as many as each other.
             BatchError: one couldn't be put, E2BIG if the map is full; those before it have been.
         """
-        count, rest = divmod(len(keys), self._key_size)
-        if rest or len(values) != count * self.size:
-            raise ValueError(f"{self._subject}: keys of {len(keys)} bytes, values of {len(values)}")
-        self._batch(Command.MAP_UPDATE_BATCH, count, keys, values)
+        count = len(keys)
+        joined = b"".join(values)
+        if len(values) != count or len(joined) != count * self.size:
+            raise ValueError(f"{self._subject}: {len(values)} values of {len(joined)} bytes for {count} keys")
+        self._batch(Command.MAP_UPDATE_BATCH, keys, joined)
 
     def delete_batch(self, keys: Sequence[bytes]) -> None:
         """Remove elements.
@@ -179,14 +176,14 @@ class Map(Owned):
             ValueError: keys aren't as long as this map's.
             BatchError: one couldn't be removed, ENOENT if it isn't there; those before it have been.
         """
+        self._batch(Command.MAP_DELETE_BATCH, keys, None)
+
+    def _batch(self, command: Command, keys: Sequence[bytes], values: bytes | None) -> None:
         count = len(keys)
         joined = b"".join(keys)
         if len(joined) != count * self._key_size:
             raise ValueError(f"{self._subject}: {count} keys of {len(joined)} bytes")
-        self._batch(Command.MAP_DELETE_BATCH, count, joined, None)
-
-    def _batch(self, command: Command, count: int, keys: bytes, values: bytes | None) -> None:
-        batch = syscall.Batch(keys=keys, values=values, count=count, map=self.fd)
+        batch = syscall.Batch(keys=joined, values=values, count=count, map=self.fd)
         try:
             syscall.call(command, batch, self._subject)
         except OSError as error:

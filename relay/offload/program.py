@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -132,8 +131,8 @@ class XdpProgram:
 
     def clear(self, slots: list[int]) -> None:
         """Have the usage of channels begin at 0."""
-        entries = [entry for slot in slots for entry in (2 * slot, 2 * slot + 1)]
-        self._usage.update_batch(struct.pack(f"={len(entries)}I", *entries), bytes(self._usage.size * len(entries)))
+        keys = [entry.to_bytes(4, "little") for slot in slots for entry in (2 * slot, 2 * slot + 1)]
+        self._usage.update_batch(keys, [bytes(self._usage.size)] * len(keys))
 
     def set_end(self, index: int, tick: int) -> None:
         """Set until when anything is relayed for a relayed address: its port * 2, + 1 for IPv6."""

@@ -16,8 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from relay.core.addresses import ChannelNumber, ClientAddress, Family, PeerAddress, RelayedPort, SocketAddress
 from relay.core.commands import ExtendAllocation, InstallChannel, OffloadCommand, RemoveChannel, StopAllocation
-from relay.offload.channels import PORTION, Channels, ChannelTables, Entries, Follow, Unfollow
-from relay.offload.layout import BINDING, END, packed_address
+from relay.offload.channels import Channels, ChannelTables, Entries, Follow, Unfollow
+from relay.offload.layout import BINDING, packed_address
 from relay.offload.program import XdpProgram
 from relay.offload.ticks import Ticks
 from tests.offload.conftest import needs_bpf
@@ -91,9 +91,9 @@ class Memory:
         return self
 
     def install(self, channels: Entries, peers: Entries) -> None:
-        self.calls.append(f"install {len(channels[0]) // END.size}")
+        self.calls.append(f"install {len(channels[0])}")
         for table, (keys, values) in ((self.channels, channels), (self.peers, peers)):
-            for key, value in zip(rows(keys, END.size), rows(values, BINDING.size), strict=True):
+            for key, value in zip(keys, values, strict=True):
                 self._spend()
                 table[key] = value
 
@@ -183,10 +183,6 @@ class Allocation:
     families: tuple[Family, ...]
     channels: dict[ChannelNumber, PeerAddress] = field(default_factory=dict)
     """With those that have expired, and are kept for their peers."""
-
-
-def rows(packed: bytes, size: int) -> list[bytes]:
-    return [packed[at : at + size] for at in range(0, len(packed), size)]
 
 
 class Read(NamedTuple):
@@ -344,14 +340,13 @@ class ChannelsMachine(RuleBasedStateMachine):
         return {host for (client, _), each in self.installed.items() for host in (client[0], each.peer[0])}
 
     def take_news(self, news: list[Follow | Unfollow]) -> None:
-        for change in news:
-            if isinstance(change, Unfollow):
-                del self.followed[change]
+        for each in news:
+            if isinstance(each, Follow):
+                assert each.entry not in self.followed
+                assert 0 <= each.entry < self.observed.next_hops
+                self.followed[each.entry] = each.host
             else:
-                entry, host = change
-                assert entry not in self.followed
-                assert 0 <= entry < self.observed.next_hops
-                self.followed[entry] = host
+                assert self.followed.pop(each.entry) == each.host
 
     def check(self) -> None:
         channels, peers, ends = self.observed.contents()
@@ -562,8 +557,8 @@ def test_a_channel_that_was_installed_twice_at_once_has_the_later_end_and_one_sl
     news = channels.carry_out([installing(), installing(until=UNTIL + 1)])
     (to_peer,) = map(read, tables.channels.values())
     assert (to_peer.expires, to_peer.usage) == (TICKS.at(UNTIL + 1), 0)
-    assert news == [(0, CLIENT[0]), (1, PEER[0])]
-    assert channels.carry_out([removing(installing())]) == [0, 1]
+    assert [each.host for each in news] == [CLIENT[0], PEER[0]]
+    assert [type(each) for each in channels.carry_out([removing(installing())])] == [Unfollow, Unfollow]
 
 
 def test_a_refreshed_channel_keeps_its_counts() -> None:
@@ -589,7 +584,7 @@ def test_without_room_channels_are_left_to_the_sockets_until_there_is_some() -> 
 def test_without_room_for_its_second_host_a_channel_takes_nothing() -> None:
     tables = Memory(bindings=1, next_hops=1)
     channels = new_channels(tables)
-    assert channels.carry_out([installing()]) == []
+    assert channels.carry_out([installing()]) == [Follow(0, CLIENT[0]), Unfollow(0, CLIENT[0])]
     assert (tables.channels, channels.refused) == ({}, 1)
     channels.carry_out([installing(CLIENTS[0], PEERS[2])])
     assert len(tables.channels) == 1
@@ -607,27 +602,18 @@ def test_a_batch_that_fails_anywhere_leaves_nothing_and_takes_nothing(elements: 
     assert (tables.channels, tables.peers, channels.installed, channels.failures) == ({}, {}, {}, 1)
     tables.elements_left = None
     news = channels.carry_out([*new, old])
-    assert sorted(each[0] for each in news if not isinstance(each, Unfollow)) == [0, 1, 2, 3]
+    assert sorted(each.entry for each in news if isinstance(each, Follow)) == [0, 1, 2, 3]
     assert sorted(read(each).usage for each in tables.channels.values()) == [0, 2, 4]
-
-
-def test_more_than_a_batch_has_room_for_are_several_and_each_is_taken_or_not_by_itself() -> None:
-    tables = Memory(bindings=1024, next_hops=2048)
-    channels = new_channels(tables)
-    tables.elements_left = 2 * PORTION
-    channels.carry_out(many(PORTION + 1))
-    assert tables.calls == [f"install {PORTION}", "install 1", "remove 1"]
-    assert (len(tables.channels), len(tables.peers), len(channels.installed), channels.failures) == (PORTION,) * 3 + (1,)
 
 
 @needs_bpf
 def test_a_batch_that_the_kernel_does_not_take_is_rolled_back(program: XdpProgram) -> None:
     strangers = [bytes([i]) * 20 for i in range(2)]
-    program._peers.update_batch(b"".join(strangers), bytes(2 * BINDING.size))
+    program._peers.update_batch(strangers, [bytes(48)] * 2)
     channels = new_channels(program)
     news = channels.carry_out(many(4))
     assert (channels.failures, channels.installed) == (1, {})
-    assert sum(isinstance(each, Unfollow) for each in news) == len(news) / 2 == 5
+    assert sum(isinstance(each, Follow) for each in news) == sum(isinstance(each, Unfollow) for each in news) == 5
     program.remove([], strangers)
     channels.carry_out(many(4))
     assert (channels.failures, len(channels.installed)) == (1, 4)
