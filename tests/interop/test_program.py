@@ -331,7 +331,7 @@ def test_a_wheel_built_from_the_tree_runs_elsewhere(tmp_path: Path) -> None:
     source = tmp_path / "source"
     # A build leaves files in the tree that it is given.
     shutil.copytree(tree / "relay", source / "relay")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
         shutil.copy(tree / name, source)
     subprocess.run([*pip, str(source)], check=True, timeout=110)
     (wheel,) = tmp_path.glob("firezone_relay-*.whl")
