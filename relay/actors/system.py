@@ -256,16 +256,16 @@ class System:
     def _start(self) -> None:
         """Start all there is but the listeners; what was started is undone by leaving the context, in reverse order."""
         self._stack.enter_context(sharing_a_cpu(self.config))
-        if self.config.rng_seed is not None:
-            _log.warning("random numbers are seeded: whoever knows the seed knows the secret; for tests only")
-        raise_descriptor_limit(self.config)
-        self._open_sockets()
-        self._start_pages()
         offload = self._offloading
         if offload is not None:
             self._stack.callback(offload.datapath.close)
             for note in offload.datapath.notes:
                 _log.info(note)
+        if self.config.rng_seed is not None:
+            _log.warning("random numbers are seeded: whoever knows the seed knows the secret; for tests only")
+        raise_descriptor_limit(self.config)
+        self._open_sockets()
+        self._start_pages()
         paths = DataPaths(self.listening, self.hosts, None if offload is None else offload.carry_out)
         server = ServerActor.start(self.core, paths, self._clock, self.server_counters, self._failed, self.news.put)
         self._stack.callback(_stop, "server", server, SERVER_STOP_TIMEOUT)

@@ -100,16 +100,18 @@ class XdpProgram:
             )
             self.ticks = ticks.measure()
             # Written by plain stores: no system call, and none of these 8 bytes is ever seen half written.
-            self._ends = memoryview(maps["ends"].mapped()).cast("Q")
-            self._next_hops = memoryview(maps["next_hops"].mapped())
-            self._settings = memoryview(maps["settings"].mapped())
-            self._descriptors = stack.pop_all()
-        self._versions = self._next_hops.cast("I")
+            ends, self._next_hops, self._settings = (
+                stack.enter_context(memoryview(stack.enter_context(contextlib.closing(maps[name].mapped()))))
+                for name in ("ends", "next_hops", "settings")
+            )
+            self._ends = stack.enter_context(ends.cast("Q"))
+            self._versions = stack.enter_context(self._next_hops.cast("I"))
+            self._opened = stack.pop_all()
         self._settled: tuple[int, range] = (0, range(0))
 
     def close(self) -> None:
-        """Give everything back; links go on until they are closed."""
-        self._descriptors.close()
+        """Give everything back, the tables' memory too; links go on until they are closed."""
+        self._opened.close()
 
     def attach(self, ifindex: int, mode: XdpMode) -> Link:
         """Have the program run for what an interface receives, until the link is closed.
