@@ -5,7 +5,7 @@
 // packet moves to other memory, so that it sees pointers that were kept. Whatever the kernel's verifier would refuse, or
 // would be a surprise at run time, ends the process.
 //
-// It reads commands from standard input and answers on standard output; program.py has the other end.
+// It reads commands from standard input and answers on standard output; runners.py has the other end.
 
 #include <stdarg.h>
 #include <stddef.h>

@@ -62,6 +62,7 @@ def arrives_by_kernel(lab: Lab, stream: Stream) -> Callable[[], bool]:
 
     def does() -> bool:
         peer, client, counts = len(stream.at_peer), len(stream.at_client), lab.relay.counts()
+        # What arrives in a while is what is asked for: nothing else says that it is over.
         time.sleep(0.02)
         later = lab.relay.counts().since(counts)
         arrived = [(len(stream.at_peer) - peer, later.to_peer)]
