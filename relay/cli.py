@@ -198,7 +198,7 @@ def _setting(
     "CONTROL_ENDPOINT",
     EndpointType(),
     default="127.0.0.1:9999",
-    text="Where operators will look inside; for now it answers what the health address does.",
+    text="Where operators look inside and change things. Whoever reaches it may do so: keep it on loopback.",
 )
 @_setting(
     "--cpu-affinity",

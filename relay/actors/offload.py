@@ -22,7 +22,6 @@ from relay.offload.layout import OWN_ADDRESSES, packed_address
 from relay.offload.netlink import Monitor, Network
 from relay.offload.network import AddressesChanged, Link, LinkNews, NeighbourNews, News, Overrun, RoutesChanged
 from relay.offload.next_hops import NextHops, own_addresses
-from relay.ops.http import Pages, offload_pages
 from relay.ops.threads import yield_cpu
 
 ROUTES_REST: Final = 0.25
@@ -309,20 +308,16 @@ class Offloading:
             with contextlib.suppress(pykka.ActorDeadError):
                 self._offload.tell(message)
 
-    def pages(self) -> tuple[Pages, Pages]:
-        """Give what is answered to GET and to POST."""
+    def channels(self) -> dict[str, object]:
+        """Give what the kernel relayed for each channel of each client."""
+        told: dict[str, dict[str, object]] = {}
+        for portion in self.datapath.usage():
+            for client, used in usage_by_client(portion, self._clock.monotonic()).items():
+                told.setdefault(client, {}).update(used)
+            yield_cpu()
+        return {"clients": told}
 
-        def channels() -> dict[str, object]:
-            told: dict[str, dict[str, object]] = {}
-            for portion in self.datapath.usage():
-                for client, used in usage_by_client(portion, self._clock.monotonic()).items():
-                    told.setdefault(client, {}).update(used)
-                yield_cpu()
-            return {"clients": told}
-
-        return offload_pages(self.datapath.state, channels, lambda attached: self.switch(attached=attached))
-
-    def switch(self, *, attached: bool) -> bool:
+    def switch(self, attached: bool) -> bool:  # noqa: FBT001 - the only thing there is to say
         """Attach the program to the interfaces, or take it from them; give whether that went well."""
         if self._offload is None:
             return False

@@ -18,6 +18,7 @@ from relay.actors.listener import ListenerActor, RequestListenerActor
 from relay.actors.messages import AreYouThere, Drain, LeavePortal
 from relay.actors.news import Event, Failure, News, Request
 from relay.actors.offload import Offloading
+from relay.actors.pages import Sources, serving
 from relay.actors.portal import PortalActor
 from relay.actors.server import DataPaths, ServerActor, ServerCounters
 from relay.actors.summary import fields_of
@@ -35,7 +36,6 @@ from relay.net.receiver import Receiver
 from relay.net.steering import Steered
 from relay.net.udp import RECEIVE_BUFFER, UdpSocket, discard_waiting
 from relay.offload.datapath import Datapath
-from relay.ops.http import HttpEndpoint, health_pages
 from relay.ops.machine import (
     bind_hosts,
     open_service_sockets,
@@ -265,7 +265,8 @@ class System:
             _log.warning("random numbers are seeded: whoever knows the seed knows the secret; for tests only")
         raise_descriptor_limit(self.config)
         self._open_sockets()
-        self._start_pages()
+        sources = Sources(is_ready=lambda: self.is_ready, offloading=offload)
+        self._http = self._stack.enter_context(serving(self.config, sources))
         paths = DataPaths(self.listening, self.hosts, None if offload is None else offload.carry_out)
         server = ServerActor.start(self.core, paths, self._clock, self.server_counters, self._failed, self.news.put)
         self._stack.callback(_stop, "server", server, SERVER_STOP_TIMEOUT)
@@ -292,18 +293,6 @@ class System:
                 _log.warning(
                     "receive buffers are small: bursts will lose packets", want=f"net.core.rmem_max={RECEIVE_BUFFER}"
                 )
-
-    def _start_pages(self) -> None:
-        pages = health_pages(lambda: self.is_ready)
-        more, actions = ({}, {}) if self._offloading is None else self._offloading.pages()
-        for name, endpoint, answered in (
-            ("health", self.config.health, pages),
-            ("control", self.config.control, pages | more),
-        ):
-            http = HttpEndpoint(name, endpoint, answered, actions if name == "control" else None)
-            self._stack.callback(http.stop)
-            # Port 0 was any that is free: this is the one.
-            self._http[name] = Endpoint(endpoint.host, http.port)
 
     def _join(self, access: PortalAccess) -> None:
         """Begin to join the portal, whose `init` is the word to begin."""

@@ -11,13 +11,14 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
+from urllib.parse import parse_qsl
 from wsgiref.types import StartResponse, WSGIEnvironment
 
 import waitress.server
 import waitress.wasyncore
 
-from relay import __version__
 from relay.config import BadUseError, Endpoint
 from relay.ops.machine import holder
 
@@ -34,54 +35,33 @@ STOP_TIMEOUT = 1
 """Seconds to wait for the threads at the end."""
 
 
+QUERY_PARAMETERS = 16
+"""Most of them in one request."""
+
+Query: TypeAlias = Mapping[str, str]
+"""The first value of each parameter of a request."""
+
+
 class Page(NamedTuple):
-    """What is answered: a status, and an object that becomes JSON."""
+    """What is answered: a status, and an object that becomes JSON, or a text as it is."""
 
     status: HTTPStatus
-    body: Mapping[str, object]
+    body: Mapping[str, object] | str
+    content_type: str = "application/json"
 
 
-Pages: TypeAlias = dict[str, Callable[[], Page]]
-"""What is answered to a request of each path."""
+Pages: TypeAlias = dict[str, Callable[[Query], Page]]
+"""What is answered to a request of each path. Such a callable runs in a thread of the address that was asked."""
 
 
-def health_pages(is_ready: Callable[[], bool]) -> Pages:
-    """Give the pages by which an orchestrator sees whether the process lives, and whether it answers clients."""
+def read_query(text: str) -> Query:
+    """Read what stands behind the question mark of a URL.
 
-    def healthz() -> Page:
-        return Page(HTTPStatus.OK, {"status": "ok", "version": __version__})
-
-    def readyz() -> Page:
-        if is_ready():
-            return Page(HTTPStatus.OK, {"status": "ready", "version": __version__})
-        return Page(HTTPStatus.SERVICE_UNAVAILABLE, {"status": "not ready", "version": __version__})
-
-    return {"/healthz": healthz, "/readyz": readyz}
-
-
-def offload_pages(
-    state: Callable[[], Mapping[str, object]],
-    channels: Callable[[], Mapping[str, object]],
-    switch: Callable[[bool], bool],
-) -> tuple[Pages, Pages]:
-    """Give the pages that show what the kernel relays, and those that switch it on and off.
-
-    Args:
-        state: all that is counted.
-        channels: what each channel relayed.
-        switch: attaches (true) or detaches, and tells whether that went well.
+    Raises:
+        ValueError: there are more than `QUERY_PARAMETERS`, or it is no UTF-8.
     """
-
-    def switched(*, attached: bool) -> Page:
-        return Page(HTTPStatus.OK if switch(attached) else HTTPStatus.SERVICE_UNAVAILABLE, state())
-
-    return (
-        {"/offload": lambda: Page(HTTPStatus.OK, state()), "/offload/channels": lambda: Page(HTTPStatus.OK, channels())},
-        {
-            "/offload/attach": lambda: switched(attached=True),
-            "/offload/detach": lambda: switched(attached=False),
-        },
-    )
+    pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=QUERY_PARAMETERS)
+    return MappingProxyType(dict(reversed(pairs)))
 
 
 class HttpEndpoint:
@@ -133,17 +113,25 @@ class HttpEndpoint:
         page = self._by_method.get(method, {}).get(path)
         headers = []
         if page is not None:
-            answer = page()
+            answer = _called(page, environ["QUERY_STRING"])
         elif allowed := [each for each, pages in self._by_method.items() if path in pages]:
             answer = Page(HTTPStatus.METHOD_NOT_ALLOWED, {"error": f"{' and '.join(allowed)} is all there is"})
             headers = [("Allow", ", ".join(allowed))]
         else:
             known = sorted(set().union(*self._by_method.values()))
             answer = Page(HTTPStatus.NOT_FOUND, {"error": "no such page", "pages": known})
-        body = json.dumps(answer.body).encode() + b"\n"
-        headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Cache-Control", "no-store")]
+        body = (answer.body if isinstance(answer.body, str) else json.dumps(answer.body) + "\n").encode()
+        headers += [("Content-Type", answer.content_type), ("Content-Length", str(len(body))), ("Cache-Control", "no-store")]
         start_response(f"{answer.status.value} {answer.status.phrase}", headers)
         return [] if method == "HEAD" else [body]
+
+
+def _called(page: Callable[[Query], Page], text: str) -> Page:
+    try:
+        query = read_query(text)
+    except ValueError:
+        return Page(HTTPStatus.BAD_REQUEST, {"error": f"give at most {QUERY_PARAMETERS} parameters, in UTF-8"})
+    return page(query)
 
 
 def _listen(name: str, at: Endpoint) -> socket.socket:

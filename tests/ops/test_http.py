@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import pytest
 
+from relay.actors.pages import health_pages, offload_pages
 from relay.config import Endpoint
-from relay.ops.http import HttpEndpoint, health_pages, offload_pages
+from relay.ops.http import HttpEndpoint, Page, Query
 
 HOST = "127.0.0.1"
 
@@ -127,3 +128,53 @@ def test_an_address_without_actions_takes_no_post() -> None:
         assert ask(endpoint, "GET", "/readyz").status == HTTPStatus.SERVICE_UNAVAILABLE
     finally:
         endpoint.stop()
+
+
+def echo(query: Query) -> Page:
+    return Page(HTTPStatus.OK, dict(query))
+
+
+@pytest.fixture
+def echoing() -> Iterator[HttpEndpoint]:
+    """An address whose page shows the query, and one whose page is a text."""
+    text = Page(HTTPStatus.OK, "# HELP ü\n", "text/plain; version=0.0.4; charset=utf-8")
+    opened = HttpEndpoint("control", Endpoint(HOST, 0), {"/echo": echo, "/text": lambda _: text}, {"/do": echo})
+    yield opened
+    opened.stop()
+
+
+@pytest.mark.parametrize(
+    ("query", "seen"),
+    [
+        ("", {}),
+        ("?", {}),
+        ("?a=1&b=2", {"a": "1", "b": "2"}),
+        ("?a=1&a=2", {"a": "1"}),
+        ("?a=&b", {"a": "", "b": ""}),
+        ("?directives=info,relay.core%3Ddebug", {"directives": "info,relay.core=debug"}),
+        ("?a=x+y%20z", {"a": "x y z"}),
+        ("?a=%C3%BC", {"a": "ü"}),
+        ("?a=1;b=2", {"a": "1;b=2"}),
+    ],
+)
+@pytest.mark.parametrize(("method", "path"), [("GET", "/echo"), ("POST", "/do")])
+def test_a_page_gets_the_first_value_of_each_parameter(
+    echoing: HttpEndpoint, query: str, seen: dict[str, str], method: str, path: str
+) -> None:
+    assert ask(echoing, method, path + query)[::2] == (HTTPStatus.OK, seen)
+
+
+@pytest.mark.parametrize("query", ["&".join(f"a{number}=" for number in range(17)), "a=%FF", "%80=1"])
+def test_a_query_that_is_too_long_or_no_text_is_400(echoing: HttpEndpoint, query: str) -> None:
+    answer = ask(echoing, "GET", f"/echo?{query}")
+    assert answer.status == HTTPStatus.BAD_REQUEST
+    assert "16 parameters" in str(answer.body["error"])
+
+
+def test_a_page_may_be_a_text_of_its_own_kind(echoing: HttpEndpoint) -> None:
+    connection = http.client.HTTPConnection(HOST, echoing.port, timeout=5)
+    connection.request("GET", "/text")
+    answer = connection.getresponse()
+    assert answer.getheader("Content-Type") == "text/plain; version=0.0.4; charset=utf-8"
+    assert answer.read().decode() == "# HELP ü\n"
+    connection.close()

@@ -1,0 +1,99 @@
+"""All pages of the health and of the control address: who answers what, in one place."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from http import HTTPStatus
+from typing import NamedTuple
+
+from relay import __version__
+from relay.actors.offload import Offloading
+from relay.config import Config, Endpoint
+from relay.ops.http import HttpEndpoint, Page, Pages, Query
+
+
+class Sources(NamedTuple):
+    """What pages are made of. They are read from other threads, without asking any actor."""
+
+    is_ready: Callable[[], bool]
+    """Whether new clients should be sent here."""
+    offloading: Offloading | None
+    """What has the kernel relay, if it does."""
+
+
+class Answered(NamedTuple):
+    """The pages of one address."""
+
+    get: Pages
+    post: Pages
+
+
+def health(sources: Sources) -> Answered:
+    """Give what anyone may see: whether the process lives, and whether it answers clients."""
+    return Answered(health_pages(sources.is_ready), {})
+
+
+def control(sources: Sources) -> Answered:
+    """Give what operators see and do."""
+    get, post = health(sources)
+    if sources.offloading is not None:
+        offload = offload_pages(sources.offloading.datapath.state, sources.offloading.channels, sources.offloading.switch)
+        get, post = get | offload.get, post | offload.post
+    return Answered(get, post)
+
+
+@contextlib.contextmanager
+def serving(config: Config, sources: Sources) -> Iterator[dict[str, Endpoint]]:
+    """Answer at both addresses, for as long as the context lasts.
+
+    Yields:
+        Where, by the names of the options; what was asked for as port 0 is the one that was free.
+
+    Raises:
+        BadUseError: an address is in use, or this machine does not have it.
+    """
+    with contextlib.ExitStack() as stack:
+        at: dict[str, Endpoint] = {}
+        for name, asked, answered in (
+            ("health", config.health, health(sources)),
+            ("control", config.control, control(sources)),
+        ):
+            http = HttpEndpoint(name, asked, answered.get, answered.post)
+            stack.callback(http.stop)
+            at[name] = Endpoint(asked.host, http.port)
+        yield at
+
+
+def health_pages(is_ready: Callable[[], bool]) -> Pages:
+    """Give the pages by which an orchestrator sees whether the process lives, and whether it answers clients."""
+
+    def healthz(_: Query) -> Page:
+        return Page(HTTPStatus.OK, {"status": "ok", "version": __version__})
+
+    def readyz(_: Query) -> Page:
+        if is_ready():
+            return Page(HTTPStatus.OK, {"status": "ready", "version": __version__})
+        return Page(HTTPStatus.SERVICE_UNAVAILABLE, {"status": "not ready", "version": __version__})
+
+    return {"/healthz": healthz, "/readyz": readyz}
+
+
+def offload_pages(
+    state: Callable[[], Mapping[str, object]],
+    channels: Callable[[], Mapping[str, object]],
+    switch: Callable[[bool], bool],
+) -> Answered:
+    """Give the pages that show what the kernel relays, and those that switch it on and off.
+
+    Args:
+        state: all that is counted.
+        channels: what each channel relayed.
+        switch: attaches (true) or detaches, and tells whether that went well.
+    """
+
+    def switched(*, attached: bool) -> Page:
+        return Page(HTTPStatus.OK if switch(attached) else HTTPStatus.SERVICE_UNAVAILABLE, state())
+
+    return Answered(
+        {"/offload": lambda _: Page(HTTPStatus.OK, state()), "/offload/channels": lambda _: Page(HTTPStatus.OK, channels())},
+        {"/offload/attach": lambda _: switched(attached=True), "/offload/detach": lambda _: switched(attached=False)},
+    )
