@@ -1,9 +1,10 @@
-"""The command line: options become a `Config`, a `Config` becomes a `System`."""
+"""The command line: what can be asked for.
 
-import itertools
+What it takes to do it is imported once it is asked for: a command that only looks at a relay need not wait for all of one.
+"""
+
+import importlib
 import json
-import os
-import queue
 import secrets
 import signal
 import sys
@@ -15,17 +16,9 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from relay import __version__
-from relay.actors.news import News, Request
-from relay.actors.system import System
-from relay.config import HIGHEST_PORT, LOWEST_PORT, AttachMode, BadUseError, Config, LogFormat, OffloadConfig, PortalAccess
-from relay.core.credentials import Credential, RelaySecret, mint
-from relay.core.peers import Network
-from relay.core.portal.endpoint import PortalUrl
-from relay.net.proxy import Proxy
-from relay.offload.datapath import open_datapath
-from relay.ops import logs, signals
-from relay.ops.dump import dump, register_wedged_dump
-from relay.ops.systemd import Systemd
+from relay.config import HIGHEST_PORT, LOWEST_PORT, AttachMode, BadUseError, LogFormat
+from relay.core.credentials import SALT_BYTES, mint
+from relay.ops import signals
 from relay.options import (
     CpuType,
     DurationType,
@@ -36,18 +29,15 @@ from relay.options import (
     NetworksType,
     PortalUrlType,
     read_secret,
-    read_token,
-    read_token_file,
 )
-from relay.probe.command import probe
 
 T = TypeVar("T", bound=Callable[..., Any])
 
-DAY = 86400
 BAD_USE = 2
 """Exit code for what the user can mend."""
 
-SALT_BYTES = 12
+_ELSEWHERE = {"probe": "relay.probe.command"}
+"""Commands that are imported once they are asked for, by name, with the module that has each."""
 
 _EPILOG = """\b
 In a Firezone network:
@@ -80,7 +70,22 @@ def _setting(
     return click.option(flag, name, envvar=variable, show_envvar=True, type=type_, help=text, **more)
 
 
+class _Commands(click.Group):
+    """The commands, those that are elsewhere among them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *_ELSEWHERE})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        command = getattr(importlib.import_module(_ELSEWHERE[cmd_name]), cmd_name)
+        assert isinstance(command, click.Command)  # noqa: S101 - the table says so
+        return command
+
+
 @click.group(
+    cls=_Commands,
     invoke_without_command=True,
     epilog=_EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110},
@@ -256,11 +261,10 @@ def cli(context: click.Context, /, **options: Any) -> None:  # noqa: ANN401 - on
     3478 once the portal says so; each allocation has a UDP port of its own.
     """
     if context.invoked_subcommand is None:
-        context.exit(_run(**options))
+        from relay import process  # noqa: PLC0415 - all of the relay, which commands beside it don't need
+
+        context.exit(process.run(**options))
     signals.let_go()
-
-
-cli.add_command(probe)
 
 
 @cli.command(short_help="Make a username and a password for a client.")
@@ -272,7 +276,7 @@ cli.add_command(probe)
 def credentials(relay_secret_file: Path, ttl: int, *, as_json: bool) -> None:
     """Make a username and a password that a relay with the same secret takes until they expire."""
     expiry = int(time.time()) + ttl
-    credential = _mint(read_secret(relay_secret_file), expiry)
+    credential = mint(read_secret(relay_secret_file), expiry, secrets.token_urlsafe(SALT_BYTES))
     if as_json:
         click.echo(json.dumps({**credential._asdict(), "expires_at": expiry}))
     else:
@@ -290,109 +294,3 @@ def main() -> NoReturn:
     except click.Abort:
         sys.exit(128 + signal.SIGINT)
     sys.exit(code)
-
-
-def _run(
-    *,
-    standalone: bool,
-    log_format: str,
-    relay_secret_file: Path | None,
-    allow_peers: tuple[tuple[Network, ...], ...],
-    deny_peers: tuple[tuple[Network, ...], ...],
-    **settings: Any,  # noqa: ANN401 - click gives what the types of the options make
-) -> int:
-    """Run the relay until it is stopped, and give the exit code."""
-    if sys.platform != "linux":
-        raise BadUseError(f"the relay runs on Linux only, not on {sys.platform}: try it in a Linux container")
-    access = _portal_access(
-        standalone=standalone, **{each: settings.pop(each) for each in ("token_file", "api_url", "name")}
-    )
-    if access is not None and relay_secret_file is not None:
-        raise BadUseError(
-            "--relay-secret-file is for --standalone: in a network, the relay makes a secret and tells the portal"
-        )
-    interfaces, mode = settings.pop("offload"), AttachMode(settings.pop("attach_mode"))
-    config = Config(
-        portal=access,
-        secret=None if relay_secret_file is None else read_secret(relay_secret_file),
-        allow_peers=tuple(itertools.chain(*allow_peers)),
-        deny_peers=tuple(itertools.chain(*deny_peers)),
-        offload=OffloadConfig(interfaces, mode) if interfaces else None,
-        **settings,
-    )
-    # Before any thread, each of which would keep the capabilities that this gives up.
-    datapath = None if config.offload is None else open_datapath(config, config.offload)
-    news: News = queue.SimpleQueue()
-    signals.listen(
-        {
-            signal.SIGTERM: lambda: news.put(Request.LEAVE),
-            signal.SIGINT: lambda: news.put(Request.STOP),
-            signal.SIGUSR1: lambda: news.put(Request.DUMP),
-        }
-    )
-    register_wedged_dump()
-    log = logs.LogWriter(sys.stderr)
-    logs.configure(LogFormat(log_format), log)
-    try:
-        with System(config, news=news, systemd=Systemd(os.environ), datapath=datapath) as system:
-            if config.secret is None and config.portal is None:
-                _introduce(system)
-            return system.run(lambda: dump(system.summary(), log))
-    finally:
-        log.close()
-
-
-def _portal_access(
-    *, standalone: bool, token_file: Path | None, api_url: PortalUrl, name: str | None
-) -> PortalAccess | None:
-    """Give how to join a network; None for a relay that stands alone."""
-    if standalone:
-        if token_file is not None:
-            raise BadUseError("--standalone is without a portal, --token-file is for one: give one of the two")
-        return None
-    variable = os.environ.get("FIREZONE_TOKEN", "").strip()
-    if token_file is None and not variable:
-        raise BadUseError(
-            "no token: make one for a relay in the Firezone portal and set it as FIREZONE_TOKEN, or give --standalone"
-        )
-    token = read_token(variable) if token_file is None else read_token_file(token_file)
-    try:
-        proxy = Proxy.from_environment(api_url.host, is_tls=api_url.is_tls)
-    except ValueError as error:
-        raise BadUseError(f"can't reach the portal through the proxy: {error}") from error
-    return PortalAccess(api_url, token, name or None, proxy)
-
-
-def _mint(secret: RelaySecret, expiry: int) -> Credential:
-    return mint(secret, expiry, secrets.token_urlsafe(SALT_BYTES))
-
-
-def _program() -> str:
-    """Give the words by which this program was called."""
-    return f"{sys.executable} -m relay" if sys.argv[0].endswith("__main__.py") else sys.argv[0]
-
-
-def _introduce(system: System) -> None:
-    """Print what a first client needs: once, and to standard output only, since a log is kept and read by others."""
-    credential = _mint(system.secret, int(time.time()) + DAY)
-    hosts = [f"[{host}]" if ":" in host else host for host in system.config.public_hosts.values()]
-    lines = [
-        "The relay has made itself a secret. This credential is valid for a day:",
-        "",
-        *(f"  uri:      turn:{host}:{system.config.service_port}?transport=udp" for host in hosts),
-        f"  username: {credential.username}",
-        f"  password: {credential.password}",
-        "",
-        "Try it from another terminal:",
-        "",
-        f"  {_program()} probe {hosts[0]} --username {credential.username} --password {credential.password}",
-        "",
-    ]
-    try:
-        click.echo("\n".join(lines))
-    except OSError as error:
-        # What could not be written would be tried again at the end, and fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise BadUseError(
-            f"can't print the credential ({error.strerror}): give --relay-secret-file, or mend the output"
-        ) from error

@@ -17,6 +17,9 @@ _LONGEST = 508
 SECRET_LENGTH = 32
 """Random bytes in a relay secret that the relay makes itself."""
 
+SALT_BYTES = 12
+"""Random bytes in the salt of a username that is made here."""
+
 
 class RelaySecret(Concealed):
     """The secret that passwords are derived from; the portal is told it, since it mints them."""
