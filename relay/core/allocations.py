@@ -71,6 +71,8 @@ class Allocation:
     """Seconds, as granted last."""
     fingerprint: bool
     """Whether the Allocate bore a FINGERPRINT, and so shall its answer."""
+    made_at: float
+    """Monotonic seconds: when its Allocate came."""
     state: AllocationState = AllocationState.BINDING
     refused_ports: list[RelayedPort] = field(default_factory=list)
     """Tried and refused by the machine; kept from the pool until the allocation is answered."""

@@ -40,6 +40,11 @@ class Deadlines(Generic[K]):
         if self._at.pop(key, None) is not None:
             self._tidy()
 
+    def get(self, key: K) -> float | None:
+        """Give a key's deadline, None if it has none; any thread may ask."""
+        entry = self._at.get(key)
+        return None if entry is None else entry[0]
+
     def earliest(self) -> float | None:
         """Give the next deadline; None if there is none."""
         return self._heap[0][0] if self._heap else None

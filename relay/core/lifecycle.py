@@ -108,6 +108,7 @@ class Lifecycle:
             request.even_port,
             request.lifetime,
             request.fingerprint,
+            now,
         )
         self._next_id += 1
         if key is not None:

@@ -492,3 +492,13 @@ def test_a_client_that_roams_gets_the_port_and_the_place_of_its_old_allocation()
     moved = Client(relay, OTHER_CLIENT)
     moved.allocate()
     assert list(relay.server.allocations.by_client) == [moved.address]
+
+
+def test_an_allocation_knows_when_it_was_made_and_a_refresh_changes_nothing_of_that(relay: Relay, client: Client) -> None:
+    relay.pass_time(3)
+    made_at = relay.now.monotonic
+    allocation = relay.server.allocations.by_id[client.allocate().id]
+    relay.pass_time(60)
+    client.refresh(1200)
+    assert allocation.made_at == made_at
+    assert relay.server.allocations.deadlines.get((allocation.id, None)) == made_at + 60 + 1200

@@ -34,6 +34,7 @@ def test_deadlines_do_as_a_dict_would(steps: list[tuple[str, int, float]]) -> No
             model = {each: moment for each, moment in model.items() if moment > at}
         assert deadlines.earliest() == min(model.values(), default=None)
         assert len(deadlines) == len(model)
+        assert all(deadlines.get(key) == model.get(key) for key in range(10))
 
 
 def test_nothing_is_due_before_its_moment() -> None:

@@ -99,6 +99,10 @@ class PortalChannel:
         """Frames that could not be made sense of."""
         self.faults = 0
         """Reports that this failed on, as counted by whoever drives it: each is a bug."""
+        self.entered_at: float | None = None
+        """Monotonic time at which it came into its state; None before the start."""
+        self.last_failure: str | None = None
+        """Why there was no connection, or none any more, the last time."""
         self._config = config
         self._retry = Retry(random)
         self._commands: list[PortalCommand] = []
@@ -108,7 +112,6 @@ class PortalChannel:
         self._heartbeat_at = math.inf
         self._awaited: Ref | None = None
         self._joined_at = -math.inf
-        self._last_failure = "no attempt was made"
         self._events: dict[tuple[str, str], Callable[[Frame, Instant], None]] = {
             (RELAY, "phx_reply"): self._take_relay_reply,
             (RELAY, "init"): self._take_init,
@@ -317,7 +320,7 @@ class PortalChannel:
 
     def _give_up(self) -> None:
         self._abandon()
-        self._end(Fatal(reasons.retries_spent(self._config.url.host, self._retry.patience, self._last_failure)))
+        self._end(Fatal(reasons.retries_spent(self._config.url.host, self._retry.patience, self.last_failure)))
 
     def _drop(self, reason: str, now: Instant) -> None:
         """Give the connection, or the attempt, up, and try another one later."""
@@ -326,7 +329,7 @@ class PortalChannel:
 
     def _retry_later(self, reason: str, now: Instant, wait: float | None = None) -> None:
         """Be without a connection for a while."""
-        self._last_failure = reason
+        self.last_failure = reason
         self._retry.note_outage(now.monotonic)
         seconds = self._retry.next_wait() if wait is None else wait
         self._note(Severity.WARNING, "no connection to the portal", reason=reason, retry_in=round(seconds, 1))
@@ -361,6 +364,7 @@ class PortalChannel:
 
     def _enter(self, state: State, now: Instant, seconds: float = math.inf) -> None:
         self.state = state
+        self.entered_at = now.monotonic
         self._awaited = None
         self._deadline = now.monotonic + seconds
 

@@ -13,9 +13,10 @@ def join_refused(reason: str) -> str:
     )
 
 
-def retries_spent(host: str, patience: str, last_failure: str) -> str:
+def retries_spent(host: str, patience: str, last_failure: str | None) -> str:
     """Say that it was tried for long enough."""
+    last = last_failure or "no attempt was made"
     return (
-        f"no channel of the portal {host} could be joined for {patience} (last: {last_failure}): check FIREZONE_API_URL, "
+        f"no channel of the portal {host} could be joined for {patience} (last: {last}): check FIREZONE_API_URL, "
         "the network, and whether the portal is up"
     )

@@ -545,3 +545,17 @@ def test_the_end_of_a_wait_is_no_time_without_a_limit(driver: Driver) -> None:
     driver.start()
     driver.report_refused(503, "9" * 400)
     assert driver.seconds_left < math.inf
+
+
+def test_since_when_a_state_lasts_and_what_failed_last_can_be_seen() -> None:
+    driver = Driver()
+    assert (driver.channel.entered_at, driver.channel.last_failure) == (None, None)
+    driver.join()
+    joined_at = driver.now.monotonic
+    driver.pass_time(5)
+    assert (driver.channel.entered_at, driver.channel.last_failure) == (joined_at, None)
+    driver.report_lost("connection reset")
+    assert (driver.channel.entered_at, driver.channel.last_failure) == (joined_at + 5, "connection reset")
+    driver.join_again()
+    assert driver.channel.entered_at == driver.now.monotonic > joined_at + 5
+    assert driver.channel.last_failure == "connection reset"
