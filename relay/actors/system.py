@@ -21,7 +21,7 @@ from relay.actors.offload import Offloading
 from relay.actors.pages import Sources, serving
 from relay.actors.portal import PortalActor
 from relay.actors.server import DataPaths, ServerActor, ServerCounters
-from relay.actors.summary import fields_of
+from relay.actors.summary import fields_of, relayed_in
 from relay.config import Config, Endpoint, PortalAccess
 from relay.core.addresses import Family
 from relay.core.commands import Drained
@@ -244,6 +244,7 @@ class System:
             "live_channels": len(allocations.live_channels),
             "server_inbox": 0 if self._inbox is None else len(self._inbox),
             "dropped_late": 0 if self._inbox is None else self._inbox.dropped,
+            **relayed_in(counters),
             **fields_of(counters),
             **fields_of(self.server_counters),
             **fields_of(self.server_counters.udp),

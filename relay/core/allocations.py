@@ -35,13 +35,20 @@ DeadlineKey: TypeAlias = tuple[AllocationId, ChannelNumber | None]
 
 @dataclass(slots=True)
 class ChannelBinding:
-    """A channel number and a peer, bound to each other in one allocation."""
+    """A channel number and a peer, bound to each other in one allocation.
+
+    What was relayed for it is counted as in `relay.core.counters.Counters`; what the kernel relayed is not in it.
+    """
 
     allocation: AllocationId
     client: ClientAddress
     number: ChannelNumber
     peer: PeerAddress
     live: bool = False
+    to_peer_packets: int = 0
+    to_peer_bytes: int = 0
+    to_client_packets: int = 0
+    to_client_bytes: int = 0
 
 
 class AllocationState(Enum):
@@ -80,6 +87,11 @@ class Allocation:
     """The answer that established it, for retransmissions of the request."""
     channels: dict[ChannelNumber, ChannelBinding] = field(default_factory=dict)
     peers: dict[PeerAddress, ChannelBinding] = field(default_factory=dict)
+    to_peer_packets: int = 0
+    """This and the next three are what was relayed for channels that are gone, without those in `channels`."""
+    to_peer_bytes: int = 0
+    to_client_packets: int = 0
+    to_client_bytes: int = 0
 
 
 class Offload(Protocol):
@@ -159,6 +171,10 @@ class Allocations:
         self.deadlines.discard((allocation.id, binding.number))
         del allocation.channels[binding.number]
         del allocation.peers[binding.peer]
+        allocation.to_peer_packets += binding.to_peer_packets
+        allocation.to_peer_bytes += binding.to_peer_bytes
+        allocation.to_client_packets += binding.to_client_packets
+        allocation.to_client_bytes += binding.to_client_bytes
 
     def remove_family(self, allocation: Allocation, family: Family) -> None:
         """Take one of its relayed addresses, and the channels to peers of that family, from a dual allocation."""

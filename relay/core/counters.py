@@ -1,9 +1,19 @@
 """What the core counts: plain integers that anyone may read at any time."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final
 
 from relay.core.stun import Malformed, Method
+
+SIZE_SHIFT: Final = 7
+"""Sizes are counted in steps of this power of two: of 128 bytes."""
+
+SIZE_STEPS: Final = 16
+"""Of a histogram of sizes, as the kernel's program has them: the last one is open."""
+
+_ALL_SIZES: Final = 1 << 16 >> SIZE_SHIFT
 
 
 class DropReason(StrEnum):
@@ -65,10 +75,12 @@ class FreeReason(StrEnum):
 class Counters:
     """Counts since the start. Packets and bytes are those handed out for sending; bytes are payload without headers."""
 
-    to_peer_packets: int = 0
     to_peer_bytes: int = 0
-    to_client_packets: int = 0
     to_client_bytes: int = 0
+    to_peer_sizes: list[int] = field(default_factory=lambda: [0] * _ALL_SIZES)
+    """Packets by their payload's size, in steps up to the largest there can be: so that nothing is compared for a packet.
+    `histogram` makes it shorter."""
+    to_client_sizes: list[int] = field(default_factory=lambda: [0] * _ALL_SIZES)
     binding_indications: int = 0
     allocations_made: int = 0
     allocations_freed: dict[FreeReason, int] = field(default_factory=lambda: dict.fromkeys(FreeReason, 0))
@@ -80,9 +92,24 @@ class Counters:
     """Error answers by method and code."""
     drops: dict[DropReason, int] = field(default_factory=lambda: dict.fromkeys(DropReason, 0))
 
+    @property
+    def to_peer_packets(self) -> int:
+        """All of them, whatever their size."""
+        return sum(self.to_peer_sizes)
+
+    @property
+    def to_client_packets(self) -> int:
+        """All of them, whatever their size."""
+        return sum(self.to_client_sizes)
+
     def count_answer(self, method: Method, code: int | None) -> None:
         """Count an answer; ``code`` is None for a success."""
         if code is None:
             self.successes[method] = self.successes.get(method, 0) + 1
         else:
             self.errors[method, code] = self.errors.get((method, code), 0) + 1
+
+
+def histogram(sizes: Sequence[int]) -> list[int]:
+    """Give counts by size in `SIZE_STEPS` steps, the last of which has all that is larger."""
+    return [*sizes[: SIZE_STEPS - 1], sum(sizes[SIZE_STEPS - 1 :])]

@@ -16,7 +16,7 @@ from typing import TypeAlias
 from relay.core.addresses import AllocationId, ChannelNumber, ClientAddress, PeerAddress, SocketAddress
 from relay.core.allocations import Allocations, ChannelBinding
 from relay.core.commands import Command, SendToClient, SendToPeer
-from relay.core.counters import Counters, DropReason
+from relay.core.counters import SIZE_SHIFT, Counters, DropReason
 from relay.core.trains import Arrival, is_uniform
 
 CHANNEL_DATA_FIRST_BYTES = range(64, 128)
@@ -46,12 +46,13 @@ ToClient: TypeAlias = tuple[bytes, ClientAddress, int, int]
 class Run:
     """Datagrams that leave together, still growing."""
 
-    __slots__ = ("append", "at", "direction", "header", "length", "pieces", "signature", "size", "traffic_class")
+    __slots__ = ("append", "at", "binding", "direction", "header", "length", "pieces", "signature", "size", "traffic_class")
 
     def __init__(
         self, signature: Signature, binding: ChannelBinding, first: bytes, length: int, header: bytes = b""
     ) -> None:
         self.signature = signature
+        self.binding = binding
         self.direction = (binding.allocation, binding.number)
         self.pieces = [first]
         self.append: Callable[[bytes], None] = self.pieces.append
@@ -82,19 +83,15 @@ class Relaying:
         """The run that a datagram would have to continue, if any: later ones of a flow can't overtake."""
         self._begun: list[Run] = []
 
-    def leave_runs(self) -> None:
-        """Let no run grow any further: something else has happened."""
-        self.runs.clear()
-        self._latest.clear()
-
     def finish(self) -> None:
-        """Turn runs into commands; to be called when a batch is worked off."""
+        """Turn runs into commands, and let none grow any further: a batch is worked off, or something else happens in it."""
         for run in self._begun:
             count = len(run.pieces) - 1
             if count:
                 self._complete(run, count)
         self._begun.clear()
-        self.leave_runs()
+        self.runs.clear()
+        self._latest.clear()
 
     def forward_to_peer(self, arrivals: Sequence[Arrival], now: float) -> ToPeer | None:
         """Take a batch that arrived on the port that clients talk to, if it is one run and nothing else is to be done.
@@ -123,8 +120,11 @@ class Relaying:
                     return None
             payload = b"".join([each[0][CHANNEL_HEADER_LENGTH:] for each in arrivals])
         counters = self._counters
-        counters.to_peer_packets += count
-        counters.to_peer_bytes += len(payload)
+        relayed = len(payload)
+        counters.to_peer_sizes[length >> SIZE_SHIFT] += count
+        counters.to_peer_bytes += relayed
+        binding.to_peer_packets += count
+        binding.to_peer_bytes += relayed
         return binding.allocation, payload, binding.peer, length, traffic_class
 
     def forward_to_client(self, arrivals: Sequence[Arrival], now: float, allocation: AllocationId) -> ToClient | None:
@@ -145,8 +145,11 @@ class Relaying:
             # The header goes before each: an empty piece before the first makes that a join.
             frames = header.join([b"", *[each[0] for each in arrivals]])
         counters = self._counters
-        counters.to_client_packets += count
-        counters.to_client_bytes += count * length
+        relayed = count * length
+        counters.to_client_sizes[length >> SIZE_SHIFT] += count
+        counters.to_client_bytes += relayed
+        binding.to_client_packets += count
+        binding.to_client_bytes += relayed
         return frames, binding.client, CHANNEL_HEADER_LENGTH + length, traffic_class
 
     def to_peer(self, data: bytes, client: ClientAddress, traffic_class: int, *, batched: bool = False) -> None:
@@ -175,8 +178,10 @@ class Relaying:
         if batched and self._continue(binding, payload, traffic_class):
             return
         counters = self._counters
-        counters.to_peer_packets += 1
+        counters.to_peer_sizes[length >> SIZE_SHIFT] += 1
         counters.to_peer_bytes += length
+        binding.to_peer_packets += 1
+        binding.to_peer_bytes += length
         self._commands.append(SendToPeer(binding.allocation, payload, binding.peer, 0, traffic_class))
         if batched and length:
             self._begin(Run((client, data[:CHANNEL_HEADER_LENGTH], traffic_class), binding, payload, end))
@@ -195,8 +200,10 @@ class Relaying:
         if batched and self._continue(binding, frame, traffic_class):
             return
         counters = self._counters
-        counters.to_client_packets += 1
+        counters.to_client_sizes[length >> SIZE_SHIFT] += 1
         counters.to_client_bytes += length
+        binding.to_client_packets += 1
+        binding.to_client_bytes += length
         self._commands.append(SendToClient(frame, binding.client, 0, traffic_class))
         if batched:
             self._begin(Run((peer, length, traffic_class), binding, frame, length, header))
@@ -230,8 +237,7 @@ class Relaying:
             return True
         self._leave_latest(binding)
         payload = b"".join(pieces)
-        self._counters.to_peer_packets += len(pieces)
-        self._counters.to_peer_bytes += len(payload)
+        self._count_to_peer(binding, len(pieces) - 1, length, len(pieces[-1]))
         self._commands.append(SendToPeer(binding.allocation, payload, binding.peer, length, traffic_class))
         return True
 
@@ -251,8 +257,7 @@ class Relaying:
         frames = header.join((b"", *(view[at : at + segment] for at in range(0, count * segment, segment))))
         if rest:
             frames += _pack_header(binding.number, rest) + data[-rest:]
-        self._counters.to_client_packets += count + (rest > 0)
-        self._counters.to_client_bytes += len(data)
+        self._count_to_client(binding, count - (rest == 0), segment, rest or segment)
         self._commands.append(SendToClient(frames, binding.client, CHANNEL_HEADER_LENGTH + segment, traffic_class))
 
     def _continue(self, binding: ChannelBinding, datagram: bytes, traffic_class: int) -> bool:
@@ -281,15 +286,32 @@ class Relaying:
 
     def _complete(self, run: Run, more: int) -> None:
         """Write the command of a run, and count what came after its first datagram."""
-        counters = self._counters
         data = b"".join(run.pieces)
-        added = len(data) - run.size
+        size, last = run.size, len(run.pieces[-1])
         command = self._commands[run.at]
         if isinstance(command, SendToClient):
-            counters.to_client_packets += more
-            counters.to_client_bytes += added - more * CHANNEL_HEADER_LENGTH
-            self._commands[run.at] = SendToClient(data, command.client, run.size, run.traffic_class)
+            self._count_to_client(run.binding, more - 1, size - CHANNEL_HEADER_LENGTH, last - CHANNEL_HEADER_LENGTH)
+            self._commands[run.at] = SendToClient(data, command.client, size, run.traffic_class)
         elif isinstance(command, SendToPeer):
-            counters.to_peer_packets += more
-            counters.to_peer_bytes += added
-            self._commands[run.at] = SendToPeer(command.allocation, data, command.peer, run.size, run.traffic_class)
+            self._count_to_peer(run.binding, more - 1, size, last)
+            self._commands[run.at] = SendToPeer(command.allocation, data, command.peer, size, run.traffic_class)
+
+    def _count_to_peer(self, binding: ChannelBinding, whole: int, length: int, last: int) -> None:
+        """Count a number of packets of one length, and one that may be shorter."""
+        counters = self._counters
+        relayed = whole * length + last
+        counters.to_peer_sizes[length >> SIZE_SHIFT] += whole
+        counters.to_peer_sizes[last >> SIZE_SHIFT] += 1
+        counters.to_peer_bytes += relayed
+        binding.to_peer_packets += whole + 1
+        binding.to_peer_bytes += relayed
+
+    def _count_to_client(self, binding: ChannelBinding, whole: int, length: int, last: int) -> None:
+        """Count packets to a client, as `_count_to_peer` does."""
+        counters = self._counters
+        relayed = whole * length + last
+        counters.to_client_sizes[length >> SIZE_SHIFT] += whole
+        counters.to_client_sizes[last >> SIZE_SHIFT] += 1
+        counters.to_client_bytes += relayed
+        binding.to_client_packets += whole + 1
+        binding.to_client_bytes += relayed

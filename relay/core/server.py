@@ -203,7 +203,7 @@ class Server:
             self._relaying.to_peer(data, client, traffic_class, batched=batched)
         elif is_stun(data):
             # It may change what is relayed, and how.
-            self._relaying.leave_runs()
+            self._relaying.finish()
             self._handle_stun(data, client, now)
             self._set_wake_up()
         else:
