@@ -13,7 +13,7 @@ PROGRAM := relay/offload/program.o
 run: $(INSTALLED) $(PROGRAM) ## a standalone relay on loopback
 	@exec $(BIN)/firezone-relay --standalone --public-ip4-addr 127.0.0.1 \
 		$$(grep -q '^0\{31\}1 ' /proc/net/if_inet6 2>/dev/null && echo --public-ip6-addr ::1) \
-		--allow-peer 127.0.0.0/8 --allow-peer ::1/128 --max-allocations 1000
+		--allow-peer 127.0.0.0/8 --allow-peer ::1/128 --max-allocations 1000 --allow-root
 
 test: debian-packages $(INSTALLED) $(PROGRAM) ## all tests, foreign clients included
 	$(BIN)/pytest

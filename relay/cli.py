@@ -247,6 +247,15 @@ class _Commands(click.Group):
     default=LogFormat.HUMAN.value,
 )
 @_setting(
+    "--allow-root",
+    "allow_root",
+    "ALLOW_ROOT",
+    click.BOOL,
+    "Run even as root, which makes a flaw in the relay one of the whole machine.",
+    is_flag=True,
+    show_default=False,
+)
+@_setting(
     "--rng-seed",
     "rng_seed",
     "RNG_SEED",

@@ -22,6 +22,7 @@ from relay.net.proxy import Proxy
 from relay.offload.datapath import open_datapath
 from relay.ops import logs, signals
 from relay.ops.dump import dump, register_wedged_dump
+from relay.ops.privilege import refuse_root
 from relay.ops.systemd import Systemd
 from relay.options import read_secret, read_token, read_token_file
 
@@ -31,6 +32,7 @@ _DAY = 86400
 def run(
     *,
     standalone: bool,
+    allow_root: bool,
     log_format: str,
     relay_secret_file: Path | None,
     allow_peers: tuple[tuple[Network, ...], ...],
@@ -56,6 +58,8 @@ def run(
         offload=OffloadConfig(interfaces, mode) if interfaces else None,
         **settings,
     )
+    if not allow_root:
+        refuse_root()
     # Before any thread, each of which would keep the capabilities that this gives up.
     datapath = None if config.offload is None else open_datapath(config, config.offload)
     news: News = queue.SimpleQueue()
@@ -86,7 +90,8 @@ def _portal_access(
         if token_file is not None:
             raise BadUseError("--standalone is without a portal, --token-file is for one: give one of the two")
         return None
-    variable = os.environ.get("FIREZONE_TOKEN", "").strip()
+    # Taken out, so that no program which this one might run is given it.
+    variable = os.environ.pop("FIREZONE_TOKEN", "").strip()
     if token_file is None and not variable:
         raise BadUseError(
             "no token: make one for a relay in the Firezone portal and set it as FIREZONE_TOKEN, or give --standalone"

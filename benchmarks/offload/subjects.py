@@ -131,6 +131,7 @@ def _relay(directory: Path, name: str) -> Subject:
         *(*_WITH_US, sys.executable, "-m", "relay", "--standalone", "--public-ip4-addr", shape.address[0]),
         *("--relay-secret-file", str(secret_file), "--allow-peer", f"{PEER_HOST}/32"),
         *("--health-address", "127.0.0.1:0", "--control-address", f"127.0.0.1:{shape.control_port}"),
+        "--allow-root",
         *_offloading(name),
     )
     return Subject(name, "", command, directory / f"{name}.log", lambda number: mint(secret, expiry, f"client{number}"))

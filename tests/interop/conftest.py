@@ -20,7 +20,7 @@ START_SECONDS = 20
 STOP_SECONDS = 10
 
 # What the program gets of the environment of the tests: no setting of a relay, no proxy, and no authorities.
-_KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
+_KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "ALLOW_ROOT")
 
 # Clients know port 3478 only, so each relay has an address of its own.
 _hosts = (f"127.{os.getpid() % 200 + 20}.{high}.{low}" for high, low in itertools.product(range(1, 255), range(1, 255)))
@@ -34,6 +34,7 @@ class Program:
         hosts: its public addresses; one that no other program of these tests has, if none is given.
         reads_log: whether someone reads what it logs.
         network: variables for one that is in a network; None for one that is ``--standalone``.
+        by: a command that runs the one that follows it, as somebody or in some place.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Program:
         hosts: tuple[str, ...] = (),
         reads_log: bool = True,
         network: Mapping[str, str] | None = None,
+        by: tuple[str, ...] = (),
     ) -> None:
         self.host = next(_hosts) if not hosts else hosts[0]
         self.introduction = ""
@@ -51,7 +53,7 @@ class Program:
             for argument in ("--public-ip6-addr" if ":" in host else "--public-ip4-addr", host)
         ]
         self.command = [
-            *(sys.executable, "-m", "relay", *public, *(("--standalone",) if network is None else ())),
+            *(*by, sys.executable, "-m", "relay", *public, *(("--standalone",) if network is None else ())),
             *("--health-address", f"{self.host}:8080" if ":" not in self.host else f"[{self.host}]:8080"),
             *("--control-address", "127.0.0.1:0", "--max-allocations", "2000", *options),
         ]

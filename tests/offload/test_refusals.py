@@ -43,7 +43,7 @@ def host() -> Iterator[Host]:
 
 def refusal(host: Host, *options: str, before: tuple[str, ...] = (), **environment: str) -> str:
     """Start the relay, which has to end at once; give the line that says why."""
-    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "ALLOW_ROOT") if name in os.environ}
     with host.entered():
         done = subprocess.run(
             (*before, *COMMAND, *options),
