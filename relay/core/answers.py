@@ -6,11 +6,24 @@ from typing import Any, NamedTuple, TypeAlias
 from relay.core.addresses import ClientAddress
 from relay.core.attributes import ERROR_CODE, SOFTWARE, Attribute, ErrorValue
 from relay.core.authentication import ErrorCode
-from relay.core.commands import Command, SendToClient
+from relay.core.commands import Commands, SendToClient
 from relay.core.counters import Counters
+from relay.core.events import Answered, RequestRefused
 from relay.core.stun import MessageClass, Method, encode
 
 AttributeValues: TypeAlias = Iterable[tuple[Attribute[Any], Any]]
+
+_TELLING_CODES = frozenset(
+    (
+        ErrorCode.BAD_REQUEST,
+        ErrorCode.UNKNOWN_ATTRIBUTE,
+        ErrorCode.ADDRESS_FAMILY_NOT_SUPPORTED,
+        ErrorCode.WRONG_CREDENTIALS,
+        ErrorCode.UNSUPPORTED_TRANSPORT_PROTOCOL,
+        ErrorCode.PEER_ADDRESS_FAMILY_MISMATCH,
+    )
+)
+"""What no client should get if all is well. 401, 437 and 438 are how clients find out; the rest have events of their own."""
 
 
 class Recipient(NamedTuple):
@@ -30,7 +43,7 @@ class Recipient(NamedTuple):
 class Answers:
     """Writes answers, counts them, and puts them among the commands."""
 
-    def __init__(self, software: str, counters: Counters, commands: list[Command]) -> None:
+    def __init__(self, software: str, counters: Counters, commands: Commands) -> None:
         self._software = software
         self._counters = counters
         self._commands = commands
@@ -45,16 +58,23 @@ class Answers:
         """Answer a request with an error."""
         error = ErrorValue(code, code.phrase if to.authenticated else "")
         self._send(to, MessageClass.ERROR, ((ERROR_CODE, error), *attributes), code)
+        if to.authenticated and code in _TELLING_CODES and RequestRefused in self._commands.watched:
+            self._commands.append(RequestRefused(to.client, to.method, code))
 
     def repeat(self, to: Recipient, answer: bytes) -> None:
         """Answer a repeated request with the very bytes of the success it had."""
-        self._counters.count_answer(to.method, None)
-        self._commands.append(SendToClient(answer, to.client))
+        self._note(to, None, answer)
 
     def _send(
         self, to: Recipient, message_class: MessageClass, attributes: AttributeValues, code: ErrorCode | None
     ) -> bytes:
-        self._counters.count_answer(to.method, code)
         answer = encode(message_class, to.method, to.transaction_id, attributes, key=to.key, fingerprint=to.fingerprint)
-        self._commands.append(SendToClient(answer, to.client))
+        self._note(to, code, answer)
         return answer
+
+    def _note(self, to: Recipient, code: ErrorCode | None, answer: bytes) -> None:
+        """Send an answer, and count it."""
+        self._counters.count_answer(to.method, code)
+        self._commands.append(SendToClient(answer, to.client))
+        if Answered in self._commands.watched:
+            self._commands.append(Answered(to.client, to.method, code))

@@ -4,11 +4,13 @@ The two that are made for every packet are named tuples: they are as immutable a
 it to make (0.2 µs against 0.7 µs on CPython 3.11).
 """
 
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 from relay.core.addresses import AllocationId, ChannelNumber, ClientAddress, Family, PeerAddress, RelayedPort
 from relay.core.counters import FreeReason
+from relay.core.events import CoreEvent
 
 
 class SendToClient(NamedTuple):
@@ -101,4 +103,16 @@ OffloadCommand: TypeAlias = InstallChannel | RemoveChannel | ExtendAllocation | 
 
 OFFLOAD_COMMANDS = (InstallChannel, RemoveChannel, ExtendAllocation, StopAllocation)
 
-Command: TypeAlias = SendToClient | SendToPeer | BindPort | FreeAllocation | Drained | OffloadCommand
+Command: TypeAlias = SendToClient | SendToPeer | BindPort | FreeAllocation | Drained | OffloadCommand | CoreEvent
+"""Of events, nothing is asked but that they be heard; they come only if someone watches."""
+
+
+class Commands(list[Command]):
+    """Commands that wait to be drained."""
+
+    __slots__ = ("watched",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.watched: AbstractSet[type[CoreEvent]] = frozenset()
+        """The events that are wanted among them: no other is even made."""

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from relay.core.addresses import AllocationId, ClientAddress, Family, socket_address
-from relay.core.allocations import Allocation, Allocations, AllocationState
+from relay.core.addresses import AllocationId, ClientAddress, Family, SocketAddress, socket_address
+from relay.core.allocations import Allocation, Allocations, AllocationState, ChannelBinding
 from relay.core.answers import Answers, Recipient
 from relay.core.attributes import (
     ADDRESS_ERROR_CODE,
@@ -16,10 +16,11 @@ from relay.core.attributes import (
     Attribute,
 )
 from relay.core.authentication import ErrorCode
-from relay.core.commands import BindPort, Command, Drained, FreeAllocation
+from relay.core.commands import BindPort, Commands, Drained, FreeAllocation
 from relay.core.config import ServerConfig
 from relay.core.counters import Counters, FreeReason
 from relay.core.credentials import integrity_key, parse_username, password_of
+from relay.core.events import AllocationCreated, AllocationFreed, ChannelExpired, Limit, LimitReached
 from relay.core.ports import PortPool
 from relay.core.randomness import RandomSource
 from relay.core.stun import Method
@@ -59,7 +60,7 @@ class Lifecycle:
         tables: Allocations,
         answers: Answers,
         counters: Counters,
-        commands: list[Command],
+        commands: Commands,
         random: RandomSource,
     ) -> None:
         self._config = config
@@ -83,16 +84,10 @@ class Lifecycle:
         The allocation that its username had (roaming) is freed once nothing stands against the new one; its ports and its
         place count as free.
         """
-        if self._draining:
-            return ErrorCode.INSUFFICIENT_CAPACITY
         replaced = self._tables.by_username.get(request.username)
-        regained = () if replaced is None else (replaced.port, *replaced.refused_ports)
-        if not self._ports.count(even=request.even_port) and not any(
-            port % 2 == 0 or not request.even_port for port in regained
-        ):
-            return ErrorCode.INSUFFICIENT_CAPACITY
-        if len(self._tables.by_id) - (replaced is not None) >= self._config.max_allocations:
-            return ErrorCode.ALLOCATION_QUOTA_REACHED
+        limit = self._limit_reached(request, replaced)
+        if limit is not None:
+            return self._refuse(request.client, limit)
         if replaced is not None:
             self.free(replaced, FreeReason.REPLACED)
         port = self._ports.draw(self._random, even=request.even_port)
@@ -117,12 +112,32 @@ class Lifecycle:
         self._commands.append(BindPort(allocation.id, port, allocation.families))
         return None
 
+    def _limit_reached(self, request: AllocationRequest, replaced: Allocation | None) -> Limit | None:
+        """Tell what stands against an allocation that is to take the place of another, or of none."""
+        if self._draining:
+            return Limit.DRAINING
+        regained = () if replaced is None else (replaced.port, *replaced.refused_ports)
+        if not self._ports.count(even=request.even_port) and not any(
+            port % 2 == 0 or not request.even_port for port in regained
+        ):
+            return Limit.PORTS
+        if len(self._tables.by_id) - (replaced is not None) >= self._config.max_allocations:
+            return Limit.ALLOCATIONS
+        return None
+
     def establish(self, allocation: Allocation, now: float) -> None:
         """Answer the Allocate of an allocation whose sockets are all bound."""
         allocation.state = AllocationState.ESTABLISHED
         self._give_back_refused_ports(allocation)
         self._tables.extend(allocation, now + allocation.lifetime)
         self._counters.allocations_made += 1
+        if AllocationCreated in self._commands.watched:
+            relayed = tuple(self._relayed(allocation, family) for family in allocation.families)
+            self._commands.append(
+                AllocationCreated(
+                    allocation.id, allocation.client, relayed, allocation.missing_families, allocation.lifetime
+                )
+            )
         allocation.success = self._answers.succeed(self._recipient(allocation), self._granted(allocation))
 
     def try_another_port(self, allocation: Allocation) -> None:
@@ -143,8 +158,11 @@ class Lifecycle:
         self._give_back_refused_ports(allocation)
         self._counters.allocations_freed[reason] += 1
         self._commands.append(FreeAllocation(allocation.id, reason))
-        if allocation.state is AllocationState.BINDING and reason in (FreeReason.REFUSED, FreeReason.FAILED):
-            self._answers.refuse(self._recipient(allocation), ErrorCode.INSUFFICIENT_CAPACITY)
+        if allocation.state is AllocationState.ESTABLISHED:
+            if AllocationFreed in self._commands.watched:
+                self._commands.append(AllocationFreed(allocation.id, allocation.client, reason))
+        elif reason in (FreeReason.REFUSED, FreeReason.FAILED):
+            self._answers.refuse(self._recipient(allocation), self._refuse(allocation.client, Limit.SOCKETS))
         self._keys.pop(allocation.id, None)
         self._note_if_drained()
 
@@ -162,9 +180,21 @@ class Lifecycle:
                 binding = allocation.state is AllocationState.BINDING
                 self.free(allocation, FreeReason.REFUSED if binding else FreeReason.EXPIRED)
             elif allocation.channels[number].live:
-                self._tables.cool_channel(allocation.channels[number], at)
+                self._cool_channel(allocation.channels[number], at)
             else:
                 self._tables.unbind_channel(allocation, allocation.channels[number])
+
+    def _cool_channel(self, binding: ChannelBinding, expired_at: float) -> None:
+        self._tables.cool_channel(binding, expired_at)
+        if ChannelExpired in self._commands.watched:
+            self._commands.append(ChannelExpired(binding.allocation, binding.client, binding.number, binding.peer))
+
+    def _refuse(self, client: ClientAddress, limit: Limit) -> ErrorCode:
+        """Tell of a limit, and give the error that a client is answered for it."""
+        code = ErrorCode.ALLOCATION_QUOTA_REACHED if limit is Limit.ALLOCATIONS else ErrorCode.INSUFFICIENT_CAPACITY
+        if LimitReached in self._commands.watched:
+            self._commands.append(LimitReached(client, limit, code))
+        return code
 
     def _note_if_drained(self) -> None:
         if self._draining and not self._tables.by_id:
@@ -177,12 +207,15 @@ class Lifecycle:
 
     def _granted(self, allocation: Allocation) -> Iterator[tuple[Attribute[Any], Any]]:
         for family in allocation.families:
-            relayed = (self._public[family], allocation.port)
-            yield XOR_RELAYED_ADDRESS, relayed if family is Family.IPV4 else (*relayed, 0, 0)
+            yield XOR_RELAYED_ADDRESS, self._relayed(allocation, family)
         yield XOR_MAPPED_ADDRESS, allocation.client
         yield LIFETIME, allocation.lifetime
         for family in allocation.missing_families:
             yield ADDRESS_ERROR_CODE, AddressErrorValue(family, ErrorCode.ADDRESS_FAMILY_NOT_SUPPORTED)
+
+    def _relayed(self, allocation: Allocation, family: Family) -> SocketAddress:
+        host, port = self._public[family], allocation.port
+        return (host, port) if family is Family.IPV4 else (host, port, 0, 0)
 
     def _recipient(self, allocation: Allocation) -> Recipient:
         key = self._keys.pop(allocation.id, None)

@@ -17,8 +17,16 @@ from relay.core.attributes import (
     MalformedAttributeError,
 )
 from relay.core.authentication import ErrorCode
+from relay.core.commands import Commands
 from relay.core.config import ServerConfig
 from relay.core.counters import Counters, DropReason, FreeReason
+from relay.core.events import (
+    AllocationRefreshed,
+    ChannelBound,
+    ChannelRefreshed,
+    PeerRefused,
+    RelayedAddressDeleted,
+)
 from relay.core.lifecycle import AllocationRequest, Lifecycle
 from relay.core.stun import Message, Method
 
@@ -57,13 +65,20 @@ class Requests:
     """Carries out requests; each is answered by the time it returns, but for an Allocate whose sockets come later."""
 
     def __init__(
-        self, config: ServerConfig, tables: Allocations, lifecycle: Lifecycle, answers: Answers, counters: Counters
+        self,
+        config: ServerConfig,
+        tables: Allocations,
+        lifecycle: Lifecycle,
+        answers: Answers,
+        counters: Counters,
+        commands: Commands,
     ) -> None:
         self._config = config
         self._tables = tables
         self._lifecycle = lifecycle
         self._answers = answers
         self._counters = counters
+        self._commands = commands
         self._service = {
             (int(single), additional): (
                 tuple(family for family in asked if family in config.public_hosts),
@@ -168,6 +183,8 @@ class Requests:
             return ((LIFETIME, 0),)
         allocation.lifetime = _granted_lifetime(lifetime)
         self._tables.extend(allocation, request.now + allocation.lifetime)
+        if AllocationRefreshed in self._commands.watched:
+            self._commands.append(AllocationRefreshed(allocation.id, allocation.client, allocation.lifetime))
         return ((LIFETIME, allocation.lifetime),)
 
     def _delete(self, allocation: Allocation, family: Family | None) -> None:
@@ -176,6 +193,8 @@ class Requests:
             self._lifecycle.free(allocation, FreeReason.DELETED)
         else:
             self._tables.remove_family(allocation, family)
+            if RelayedAddressDeleted in self._commands.watched:
+                self._commands.append(RelayedAddressDeleted(allocation.id, allocation.client, family))
 
     def _create_permission(self, request: Request) -> AttributeValues:
         """Check the peers and do no more: a channel is all that lets a packet through (docs/protocol.md)."""
@@ -186,8 +205,9 @@ class Requests:
         if any(family_of(peer) not in allocation.families for peer in peers):
             raise RefusalError(ErrorCode.PEER_ADDRESS_FAMILY_MISMATCH)
         # The port in a permission means nothing (RFC 8656 §10.2).
-        if not all(self._config.peers.permits_host(peer) for peer in peers):
-            raise RefusalError(ErrorCode.FORBIDDEN)
+        for peer in peers:
+            if not self._config.peers.permits_host(peer):
+                raise self._forbidden(allocation, request, peer)
         return ()
 
     def _bind_channel(self, request: Request) -> AttributeValues:
@@ -200,11 +220,21 @@ class Requests:
         if family_of(peer) not in allocation.families:
             raise RefusalError(ErrorCode.PEER_ADDRESS_FAMILY_MISMATCH)
         if not self._config.peers.permits(peer):
-            raise RefusalError(ErrorCode.FORBIDDEN)
+            raise self._forbidden(allocation, request, peer)
+        before = allocation.channels.get(ChannelNumber(number))
+        kind = ChannelBound if before is None or not before.live else ChannelRefreshed
         if not self._tables.bind_channel(allocation, ChannelNumber(number), peer, request.now):
             raise RefusalError(ErrorCode.BAD_REQUEST)
         self._counters.channels_bound += 1
+        if kind in self._commands.watched:
+            self._commands.append(kind(allocation.id, allocation.client, ChannelNumber(number), peer))
         return ()
+
+    def _forbidden(self, allocation: Allocation, request: Request, peer: PeerAddress) -> RefusalError:
+        """Tell of a peer that is never relayed to, and give the error that a client is answered for it."""
+        if PeerRefused in self._commands.watched:
+            self._commands.append(PeerRefused(allocation.id, allocation.client, request.recipient.method, peer))
+        return RefusalError(ErrorCode.FORBIDDEN)
 
     def _own_allocation(self, request: Request) -> Allocation:
         allocation = self._tables.by_client.get(request.client)

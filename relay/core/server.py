@@ -37,15 +37,17 @@ ends, with the one function that frees).
 
 import math
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 
 from relay.core.addresses import AllocationId, ClientAddress, PeerAddress
 from relay.core.allocations import Allocation, Allocations, AllocationState
 from relay.core.answers import Answers, Recipient
 from relay.core.attributes import NONCE, REALM, UNKNOWN_ATTRIBUTES, XOR_MAPPED_ADDRESS
 from relay.core.authentication import ErrorCode, authenticate, claim_of
-from relay.core.commands import Command
+from relay.core.commands import Command, Commands
 from relay.core.config import ServerConfig
 from relay.core.counters import MALFORMED_DROPS, Counters, DropReason, FreeReason
+from relay.core.events import CoreEvent
 from relay.core.instant import Instant
 from relay.core.lifecycle import BindRefusal, Lifecycle
 from relay.core.nonces import Nonces
@@ -80,16 +82,20 @@ class Server:
     def __init__(self, config: ServerConfig, random: RandomSource) -> None:
         self.counters = Counters()
         self._config = config
-        self._commands: list[Command] = []
-        self.allocations = Allocations(self._commands if config.offloads else None)
+        commands = self._commands = Commands()
+        self.allocations = Allocations(commands if config.offloads else None)
         self._nonces = Nonces(random)
-        self._answers = Answers(config.software, self.counters, self._commands)
-        self._lifecycle = Lifecycle(config, self.allocations, self._answers, self.counters, self._commands, random)
-        self._relaying = Relaying(self.allocations, self.counters, self._commands)
+        self._answers = Answers(config.software, self.counters, commands)
+        self._lifecycle = Lifecycle(config, self.allocations, self._answers, self.counters, commands, random)
+        self._relaying = Relaying(self.allocations, self.counters, commands)
         # The shortest way, for the commonest case: without a call in between.
         self.forward_to_peer = self._relaying.forward_to_peer
         self.forward_to_client = self._relaying.forward_to_client
-        self._requests = Requests(config, self.allocations, self._lifecycle, self._answers, self.counters)
+        self._requests = Requests(config, self.allocations, self._lifecycle, self._answers, self.counters, commands)
+
+    def watch(self, kinds: AbstractSet[type[CoreEvent]]) -> None:
+        """Tell of these events, among the commands, and of no others; of none, unless this is called. Any thread may."""
+        self._commands.watched = kinds
 
     def drain(self) -> list[Command]:
         """Take the commands that inputs have left, in the order in which they are to be carried out."""

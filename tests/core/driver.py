@@ -29,6 +29,7 @@ from relay.core.commands import BindPort, Command, SendToClient
 from relay.core.config import ServerConfig
 from relay.core.counters import Counters
 from relay.core.credentials import RelaySecret, integrity_key, mint
+from relay.core.events import CORE_EVENTS, CoreEvent
 from relay.core.instant import Instant
 from relay.core.lifecycle import BindRefusal
 from relay.core.peers import PeerPolicy
@@ -122,11 +123,26 @@ class Relay:
         self.config = config
         self.server = Server(config, Random(seed))
         self.now = START
+        self.events: list[CoreEvent] = []
+        """What it told of, if it was asked to; kept apart from the commands that tests look at."""
         self._transactions = 0
 
     @property
     def counters(self) -> Counters:
         return self.server.counters
+
+    def watch(self, *kinds: type[CoreEvent]) -> None:
+        self.server.watch(frozenset(kinds))
+
+    def drain(self) -> list[Command]:
+        """Take all commands but the events, which are kept."""
+        drained = self.server.drain()
+        self.events += [each for each in drained if isinstance(each, CORE_EVENTS)]
+        return [each for each in drained if not isinstance(each, CORE_EVENTS)]
+
+    def take_events(self) -> list[CoreEvent]:
+        events, self.events = self.events, []
+        return events
 
     def pass_time(self, seconds: float) -> None:
         """Let time pass without telling the server."""
@@ -134,27 +150,27 @@ class Relay:
 
     def wake(self) -> list[Command]:
         self.server.handle_timeout(self.now)
-        return self.server.drain()
+        return self.drain()
 
     def receive(self, data: bytes, client: SocketAddress) -> list[Command]:
         self.server.handle_client_arrival((data, client, 0, 0), self.now)
-        return self.server.drain()
+        return self.drain()
 
     def receive_from_peer(self, allocation: AllocationId, data: bytes, peer: PeerAddress) -> list[Command]:
         self.server.handle_peer_arrival(allocation, (data, peer, 0, 0), self.now)
-        return self.server.drain()
+        return self.drain()
 
     def report_bound(self, allocation: AllocationId) -> list[Command]:
         self.server.handle_bound(allocation, self.now)
-        return self.server.drain()
+        return self.drain()
 
     def report_refused(self, allocation: AllocationId, refusal: BindRefusal = BindRefusal.PORT) -> list[Command]:
         self.server.handle_bind_refused(allocation, refusal, self.now)
-        return self.server.drain()
+        return self.drain()
 
     def report_failed(self, allocation: AllocationId) -> list[Command]:
         self.server.handle_allocation_failed(allocation, self.now)
-        return self.server.drain()
+        return self.drain()
 
     def new_transaction_id(self) -> bytes:
         self._transactions += 1

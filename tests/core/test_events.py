@@ -1,0 +1,274 @@
+"""What the core tells of: each thing that happens once, in its place, to whoever watches for it, and never a username."""
+
+import pytest
+
+from relay.core.addresses import AllocationId, ChannelNumber, ClientAddress, Family, PeerAddress
+from relay.core.allocations import CHANNEL_LIFETIME
+from relay.core.attributes import (
+    ADDITIONAL_ADDRESS_FAMILY,
+    EVEN_PORT,
+    REQUESTED_ADDRESS_FAMILY,
+    REQUESTED_TRANSPORT,
+)
+from relay.core.authentication import ErrorCode
+from relay.core.commands import FreeAllocation, SendToClient
+from relay.core.counters import FreeReason
+from relay.core.events import (
+    CORE_EVENTS,
+    AllocationCreated,
+    AllocationFreed,
+    AllocationRefreshed,
+    Answered,
+    ChannelBound,
+    ChannelExpired,
+    ChannelRefreshed,
+    CoreEvent,
+    Limit,
+    LimitReached,
+    PeerRefused,
+    RelayedAddressDeleted,
+    RequestRefused,
+)
+from relay.core.lifecycle import BindRefusal
+from relay.core.stun import MessageClass, Method, encode
+from tests.core.driver import (
+    CHANNEL,
+    CLIENT,
+    CONFIG,
+    FORBIDDEN_PEER,
+    HOSTS,
+    OTHER_CHANNEL,
+    OTHER_CLIENT,
+    PEER,
+    PEER6,
+    Client,
+    Relay,
+    relay_with,
+)
+
+FIRST = AllocationId(1)
+HERE = ClientAddress(CLIENT)
+BOTH = (ADDITIONAL_ADDRESS_FAMILY, Family.IPV6)
+LIFETIME = 600
+
+
+def watching(relay: Relay | None = None, *, answers: bool = False) -> Relay:
+    relay = relay or Relay()
+    relay.watch(*(kind for kind in CORE_EVENTS if answers or kind is not Answered))
+    return relay
+
+
+@pytest.fixture
+def relay() -> Relay:
+    return watching()
+
+
+@pytest.fixture
+def client(relay: Relay) -> Client:
+    client = Client(relay)
+    client.take_nonce()
+    return client
+
+
+def test_nothing_is_told_unless_someone_watches() -> None:
+    relay = Relay()
+    client = Client(relay)
+    client.allocate()
+    client.bind_channel()
+    client.bind_channel(OTHER_CHANNEL, FORBIDDEN_PEER)
+    client.refresh(0)
+    assert relay.events == []
+
+
+def test_only_the_events_that_are_watched_for_are_told() -> None:
+    relay = Relay()
+    relay.watch(AllocationFreed)
+    client = Client(relay)
+    client.allocate()
+    client.refresh(0)
+    assert relay.take_events() == [AllocationFreed(FIRST, HERE, FreeReason.DELETED)]
+    relay.watch()
+    client.allocate()
+    client.refresh(0)
+    assert relay.events == []
+
+
+def test_an_allocation_is_told_of_when_it_is_answered_with_all_its_relayed_addresses(relay: Relay, client: Client) -> None:
+    bind = client.begin_allocate(BOTH)
+    assert relay.take_events() == []
+    relay.report_bound(bind.allocation)
+    relayed = ((HOSTS[Family.IPV4], bind.port), (HOSTS[Family.IPV6], bind.port, 0, 0))
+    assert relay.take_events() == [AllocationCreated(FIRST, HERE, relayed, (), LIFETIME)]
+
+
+def test_a_family_that_is_not_served_is_told_of() -> None:
+    relay = watching(relay_with(public_hosts={Family.IPV4: HOSTS[Family.IPV4]}))
+    allocated = Client(relay).allocate(BOTH)
+    relayed = ((HOSTS[Family.IPV4], allocated.port),)
+    assert relay.take_events() == [AllocationCreated(FIRST, HERE, relayed, (Family.IPV6,), LIFETIME)]
+
+
+def test_a_refresh_tells_of_the_lifetime_that_was_granted(relay: Relay, client: Client) -> None:
+    client.allocate()
+    relay.take_events()
+    client.refresh(100_000)
+    assert relay.take_events() == [AllocationRefreshed(FIRST, HERE, 3600)]
+
+
+def test_each_way_in_which_an_allocation_ends_is_told_once_with_its_reason(relay: Relay, client: Client) -> None:
+    def ended() -> list[CoreEvent]:
+        return [event for event in relay.take_events() if isinstance(event, AllocationFreed)]
+
+    client.allocate()
+    client.bind_channel()
+    client.refresh(0)
+    assert ended() == [AllocationFreed(FIRST, HERE, FreeReason.DELETED)]
+    client.allocate()
+    relay.pass_time(LIFETIME)
+    relay.wake()
+    assert ended() == [AllocationFreed(AllocationId(2), HERE, FreeReason.EXPIRED)]
+    roaming = Client(relay, OTHER_CLIENT)
+    roaming.credential = client.credential
+    client.allocate()
+    third = roaming.allocate()
+    assert ended() == [AllocationFreed(AllocationId(3), HERE, FreeReason.REPLACED)]
+    assert FreeAllocation(third.id, FreeReason.FAILED) in relay.report_failed(third.id)
+    assert ended() == [AllocationFreed(third.id, ClientAddress(OTHER_CLIENT), FreeReason.FAILED)]
+
+
+def test_an_allocation_that_never_was_is_not_told_to_have_ended(relay: Relay, client: Client) -> None:
+    client.begin_allocate()
+    client.refresh(0)
+    assert relay.take_events() == []
+
+
+def test_deleting_one_of_two_relayed_addresses_is_told_of_and_ends_nothing(relay: Relay, client: Client) -> None:
+    client.allocate(BOTH)
+    relay.take_events()
+    client.refresh(0, (REQUESTED_ADDRESS_FAMILY, Family.IPV6))
+    assert relay.take_events() == [RelayedAddressDeleted(FIRST, HERE, Family.IPV6)]
+
+
+def test_a_channel_is_bound_refreshed_and_expires_and_is_bound_again_from_its_cool_down(
+    relay: Relay, client: Client
+) -> None:
+    client.allocate()
+    relay.take_events()
+    names = (FIRST, HERE, ChannelNumber(CHANNEL), PEER)
+    client.bind_channel()
+    client.bind_channel()
+    assert relay.take_events() == [ChannelBound(*names), ChannelRefreshed(*names)]
+    client.refresh(3600)
+    relay.take_events()
+    relay.pass_time(CHANNEL_LIFETIME)
+    relay.wake()
+    assert relay.take_events() == [ChannelExpired(*names)]
+    client.bind_channel()
+    assert relay.take_events() == [ChannelBound(*names)]
+
+
+def test_a_channel_that_can_not_be_bound_is_not_told_to_be(relay: Relay, client: Client) -> None:
+    client.allocate()
+    client.bind_channel()
+    relay.take_events()
+    assert client.bind_channel(OTHER_CHANNEL, PEER).code == 400
+    assert relay.take_events() == [RequestRefused(HERE, Method.CHANNEL_BIND, ErrorCode.BAD_REQUEST)]
+
+
+def test_a_peer_that_is_refused_is_named(relay: Relay, client: Client) -> None:
+    client.allocate()
+    relay.take_events()
+    assert client.bind_channel(CHANNEL, FORBIDDEN_PEER).code == 403
+    assert relay.take_events() == [PeerRefused(FIRST, HERE, Method.CHANNEL_BIND, FORBIDDEN_PEER)]
+    assert client.create_permission(PEER, FORBIDDEN_PEER, PeerAddress(("127.0.0.9", 1))).code == 403
+    assert relay.take_events() == [PeerRefused(FIRST, HERE, Method.CREATE_PERMISSION, FORBIDDEN_PEER)]
+
+
+def test_each_limit_is_told_of_with_the_error_that_its_client_got() -> None:
+    relay = watching(relay_with(ports=range(50000, 50002), max_allocations=1))
+    Client(relay).allocate()
+    other = Client(relay, OTHER_CLIENT, salt="other")
+    there = ClientAddress(OTHER_CLIENT)
+    relay.take_events()
+
+    def refused(relay: Relay, client: Client, *attributes: tuple[object, object]) -> list[CoreEvent]:
+        code = client.ask(Method.ALLOCATE, (REQUESTED_TRANSPORT, 17), *attributes).code  # type: ignore[arg-type]
+        (event,) = relay.take_events()
+        assert isinstance(event, LimitReached)
+        assert event.code == code
+        return [event]
+
+    assert refused(relay, other) == [LimitReached(there, Limit.ALLOCATIONS, ErrorCode.ALLOCATION_QUOTA_REACHED)]
+    relay.server.handle_drain(relay.now)
+    assert refused(relay, other) == [LimitReached(there, Limit.DRAINING, ErrorCode.INSUFFICIENT_CAPACITY)]
+    odd = watching(relay_with(ports=range(50001, 50002)))
+    assert refused(odd, Client(odd), (EVEN_PORT, False)) == [
+        LimitReached(HERE, Limit.PORTS, ErrorCode.INSUFFICIENT_CAPACITY)
+    ]
+
+
+@pytest.mark.parametrize("refusal", BindRefusal)
+def test_a_machine_without_sockets_is_told_of_as_a_limit(refusal: BindRefusal) -> None:
+    relay = watching(relay_with(ports=range(50000, 50001)))
+    bind = Client(relay).begin_allocate()
+    (answer,) = (each for each in relay.report_refused(bind.allocation, refusal) if isinstance(each, SendToClient))
+    assert answer.client == HERE
+    assert relay.take_events() == [LimitReached(HERE, Limit.SOCKETS, ErrorCode.INSUFFICIENT_CAPACITY)]
+
+
+def test_answers_are_told_one_by_one_the_expected_errors_among_them() -> None:
+    relay = watching(answers=True)
+    client = Client(relay)
+    client.send(encode(MessageClass.REQUEST, Method.BINDING, bytes(12), []))
+    client.take_nonce()
+    client.refresh(600)
+    client.allocate()
+    assert relay.take_events() == [
+        Answered(HERE, Method.BINDING, None),
+        Answered(HERE, Method.ALLOCATE, ErrorCode.UNAUTHENTICATED),
+        Answered(HERE, Method.REFRESH, ErrorCode.ALLOCATION_MISMATCH),
+        AllocationCreated(FIRST, HERE, ((HOSTS[Family.IPV4], relay.server.allocations.by_id[FIRST].port),), (), LIFETIME),
+        Answered(HERE, Method.ALLOCATE, None),
+    ]
+
+
+def test_strangers_can_not_make_it_tell_of_refused_requests(relay: Relay, client: Client) -> None:
+    """What one has to prove nothing for would be told at the pace of whoever sends it."""
+    client.allocate()
+    relay.take_events()
+    unproven = client.write(Method.CHANNEL_BIND, key=b"wrong")
+    unknown = encode(MessageClass.REQUEST, Method.BINDING, bytes(12), [(REQUESTED_TRANSPORT, 17)])
+    for data in (unproven, unknown, encode(MessageClass.REQUEST, Method.REFRESH, bytes(12), [])):
+        client.send(data)
+    assert relay.take_events() == []
+
+
+def test_a_client_that_asks_for_what_can_not_be_had_is_told_of(relay: Relay, client: Client) -> None:
+    client.ask(Method.ALLOCATE, (REQUESTED_TRANSPORT, 6))
+    client.allocate()
+    relay.take_events()
+    client.bind_channel(CHANNEL, PEER6)
+    assert relay.take_events() == [
+        RequestRefused(HERE, Method.CHANNEL_BIND, ErrorCode.PEER_ADDRESS_FAMILY_MISMATCH),
+    ]
+
+
+def test_watching_changes_nothing_that_is_done() -> None:
+    def bytes_of(relay: Relay) -> list[object]:
+        client = Client(relay)
+        done: list[object] = [client.allocate(), client.bind_channel(), client.bind_channel(OTHER_CHANNEL, FORBIDDEN_PEER)]
+        done += [client.send_on_channel(b"data"), client.refresh(0)]
+        return done
+
+    assert bytes_of(watching(Relay(CONFIG), answers=True)) == bytes_of(Relay(CONFIG))
+
+
+def test_no_event_bears_a_username(relay: Relay, client: Client) -> None:
+    relay = watching(answers=True)
+    client = Client(relay)
+    client.allocate()
+    client.bind_channel()
+    client.bind_channel(OTHER_CHANNEL, FORBIDDEN_PEER)
+    client.refresh(0)
+    assert len(relay.events) > 5
+    assert client.credential.username not in repr(relay.events)
