@@ -88,6 +88,8 @@ def relay_server(directory: Path) -> Server:
         *(sys.executable, "-m", "relay", "--standalone", "--public-ip4-addr", _HOSTS[RELAY]),
         *("--relay-secret-file", str(secret_file), "--allow-peer", "127.0.0.0/8"),
         *("--health-address", "127.0.0.1:0", "--control-address", "127.0.0.1:0", "--allow-root"),
+        # All clients of a benchmark have one address.
+        *("--unauthenticated-rate", "0"),
     )
     # One username is one allocation: a second one with it would take the place of the first.
     return Server(RELAY, "", command, directory / "relay.log", lambda number: mint(secret, expiry, f"client{number}"))

@@ -17,6 +17,7 @@ import click
 
 from relay import __version__
 from relay.config import HIGHEST_PORT, LOWEST_PORT, AttachMode, BadUseError, LogFormat
+from relay.core.config import UNAUTHENTICATED_BURST, UNAUTHENTICATED_RATE
 from relay.core.credentials import SALT_BYTES, mint
 from relay.ops import signals
 from relay.options import (
@@ -165,6 +166,23 @@ class _Commands(click.Group):
     "MAX_ALLOCATIONS",
     click.IntRange(1),
     "Allocations at once. Unset: as many as there are ports.",
+)
+@_setting(
+    "--unauthenticated-rate",
+    "unauthenticated_rate",
+    "UNAUTHENTICATED_RATE",
+    click.IntRange(0, 1_000_000),
+    "Answers a second to one address (IPv6: /64) that has not proven who it is, whose owner may be the victim of a forger. "
+    "0 is without limit.",
+    default=UNAUTHENTICATED_RATE,
+)
+@_setting(
+    "--unauthenticated-burst",
+    "unauthenticated_burst",
+    "UNAUTHENTICATED_BURST",
+    click.IntRange(1, 1_000_000),
+    "Such answers at once, to an address that had few of late: all clients of an office at 9 o'clock.",
+    default=UNAUTHENTICATED_BURST,
 )
 @_setting(
     "--relay-secret-file",

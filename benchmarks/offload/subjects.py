@@ -132,6 +132,8 @@ def _relay(directory: Path, name: str) -> Subject:
         *("--relay-secret-file", str(secret_file), "--allow-peer", f"{PEER_HOST}/32"),
         *("--health-address", "127.0.0.1:0", "--control-address", f"127.0.0.1:{shape.control_port}"),
         "--allow-root",
+        # All clients of a benchmark have one address.
+        *("--unauthenticated-rate", "0"),
         *_offloading(name),
     )
     return Subject(name, "", command, directory / f"{name}.log", lambda number: mint(secret, expiry, f"client{number}"))

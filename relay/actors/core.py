@@ -32,6 +32,8 @@ def server_config(config: Config, secret: RelaySecret, hosts: dict[Family, str],
             deny=config.deny_peers,
         ),
         max_allocations=config.capacity,
+        unauthenticated_rate=config.unauthenticated_rate,
+        unauthenticated_burst=config.unauthenticated_burst,
         software=f"firezone-relay/{__version__}",
         offloads=offloads,
     )

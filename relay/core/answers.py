@@ -34,7 +34,7 @@ class Recipient(NamedTuple):
     transaction_id: bytes
     fingerprint: bool
     """The request had a FINGERPRINT, so the answer gets one."""
-    key: bytes | None
+    key: bytes | None = None
     """Signs the answer; None if the request claimed no username."""
     authenticated: bool = False
     """The claim is proven. Answers to others stay as small as they can: their sender's address may be a victim's."""

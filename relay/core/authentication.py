@@ -56,20 +56,18 @@ def claim_of(message: Message, realm: str, secret: RelaySecret) -> Claim | None:
     clients, and aioice, ignore an answer without MESSAGE-INTEGRITY. It gives nothing away, as the relay signs nothing but
     its own words.
     """
-    text = _read(message, USERNAME)
-    username = None if text is None else parse_username(text)
-    if username is None:
-        return None
-    return Claim(username, integrity_key(username.text, realm, password_of(username, secret)))
+    username = _username_of(message)
+    return None if username is None else _claim(username, realm, secret)
 
 
 def authenticate(
-    message: Message, claim: Claim | None, client: ClientAddress, now: Instant, nonces: Nonces
-) -> ErrorCode | None:
-    """Check that a request is from who it claims; None if so, else the error to answer.
+    message: Message, client: ClientAddress, now: Instant, nonces: Nonces, realm: str, secret: RelaySecret
+) -> Claim | ErrorCode:
+    """Check that a request is from who it claims; give that, or the error to answer.
 
     The order matters to clients: one that gets 401 for a request with a NONCE drops its credentials for good, where 438
-    makes it try again. And the dear check, the HMAC, comes last.
+    makes it try again. And what is dear comes last: no key is derived and no HMAC computed for whoever has not shown, by a
+    nonce, that they get what is sent to their address.
     """
     if message.integrity_at is None:
         return ErrorCode.UNAUTHENTICATED
@@ -82,9 +80,20 @@ def authenticate(
         return ErrorCode.BAD_REQUEST
     if not nonces.is_valid(nonce, client, now):
         return ErrorCode.STALE_NONCE
-    if claim is None or claim.username.is_expired(now.unix) or not message.integrity_holds(claim.key):
+    username = _username_of(message)
+    if username is None or username.is_expired(now.unix):
         return ErrorCode.UNAUTHENTICATED
-    return None
+    claim = _claim(username, realm, secret)
+    return claim if message.integrity_holds(claim.key) else ErrorCode.UNAUTHENTICATED
+
+
+def _username_of(message: Message) -> Username | None:
+    text = _read(message, USERNAME)
+    return None if text is None else parse_username(text)
+
+
+def _claim(username: Username, realm: str, secret: RelaySecret) -> Claim:
+    return Claim(username, integrity_key(username.text, realm, password_of(username, secret)))
 
 
 def _read(message: Message, attribute: Attribute[T]) -> T | None:

@@ -90,6 +90,9 @@ class Counters:
     successes: dict[Method, int] = field(default_factory=dict)
     errors: dict[tuple[Method, int], int] = field(default_factory=dict)
     """Error answers by method and code."""
+    withheld: dict[tuple[Method, int | None], int] = field(default_factory=dict)
+    """Answers that were not given, as their address had had enough (`relay.core.limiter`), by method and code, None for a
+    success. Their requests are counted nowhere else."""
     drops: dict[DropReason, int] = field(default_factory=lambda: dict.fromkeys(DropReason, 0))
 
     @property
@@ -101,6 +104,10 @@ class Counters:
     def to_client_packets(self) -> int:
         """All of them, whatever their size."""
         return sum(self.to_client_sizes)
+
+    def count_withheld(self, method: Method, code: int | None) -> None:
+        """Count an answer that was not given; ``code`` is None for a success."""
+        self.withheld[method, code] = self.withheld.get((method, code), 0) + 1
 
     def count_answer(self, method: Method, code: int | None) -> None:
         """Count an answer; ``code`` is None for a success."""

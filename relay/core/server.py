@@ -41,7 +41,7 @@ from collections.abc import Set as AbstractSet
 
 from relay.core.addresses import AllocationId, ClientAddress, PeerAddress
 from relay.core.allocations import Allocation, Allocations, AllocationState
-from relay.core.answers import Answers, Recipient
+from relay.core.answers import Answers, AttributeValues, Recipient
 from relay.core.attributes import NONCE, REALM, UNKNOWN_ATTRIBUTES, XOR_MAPPED_ADDRESS
 from relay.core.authentication import ErrorCode, authenticate, claim_of
 from relay.core.commands import Command, Commands
@@ -50,6 +50,7 @@ from relay.core.counters import MALFORMED_DROPS, Counters, DropReason, FreeReaso
 from relay.core.events import CoreEvent
 from relay.core.instant import Instant
 from relay.core.lifecycle import BindRefusal, Lifecycle
+from relay.core.limiter import Limiter
 from relay.core.nonces import Nonces
 from relay.core.randomness import RandomSource
 from relay.core.relaying import CHANNEL_DATA_FIRST_BYTES, CHANNEL_HEADER_LENGTH, Relaying
@@ -85,6 +86,9 @@ class Server:
         commands = self._commands = Commands()
         self.allocations = Allocations(commands if config.offloads else None)
         self._nonces = Nonces(random)
+        self._limiter: Limiter | None = None
+        if config.unauthenticated_rate:
+            self._limiter = Limiter(config.unauthenticated_rate, config.unauthenticated_burst, random)
         self._answers = Answers(config.software, self.counters, commands)
         self._lifecycle = Lifecycle(config, self.allocations, self._answers, self.counters, commands, random)
         self._relaying = Relaying(self.allocations, self.counters, commands)
@@ -242,30 +246,40 @@ class Server:
             # RFC 8489 §6.3: silence for a method that is not known.
             self.counters.drops[DropReason.UNKNOWN_METHOD] += 1
             return
-        binds = method is Method.BINDING
-        claim = None if binds else claim_of(message, self._config.realm, self._config.secret)
-        key = None if claim is None else claim.key
-        to = Recipient(client, method, message.transaction_id, message.has_fingerprint, key)
-        unknown = message.unknown_attributes()
-        if unknown:
-            self._answers.refuse(to, ErrorCode.UNKNOWN_ATTRIBUTE, [(UNKNOWN_ATTRIBUTES, unknown)])
-            return
-        if binds:
-            self._answers.succeed(to, [(XOR_MAPPED_ADDRESS, client)])
-            return
-        error = authenticate(message, claim, client, now, self._nonces)
-        if error is not None or claim is None:
-            self._challenge(to, error or ErrorCode.UNAUTHENTICATED, now)
-            return
-        proven = Recipient(client, method, message.transaction_id, message.has_fingerprint, key, authenticated=True)
-        self._requests.handle(Request(message, client, claim.username.text, proven, now.monotonic))
-
-    def _challenge(self, to: Recipient, error: ErrorCode, now: Instant) -> None:
-        if error.is_challenge:
-            nonce = self._nonces.issue(to.client, now)
-            self._answers.refuse(to, error, [(REALM, self._config.realm), (NONCE, nonce)])
+        to = Recipient(client, method, message.transaction_id, message.has_fingerprint)
+        if unknown := message.unknown_attributes():
+            self._refuse_unproven(to, ErrorCode.UNKNOWN_ATTRIBUTE, message, now, [(UNKNOWN_ATTRIBUTES, unknown)])
+        elif method is Method.BINDING:
+            if self._may_answer(to, None, now):
+                self._answers.succeed(to, [(XOR_MAPPED_ADDRESS, client)])
         else:
-            self._answers.refuse(to, error)
+            checked = authenticate(message, client, now, self._nonces, self._config.realm, self._config.secret)
+            if isinstance(checked, ErrorCode):
+                self._refuse_unproven(to, checked, message, now)
+            else:
+                username, key = checked
+                proven = Recipient(client, method, to.transaction_id, to.fingerprint, key, authenticated=True)
+                self._requests.handle(Request(message, client, username.text, proven, now.monotonic))
+
+    def _refuse_unproven(
+        self, to: Recipient, code: ErrorCode, message: Message, now: Instant, attributes: AttributeValues = ()
+    ) -> None:
+        """Refuse a request whose sender is not known, unless its address has had enough answers."""
+        if not self._may_answer(to, code, now):
+            return
+        if code.is_challenge:
+            attributes = ((REALM, self._config.realm), (NONCE, self._nonces.issue(to.client, now)))
+        if to.method is not Method.BINDING:
+            claim = claim_of(message, self._config.realm, self._config.secret)
+            to = to if claim is None else to._replace(key=claim.key)
+        self._answers.refuse(to, code, attributes)
+
+    def _may_answer(self, to: Recipient, code: ErrorCode | None, now: Instant) -> bool:
+        """Tell whether an answer may go to who has proven nothing; before any work is done for it."""
+        if self._limiter is None or self._limiter.allows(to.client, now.monotonic):
+            return True
+        self.counters.count_withheld(to.method, code)
+        return False
 
     def _waiting(self, allocation: AllocationId, now: Instant) -> Allocation | None:
         """Find the allocation that a report on a bind is about; None if it is gone or was reported on before."""
