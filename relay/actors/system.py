@@ -34,8 +34,9 @@ from relay.core.server import Server
 from relay.net.dial import Dialer
 from relay.net.receiver import Receiver
 from relay.net.steering import Steered
-from relay.net.udp import RECEIVE_BUFFER, UdpSocket, discard_waiting
+from relay.net.udp import UdpSocket, discard_waiting
 from relay.offload.datapath import Datapath
+from relay.ops.kernel_settings import findings, read_machine
 from relay.ops.machine import (
     bind_hosts,
     open_service_sockets,
@@ -266,6 +267,7 @@ class System:
             _log.warning("random numbers are seeded: whoever knows the seed knows the secret; for tests only")
         raise_descriptor_limit(self.config)
         self._open_sockets()
+        self._warn_of_settings()
         sources = Sources(is_ready=lambda: self.is_ready, offloading=offload)
         self._http = self._stack.enter_context(serving(self.config, sources))
         paths = DataPaths(self.listening, self.hosts, None if offload is None else offload.carry_out)
@@ -289,11 +291,13 @@ class System:
             for each in steered.all:
                 self._stack.callback(each.close)
             self._steered[family] = steered
-            opened = self.listening[family] = steered.data[0]
-            if opened.is_receive_buffer_capped:
-                _log.warning(
-                    "receive buffers are small: bursts will lose packets", want=f"net.core.rmem_max={RECEIVE_BUFFER}"
-                )
+            self.listening[family] = steered.data[0]
+
+    def _warn_of_settings(self) -> None:
+        """Say which settings of this machine will bite, and what mends them."""
+        smallest = min(opened.receive_buffer for opened in self.listening.values())
+        for finding in findings(self.config, read_machine(smallest)):
+            _log.warning(**finding._asdict())
 
     def _join(self, access: PortalAccess) -> None:
         """Begin to join the portal, whose `init` is the word to begin."""

@@ -123,10 +123,10 @@ class UdpSocket(socket.socket):
             self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
     @property
-    def is_receive_buffer_capped(self) -> bool:
-        """Whether the kernel gave less than `RECEIVE_BUFFER` (``net.core.rmem_max`` is its limit)."""
+    def receive_buffer(self) -> int:
+        """Bytes that the kernel gave, of those it was asked for (``net.core.rmem_max`` is its limit)."""
         # The kernel reports twice what it grants, for its own bookkeeping (socket(7)).
-        return self.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) < 2 * RECEIVE_BUFFER
+        return self.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
 
     def drops(self) -> int:
         """Give how many datagrams the kernel has dropped since there was no room for them; 0 if it does not tell."""

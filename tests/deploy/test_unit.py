@@ -13,7 +13,7 @@ import pytest
 from relay.actors.system import STOP_TIMEOUT
 from relay.cli import BAD_USE
 from relay.config import Config
-from relay.net.udp import RECEIVE_BUFFER
+from relay.ops.kernel_settings import Machine, findings
 from relay.ops.machine import OTHER_DESCRIPTORS
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -92,9 +92,17 @@ def test_the_log_is_kept_and_what_is_printed_is_not(unit: dict[str, list[str]]) 
     assert (one(unit, "StandardOutput"), one(unit, "StandardError")) == ("null", "journal")
 
 
-def test_the_receive_buffer_that_the_kernel_is_told_of_is_the_one_asked_for() -> None:
+def test_the_kernel_is_told_what_the_relay_would_say_on_a_fresh_machine() -> None:
     sysctl = settings((DEPLOY / "firezone-relay.sysctl.conf").read_text())
-    assert one(sysctl, "net.core.rmem_max") == str(RECEIVE_BUFFER)
+    fresh = Machine(receive_buffer=212_992, local_ports=range(32768, 61000))
+    asked = dict(found.mend.removeprefix("sysctl -w ").split("=") for found in findings(LARGEST, fresh))
+    assert {key: one(sysctl, key) for key in sysctl} == asked
+
+
+def test_the_relay_sees_the_settings_that_it_warns_of(unit: dict[str, list[str]]) -> None:
+    """With ``ProcSubset=pid`` there is no /proc/sys, and all would look well."""
+    assert "ProcSubset" not in unit
+    assert one(unit, "ProtectKernelTunables") == "yes"
 
 
 def test_what_it_may_do_to_relay_in_the_kernel_is_what_the_relay_asks_for() -> None:
