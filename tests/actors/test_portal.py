@@ -117,9 +117,8 @@ class Member(Relay):
         return self._thread.is_alive()
 
     def events(self, level: str) -> list[str]:
-        """Give what was logged at a level, but for what some machines have."""
-        events = [entry["event"] for entry in self.log.copy() if entry["log_level"] == level]
-        return [event for event in events if not event.startswith("receive buffers are small")]
+        """Give what was logged at a level, but for what some machines have: settings that bite, and what mends them."""
+        return [entry["event"] for entry in self.log.copy() if entry["log_level"] == level and "mend" not in entry]
 
     def ask(self, request: Request) -> None:
         self.system.news.put(request)
