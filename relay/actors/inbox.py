@@ -3,6 +3,8 @@
 import math
 import queue
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -57,9 +59,18 @@ class TimedInbox:
         """Monotonic time at which `get` gives a Tick."""
         self._asleep_until = -math.inf
         """The deadline that `get` knows of while it waits."""
+        self._since: deque[float] = deque()
+        """When each message that waits was added, in monotonic seconds. Packets are none of them."""
 
     def __len__(self) -> int:
         return self._queue.qsize()
+
+    def age(self, now: float) -> float:
+        """Give for how many seconds the oldest message has waited at ``now``, in monotonic seconds; 0 if none does."""
+        try:
+            return max(0.0, now - self._since[0])
+        except IndexError:
+            return 0.0
 
     def wake_at(self, deadline: float | None, clock: Clock) -> None:
         """Set when `get` is to give a Tick, in monotonic seconds of ``clock``; any thread may, one at a time."""
@@ -67,14 +78,23 @@ class TimedInbox:
         self.deadline = deadline
         if deadline is not None and deadline < self._asleep_until:
             # Whoever waits has to wait less long: it looks again after any message.
-            self._queue.put(_TICKED)
+            TimedInbox.put(self, _TICKED)
 
     def put(self, envelope: Envelope, /) -> None:
         """Add a message; never waits."""
+        self._since.append(time.monotonic())
         self._queue.put(envelope)
 
     def get(self) -> Envelope:
         """Wait for a message or for the deadline."""
+        envelope = self._get()
+        if envelope is None:
+            return _TICKED
+        self._since.popleft()
+        return envelope
+
+    def _get(self) -> Envelope | None:
+        """Wait for a message; None at the deadline."""
         # First this, and then the look at the deadline: a change in between is seen by one side or the other.
         self._asleep_until = math.inf
         deadline = self.deadline
@@ -84,7 +104,7 @@ class TimedInbox:
             self._asleep_until = deadline
             return self._queue.get(timeout=max(0.0, deadline - self._clock.now().monotonic))
         except queue.Empty:
-            return _TICKED
+            return None
         finally:
             self._asleep_until = -math.inf
 
@@ -124,7 +144,7 @@ class ServerInbox(TimedInbox):
         if isinstance(envelope.message, FromPeers | FromClients):
             self.take(envelope.message)
         else:
-            self._queue.put(envelope)
+            super().put(envelope)
 
     def take(self, message: Packets) -> None:
         """Work on a message about packets as soon as it is this thread's turn: as if it were told, but cheaper."""
@@ -138,7 +158,7 @@ class ServerInbox(TimedInbox):
                 self.work(message)
         except Exception as error:  # noqa: BLE001 - the actor failed, so it has to fail in its own thread too
             self.work = None
-            self._queue.put(_Letter(Failed(error)))
+            super().put(_Letter(Failed(error)))
         finally:
             self.turn.release()
 

@@ -71,6 +71,18 @@ class FreeReason(StrEnum):
     """What served it failed."""
 
 
+class NonceOutcome(StrEnum):
+    """What came of the nonce that a request bore."""
+
+    OURS = "ours"
+    EXPIRED = "expired"
+    """Made here for this client, and not within the last hour."""
+    FOREIGN = "foreign"
+    """Made for another client, by another relay, by this one before it was started again, or by somebody who guesses."""
+
+    __hash__ = str.__hash__
+
+
 @dataclass(slots=True)
 class Counters:
     """Counts since the start. Packets and bytes are those handed out for sending; bytes are payload without headers."""
@@ -93,6 +105,8 @@ class Counters:
     withheld: dict[tuple[Method, int | None], int] = field(default_factory=dict)
     """Answers that were not given, as their address had had enough (`relay.core.limiter`), by method and code, None for a
     success. Their requests are counted nowhere else."""
+    nonces: dict[NonceOutcome, int] = field(default_factory=lambda: dict.fromkeys(NonceOutcome, 0))
+    """Those of requests that got as far as that."""
     drops: dict[DropReason, int] = field(default_factory=lambda: dict.fromkeys(DropReason, 0))
 
     @property

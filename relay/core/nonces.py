@@ -12,6 +12,7 @@ import hmac
 import struct
 
 from relay.core.addresses import ClientAddress
+from relay.core.counters import NonceOutcome
 from relay.core.instant import Instant
 from relay.core.randomness import RandomSource
 
@@ -28,10 +29,16 @@ _NONCE_LENGTH = 16
 
 
 class Nonces:
-    """Makes nonces and recognises its own."""
+    """Makes nonces and recognises its own.
 
-    def __init__(self, random: RandomSource) -> None:
+    Args:
+        random: draws the key.
+        outcomes: counts what came of those that were looked at.
+    """
+
+    def __init__(self, random: RandomSource, outcomes: dict[NonceOutcome, int] | None = None) -> None:
         self._key = random.randbytes(KEY_LENGTH)
+        self._outcomes = dict.fromkeys(NonceOutcome, 0) if outcomes is None else outcomes
 
     def issue(self, client: ClientAddress, now: Instant) -> bytes:
         """Make a nonce for one client address and port."""
@@ -39,16 +46,23 @@ class Nonces:
         return base64.b64encode(second + self._mac(second, client))
 
     def is_valid(self, nonce: bytes, client: ClientAddress, now: Instant) -> bool:
-        """Tell whether a nonce was made here, for this client, within the last hour."""
+        """Tell whether a nonce was made here, for this client, within the last hour; and count it."""
+        outcome = self._judge(nonce, client, now)
+        self._outcomes[outcome] += 1
+        return outcome is NonceOutcome.OURS
+
+    def _judge(self, nonce: bytes, client: ClientAddress, now: Instant) -> NonceOutcome:
         if len(nonce) != _NONCE_LENGTH:
-            return False
+            return NonceOutcome.FOREIGN
         try:
             decoded = base64.b64decode(nonce, validate=True)
         except binascii.Error:
-            return False
+            return NonceOutcome.FOREIGN
         second, mac = decoded[: _SECOND.size], decoded[_SECOND.size :]
+        if not hmac.compare_digest(mac, self._mac(second, client)):
+            return NonceOutcome.FOREIGN
         age = (int(now.monotonic) - _SECOND.unpack(second)[0]) & 0xFFFFFFFF
-        return age < NONCE_LIFETIME and hmac.compare_digest(mac, self._mac(second, client))
+        return NonceOutcome.OURS if age < NONCE_LIFETIME else NonceOutcome.EXPIRED
 
     def _mac(self, second: bytes, client: ClientAddress) -> bytes:
         about = b"%b %b %d" % (second, client[0].encode(), client[1])

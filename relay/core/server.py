@@ -85,7 +85,7 @@ class Server:
         self._config = config
         commands = self._commands = Commands()
         self.allocations = Allocations(commands if config.offloads else None)
-        self._nonces = Nonces(random)
+        self._nonces = Nonces(random, self.counters.nonces)
         self._limiter: Limiter | None = None
         if config.unauthenticated_rate:
             self._limiter = Limiter(config.unauthenticated_rate, config.unauthenticated_burst, random)

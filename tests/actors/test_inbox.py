@@ -151,3 +151,29 @@ def test_a_closed_inbox_drops_packets_and_keeps_the_rest() -> None:
         inbox.put(Letter(message))
     assert [inbox.get().message for _ in range(2)] == ["stop", "and wait"]
     assert taken == []
+
+
+def test_the_age_of_an_inbox_is_how_long_its_oldest_message_has_waited() -> None:
+    inbox = ServerInbox()
+    assert inbox.age(time.monotonic() + 1000) == 0
+    began = time.monotonic()
+    inbox.put(Letter("first"))
+    inbox.put(Letter("second"))
+    ended = time.monotonic()
+    assert 1000 - (ended - began) <= inbox.age(began + 1000) <= 1000
+    assert inbox.age(began - 1000) == 0
+    inbox.get()
+    assert inbox.age(began + 1000) > 0
+    inbox.get()
+    assert inbox.age(began + 1000) == 0
+
+
+def test_what_never_waits_in_an_inbox_has_no_age() -> None:
+    inbox = ServerInbox()
+    inbox.work = lambda _: None
+    inbox.put(Letter(FromClients([PACKET])))
+    inbox.wake_at(time.monotonic() - 1000, SystemClock())
+    assert inbox.get().message == Tick()
+    inbox.put(Letter("message"))
+    inbox.get()
+    assert inbox.age(time.monotonic() + 1000) == 0

@@ -1,7 +1,7 @@
 """What is counted, exactly."""
 
 from relay.core.attributes import ADDITIONAL_ADDRESS_FAMILY, REQUESTED_ADDRESS_FAMILY
-from relay.core.counters import Counters, DropReason, FreeReason
+from relay.core.counters import Counters, DropReason, FreeReason, NonceOutcome
 from relay.core.lifecycle import BindRefusal
 from relay.core.stun import MessageClass, Method, encode
 from tests.core.driver import (
@@ -163,3 +163,12 @@ def test_what_is_dropped_is_counted_once_and_what_is_answered_is_not(relay: Rela
     assert not any(relay.counters.drops.values())
     client.send_on_channel(b"data")
     assert sum(relay.counters.drops.values()) == 1
+
+
+def test_nonces_are_counted_by_what_came_of_them(relay: Relay, client: Client) -> None:
+    client.allocate()
+    relay.pass_time(3600)
+    client.refresh(600)
+    stranger = Client(relay, OTHER_CLIENT)
+    stranger.send(client.write(Method.REFRESH))
+    assert relay.counters.nonces == {NonceOutcome.OURS: 1, NonceOutcome.EXPIRED: 1, NonceOutcome.FOREIGN: 1}

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.core.addresses import ClientAddress, SocketAddress
+from relay.core.counters import NonceOutcome
 from relay.core.instant import Instant
 from relay.core.nonces import Nonces
 from tests.core.driver import CLIENT, CLIENT6, OTHER_CLIENT, START
@@ -125,3 +126,14 @@ def test_nothing_may_be_added_to_a_nonce(more: bytes) -> None:
     assert not nonces.is_valid(nonce + more, HERE, START)
     assert not nonces.is_valid(more + nonce, HERE, START)
     assert not nonces.is_valid(nonce[: -len(more)], HERE, START)
+
+
+def test_what_came_of_each_nonce_is_counted() -> None:
+    counted = dict.fromkeys(NonceOutcome, 0)
+    nonces = Nonces(Random(1), counted)
+    nonce = nonces.issue(HERE, START)
+    for client, at in ((HERE, START), (HERE, after(3599)), (HERE, after(3600)), (ClientAddress(OTHER_CLIENT), START)):
+        nonces.is_valid(nonce, client, at)
+    nonces.is_valid(b"short", HERE, START)
+    nonces.is_valid(b"A" * 16, HERE, START)
+    assert counted == {NonceOutcome.OURS: 2, NonceOutcome.EXPIRED: 1, NonceOutcome.FOREIGN: 3}
