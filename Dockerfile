@@ -45,14 +45,9 @@ WORKDIR /
 # them, and to another number.
 EXPOSE 3478/udp 8080/tcp
 
-# Whether the process lives, not whether it answers clients: a relay that waits for its portal is well (/readyz tells the
-# rest). http.client, since there is no curl here, and urllib would ask the proxy of HTTP_PROXY. On Linux, a connection to
-# 0.0.0.0 or :: is one to this machine.
-HEALTHCHECK --interval=30s --timeout=5s --start-period=10s CMD ["/opt/firezone-relay/bin/python", "-I", "-c", \
-    "import http.client, os; \
-    page = http.client.HTTPConnection(os.environ.get('HEALTH_CHECK_ADDR', '127.0.0.1:8080'), timeout=4); \
-    page.request('GET', '/healthz'); \
-    raise SystemExit(page.getresponse().status != 200)"]
+# Whether the process lives, not whether it answers clients: a relay that waits for its portal is well (`healthcheck --ready`
+# asks that). It looks where HEALTH_CHECK_ADDR says, as the relay does, and costs a fifth of a second of CPU.
+HEALTHCHECK --interval=30s --timeout=5s --start-period=10s CMD ["/opt/firezone-relay/bin/firezone-relay", "healthcheck"]
 
 # As a list, without a shell in between: the relay is process 1 itself, and gets the signal. By default process 1 gets none;
 # the relay waits for this one from its first moment, and ends with exit code 0.

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PROGRAM := relay/offload/program.o
 
-.PHONY: run test lint bench format wheel clean debian-packages
+.PHONY: run test lint bench format docs wheel clean debian-packages
 # What a target needs is made in the order that it says: compilers before what they compile.
 .NOTPARALLEL:
 
@@ -33,6 +33,9 @@ bench: $(INSTALLED) $(PROGRAM) ## 15 minutes beside coturn, if installed (apt-ge
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED) ## docs/cli.md, of what the command line says of itself
+	@$(BIN)/python -m docs.command_line
 
 wheel: $(INSTALLED) ## dist/firezone_relay-*.whl
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

@@ -37,7 +37,7 @@ T = TypeVar("T", bound=Callable[..., Any])
 BAD_USE = 2
 """Exit code for what the user can mend."""
 
-_ELSEWHERE = {"probe": "relay.probe.command"}
+_ELSEWHERE = {"healthcheck": "relay.healthcheck", "probe": "relay.probe.command"}
 """Commands that are imported once they are asked for, by name, with the module that has each."""
 
 _EPILOG = """\b
@@ -301,7 +301,10 @@ def cli(context: click.Context, /, **options: Any) -> None:  # noqa: ANN401 - on
 @click.option("--ttl", type=DurationType(), default="1d", show_default=True, help="How long it is valid: 90s, 15m, 12h, 1d.")
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
 def credentials(relay_secret_file: Path, ttl: int, *, as_json: bool) -> None:
-    """Make a username and a password that a relay with the same secret takes until they expire."""
+    """Make a username and a password that a relay with the same secret takes until they expire.
+
+    Exit code: 0, or 2 for bad use.
+    """
     expiry = int(time.time()) + ttl
     credential = mint(read_secret(relay_secret_file), expiry, secrets.token_urlsafe(SALT_BYTES))
     if as_json:
