@@ -21,7 +21,7 @@ WRITTEN = [
 
 NAME = re.compile(r"(?<![\w$])[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+(?!\w)")
 
-OF_THE_KERNEL = re.compile(r"(AF|BPF|CAP|IP|IPV6|IRQ|NET|SCHED|SHUT|SO|SYS|UDP|XDP)_")
+OF_THE_KERNEL = re.compile(r"(AF|BPF|CAP|IP|IPV6|IRQ|NET|RLIMIT|SCHED|SHUT|SO|SYS|UDP|XDP)_")
 """Constants and capabilities, which are spelt the same."""
 
 

@@ -31,7 +31,7 @@ def links(page: Path) -> Iterator[str]:
 
 @cache
 def anchors(page: Path) -> frozenset[str]:
-    """Give what GitHub makes of headings: lower case, hyphens for spaces, no punctuation, a number for what is there twice."""
+    """Give what GitHub makes of headings: lower case, hyphens for spaces, no punctuation, a number if it is there twice."""
     found: Counter[str] = Counter()
     names = set()
     for heading, inline in zip(tokens(page), tokens(page)[1:], strict=False):
