@@ -6,7 +6,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PROGRAM := relay/offload/program.o
 
+<<<<<<< HEAD
 .PHONY: run test lint bench format docs wheel clean debian-packages
+=======
+.PHONY: run test lint bench format wheel lock audit sbom clean debian-packages
+>>>>>>> 3a24201 (Dependencies are installed by hash, audited, and listed in CycloneDX)
 # What a target needs is made in the order that it says: compilers before what they compile.
 .NOTPARALLEL:
 
@@ -38,7 +42,16 @@ docs: $(INSTALLED) ## docs/cli.md, of what the command line says of itself
 	@$(BIN)/python -m docs.command_line
 
 wheel: $(INSTALLED) ## dist/firezone_relay-*.whl
-	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-index --no-build-isolation --wheel-dir dist .
+
+lock: $(INSTALLED) ## requirements/*.txt anew after a change of pyproject.toml; UPGRADE=1: the newest of everything
+	@UV=$(BIN)/uv UPGRADE=$(filter-out 0,$(UPGRADE)) supply/lock
+
+audit: $(INSTALLED) ## what is known against anything in requirements/*.txt; UNKNOWN=ok: fine if that can't be found out
+	@$(BIN)/python -m supply.audit $(if $(filter ok,$(UNKNOWN)),--unknown-is-ok)
+
+sbom: $(INSTALLED) ## dist/firezone-relay-*.cdx.json: what the relay is shipped with, in CycloneDX
+	@$(BIN)/python -m supply.sbom
 
 clean:
 	rm -rf $(VENV) $(PROGRAM) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -46,9 +59,11 @@ clean:
 $(BIN)/pip:
 	@./bootstrap $(VENV) $(PYTHON)
 
-$(INSTALLED): $(BIN)/pip pyproject.toml constraints.txt hatch_build.py
+# Nothing is installed but what has a hash in requirements/; what is built here is built of that, too.
+$(INSTALLED): $(BIN)/pip pyproject.toml requirements/all.txt hatch_build.py
 	@echo "installing into $(VENV)"
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements/all.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-index --no-build-isolation --editable .
 	@touch $@
 
 # As the installation does, but for a program that has changed since, or a compiler that has come. Without one, a line says so.

@@ -1,0 +1,1 @@
+"""What the relay is made of: locked, audited, and listed."""

@@ -1,0 +1,111 @@
+"""What may be installed is locked, all of it, and nothing else is in the locks."""
+
+import re
+import tomllib
+from collections import deque
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from supply.pins import FOLDER, LINUX, Pin, read
+
+LOCKS: Final = sorted(path.stem for path in FOLDER.glob("*.txt"))
+ADVICE: Final = "run `make lock`"
+
+
+def declared() -> dict[str, list[Requirement]]:
+    """What pyproject.toml asks for, by the lock in which it is."""
+    settings: dict[str, Any] = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())
+    runtime = settings["project"]["dependencies"]
+    extras = settings["project"]["optional-dependencies"]
+    build = settings["dependency-groups"]["build"]
+    wanted = {
+        "relay": runtime,
+        "build": build,
+        "all": [*runtime, *build, *extras["test"], *extras["lint"], *extras["supply"]],
+    }
+    return {name: [Requirement(each) for each in requirements] for name, requirements in wanted.items()}
+
+
+def pinned(lock: str) -> dict[str, Pin]:
+    return {pin.name: pin for pin in read(lock) if pin.is_for_linux}
+
+
+def requirements_of(name: str, extras: Iterable[str]) -> list[Requirement]:
+    """What an installed package needs here, with some of its extras."""
+    found = map(Requirement, metadata.requires(name) or ())
+    return [
+        each
+        for each in found
+        if any(each.marker is None or each.marker.evaluate(LINUX | {"extra": extra}) for extra in extras)
+    ]
+
+
+@pytest.mark.parametrize("lock", ["relay", "build", "all"])
+def test_a_lock_has_what_is_declared_and_what_that_needs_and_nothing_else(lock: str) -> None:
+    pins = pinned(lock)
+    needed: set[str] = set()
+    waiting = deque(declared()[lock])
+    while waiting:
+        wanted = waiting.popleft()
+        name = canonicalize_name(wanted.name)
+        assert name in pins, f"{wanted} is not locked in {lock}.txt: {ADVICE}"
+        assert wanted.specifier.contains(pins[name].version, prereleases=True), (
+            f"{wanted} is not {pins[name].version}: {ADVICE}"
+        )
+        key = f"{name}[{','.join(sorted(wanted.extras))}]"
+        if key not in needed:
+            needed.add(key)
+            waiting += requirements_of(name, {"", *wanted.extras})
+    assert {each.partition("[")[0] for each in needed} == set(pins), ADVICE
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_every_pin_has_the_hashes_of_its_files_and_no_line_says_where_to_get_them(lock: str) -> None:
+    """`read` takes no line but pins, hashes and comments."""
+    pins = read(lock)
+    assert pins
+    assert [pin.name for pin in pins if not pin.hashes] == []
+    comments = [line for line in (FOLDER / f"{lock}.txt").read_text().splitlines() if line.lstrip().startswith("#")]
+    assert [line for line in comments if "://" in line] == []
+
+
+def test_one_package_has_one_version_in_all_locks() -> None:
+    versions: dict[str, set[str]] = {}
+    for lock in LOCKS:
+        for pin in read(lock):
+            versions.setdefault(pin.name, set()).add(pin.version)
+    assert {name: found for name, found in versions.items() if len(found) > 1} == {}
+
+
+def test_what_is_installed_here_is_what_is_locked() -> None:
+    """These tests are about the packages that are shipped, not about others."""
+    pins = pinned("all")
+    assert {name: metadata.version(name) for name in pins} == {name: pin.version for name, pin in pins.items()}
+
+
+@pytest.mark.parametrize(
+    "line", ["https://packages.example/x.whl", "--index-url https://packages.example", "click", "click>=8", "-r other.txt"]
+)
+def test_a_lock_with_anything_else_in_it_is_refused(tmp_path: Path, line: str) -> None:
+    (tmp_path / "lock.txt").write_text(f"# comment\nclick==8.5.1 \\\n    --hash=sha256:{'0' * 64}\n{line}\n")
+    with pytest.raises(ValueError, match=r"lock\.txt:4 is neither"):
+        read("lock", tmp_path)
+
+
+def test_the_build_asks_for_nothing_that_is_not_locked() -> None:
+    settings = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())
+    assert set(settings["build-system"]["requires"]) <= set(settings["dependency-groups"]["build"])
+
+
+@pytest.mark.parametrize("name", ["Makefile", "Dockerfile", "docs/deployment.md"])
+def test_wherever_packages_are_installed_their_hashes_are_required(name: str) -> None:
+    text = (FOLDER.parent / name).read_text()
+    installs = re.findall(r"pip\S*(?: --?\S+| /\S+)*? install .*", text)
+    assert installs
+    assert [each for each in installs if "--require-hashes" not in each and "--no-index" not in each] == []

@@ -1,0 +1,56 @@
+"""The list of what is shipped: complete, valid, and the same each time."""
+
+import json
+import tomllib
+from typing import Any
+
+import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+
+from relay import __version__
+from supply.pins import FOLDER, read
+from supply.sbom import document
+
+
+@pytest.fixture
+def bom(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1795000000")
+    found: dict[str, Any] = json.loads(document())
+    return found
+
+
+def test_it_is_valid_by_the_schema_of_cyclonedx() -> None:
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(document()) is None
+
+
+def test_a_document_that_is_not_valid_would_be_found_out(bom: dict[str, Any]) -> None:
+    broken = json.dumps(bom | {"components": [{"name": "without a type"}]})
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(broken) is not None
+
+
+def test_it_has_each_package_of_the_lock_with_version_licence_and_hashes(bom: dict[str, Any]) -> None:
+    locked = {pin.name: pin for pin in read("relay") if pin.is_for_linux}
+    assert {each["name"]: each["version"] for each in bom["components"]} == {
+        name: pin.version for name, pin in locked.items()
+    }
+    for each in bom["components"]:
+        assert each["licenses"], each["name"]
+        (files,) = each["externalReferences"]
+        assert {found["content"] for found in files["hashes"]} == set(locked[each["name"]].hashes)
+    assert (bom["metadata"]["component"]["name"], bom["metadata"]["component"]["version"]) == ("firezone-relay", __version__)
+
+
+def test_it_says_what_needs_what(bom: dict[str, Any]) -> None:
+    needs = {each["ref"]: {ref.partition("@")[0] for ref in each.get("dependsOn", ())} for each in bom["dependencies"]}
+    declared = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert len(needs[f"firezone-relay@{__version__}"]) == len(declared)
+    (rich,) = [ref for ref in needs if ref.startswith("pkg:pypi/rich@")]
+    assert needs[rich] == {"pkg:pypi/markdown-it-py", "pkg:pypi/pygments"}
+    everything = {"pkg:pypi/" + each["name"] for each in bom["components"]}
+    assert set().union(*needs.values()) == everything, "nothing is there for no reason"
+
+
+def test_the_same_lock_gives_the_same_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1795000000")
+    assert document() == document()
