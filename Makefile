@@ -6,11 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PROGRAM := relay/offload/program.o
 
-<<<<<<< HEAD
-.PHONY: run test lint bench format docs wheel clean debian-packages
-=======
-.PHONY: run test lint bench format wheel lock audit sbom clean debian-packages
->>>>>>> 3a24201 (Dependencies are installed by hash, audited, and listed in CycloneDX)
+.PHONY: run test lint bench format docs wheel lock audit sbom clean debian-packages
 # What a target needs is made in the order that it says: compilers before what they compile.
 .NOTPARALLEL:
 
