@@ -17,7 +17,7 @@ import click
 
 from relay import __version__
 from relay.config import HIGHEST_PORT, LOWEST_PORT, AttachMode, BadUseError, LogFormat
-from relay.core.config import UNAUTHENTICATED_BURST, UNAUTHENTICATED_RATE
+from relay.core.config import MAX_CHANNELS, UNAUTHENTICATED_BURST, UNAUTHENTICATED_RATE
 from relay.core.credentials import SALT_BYTES, mint
 from relay.ops import signals
 from relay.options import (
@@ -166,6 +166,21 @@ class _Commands(click.Group):
     "MAX_ALLOCATIONS",
     click.IntRange(1),
     "Allocations at once. Unset: as many as there are ports.",
+)
+@_setting(
+    "--max-allocations-per-address",
+    "max_allocations_per_address",
+    "MAX_ALLOCATIONS_PER_ADDRESS",
+    click.IntRange(1),
+    "Allocations at once of clients with one address (IPv6: /64). Unset: no limit, since an office may be behind it.",
+)
+@_setting(
+    "--max-channels-per-allocation",
+    "max_channels",
+    "MAX_CHANNELS_PER_ALLOCATION",
+    click.IntRange(1, 16384),
+    "Channels that an allocation may have bound.",
+    default=MAX_CHANNELS,
 )
 @_setting(
     "--unauthenticated-rate",

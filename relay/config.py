@@ -5,7 +5,7 @@ from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
 
 from relay.core.addresses import Family
-from relay.core.config import UNAUTHENTICATED_BURST, UNAUTHENTICATED_RATE
+from relay.core.config import MAX_CHANNELS, UNAUTHENTICATED_BURST, UNAUTHENTICATED_RATE
 from relay.core.credentials import RelaySecret
 from relay.core.peers import Network
 from relay.core.portal.endpoint import PortalToken, PortalUrl
@@ -121,6 +121,10 @@ class Config:
     deny_peers: tuple[Network, ...] = ()
     max_allocations: int | None = None
     """Without it: as many as there are ports."""
+    max_allocations_per_address: int | None = None
+    """Without it: as many as there may be in all."""
+    max_channels: int = MAX_CHANNELS
+    """Of each allocation."""
     unauthenticated_rate: int = UNAUTHENTICATED_RATE
     """Answers a second to each source address that has proven nothing; 0 for no limit."""
     unauthenticated_burst: int = UNAUTHENTICATED_BURST

@@ -19,6 +19,7 @@ from relay.core.addresses import (
     PeerAddress,
     RelayedPort,
     family_of,
+    network_of,
 )
 from relay.core.commands import ExtendAllocation, InstallChannel, OffloadCommand, RemoveChannel, StopAllocation
 from relay.core.deadlines import Deadlines
@@ -113,6 +114,8 @@ class Allocations:
         self.by_id: dict[AllocationId, Allocation] = {}
         self.by_client: dict[ClientAddress, Allocation] = {}
         self.by_username: dict[str, Allocation] = {}
+        self.by_network: dict[str, int] = {}
+        """How many there are of each client address, by `network_of`."""
         self.live_channels: dict[tuple[ClientAddress, int], ChannelBinding] = {}
         """Where a client's ChannelData goes: one look-up a packet."""
         self.live_peers: dict[tuple[AllocationId, PeerAddress], ChannelBinding] = {}
@@ -124,6 +127,8 @@ class Allocations:
         self.by_id[allocation.id] = allocation
         self.by_client[allocation.client] = allocation
         self.by_username[allocation.username] = allocation
+        network = network_of(allocation.client)
+        self.by_network[network] = self.by_network.get(network, 0) + 1
         self.deadlines.set((allocation.id, None), deadline)
 
     def extend(self, allocation: Allocation, deadline: float) -> None:
@@ -141,6 +146,10 @@ class Allocations:
         del self.by_id[allocation.id]
         del self.by_client[allocation.client]
         del self.by_username[allocation.username]
+        network = network_of(allocation.client)
+        self.by_network[network] -= 1
+        if not self.by_network[network]:
+            del self.by_network[network]
 
     def bind_channel(self, allocation: Allocation, number: ChannelNumber, peer: PeerAddress, now: float) -> bool:
         """Bind a channel, or refresh it; False if its number or its peer is bound to another."""

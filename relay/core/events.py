@@ -14,10 +14,14 @@ from relay.core.stun import Method
 
 
 class Limit(StrEnum):
-    """What an Allocate was refused for that nothing was wrong with."""
+    """What a request was refused for that nothing was wrong with."""
 
     ALLOCATIONS = "allocations"
     """There are as many as there may be at once (486)."""
+    ALLOCATIONS_OF_ADDRESS = "allocations_of_address"
+    """The client's address has as many as one may have at once (486)."""
+    CHANNELS = "channels"
+    """The allocation has as many as one may have (508)."""
     PORTS = "ports"
     """No port of the range is free (508)."""
     SOCKETS = "sockets"
@@ -101,7 +105,7 @@ class PeerRefused(NamedTuple):
 
 
 class LimitReached(NamedTuple):
-    """An Allocate that nothing was wrong with was refused."""
+    """An Allocate or a ChannelBind that nothing was wrong with was refused."""
 
     client: ClientAddress
     limit: Limit

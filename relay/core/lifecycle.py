@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from relay.core.addresses import AllocationId, ClientAddress, Family, SocketAddress, socket_address
+from relay.core.addresses import AllocationId, ClientAddress, Family, SocketAddress, network_of, socket_address
 from relay.core.allocations import Allocation, Allocations, AllocationState, ChannelBinding
 from relay.core.answers import Answers, Recipient
 from relay.core.attributes import (
@@ -27,6 +27,8 @@ from relay.core.stun import Method
 
 BIND_TIMEOUT = 5
 """Seconds to wait for a report on sockets. Far longer than a bind takes; a client repeats its Allocate for 39.5 s."""
+
+_QUOTAS = (Limit.ALLOCATIONS, Limit.ALLOCATIONS_OF_ADDRESS)
 
 
 class BindRefusal(StrEnum):
@@ -123,6 +125,12 @@ class Lifecycle:
             return Limit.PORTS
         if len(self._tables.by_id) - (replaced is not None) >= self._config.max_allocations:
             return Limit.ALLOCATIONS
+        most = self._config.max_allocations_per_address
+        if most is not None:
+            network = network_of(request.client)
+            makes_room = replaced is not None and network_of(replaced.client) == network
+            if self._tables.by_network.get(network, 0) - makes_room >= most:
+                return Limit.ALLOCATIONS_OF_ADDRESS
         return None
 
     def establish(self, allocation: Allocation, now: float) -> None:
@@ -191,7 +199,7 @@ class Lifecycle:
 
     def _refuse(self, client: ClientAddress, limit: Limit) -> ErrorCode:
         """Tell of a limit, and give the error that a client is answered for it."""
-        code = ErrorCode.ALLOCATION_QUOTA_REACHED if limit is Limit.ALLOCATIONS else ErrorCode.INSUFFICIENT_CAPACITY
+        code = ErrorCode.ALLOCATION_QUOTA_REACHED if limit in _QUOTAS else ErrorCode.INSUFFICIENT_CAPACITY
         if LimitReached in self._commands.watched:
             self._commands.append(LimitReached(client, limit, code))
         return code

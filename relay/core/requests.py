@@ -24,6 +24,8 @@ from relay.core.events import (
     AllocationRefreshed,
     ChannelBound,
     ChannelRefreshed,
+    Limit,
+    LimitReached,
     PeerRefused,
     RelayedAddressDeleted,
 )
@@ -222,6 +224,8 @@ class Requests:
         if not self._config.peers.permits(peer):
             raise self._forbidden(allocation, request, peer)
         before = allocation.channels.get(ChannelNumber(number))
+        if before is None and peer not in allocation.peers and len(allocation.channels) >= self._config.max_channels:
+            raise self._limited(request)
         kind = ChannelBound if before is None or not before.live else ChannelRefreshed
         if not self._tables.bind_channel(allocation, ChannelNumber(number), peer, request.now):
             raise RefusalError(ErrorCode.BAD_REQUEST)
@@ -235,6 +239,12 @@ class Requests:
         if PeerRefused in self._commands.watched:
             self._commands.append(PeerRefused(allocation.id, allocation.client, request.recipient.method, peer))
         return RefusalError(ErrorCode.FORBIDDEN)
+
+    def _limited(self, request: Request) -> RefusalError:
+        """Tell of an allocation that has all channels it may have, and give the error for it (RFC 8656 §12.2)."""
+        if LimitReached in self._commands.watched:
+            self._commands.append(LimitReached(request.client, Limit.CHANNELS, ErrorCode.INSUFFICIENT_CAPACITY))
+        return RefusalError(ErrorCode.INSUFFICIENT_CAPACITY)
 
     def _own_allocation(self, request: Request) -> Allocation:
         allocation = self._tables.by_client.get(request.client)

@@ -18,7 +18,8 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (
         *("FIREZONE_TOKEN", "FIREZONE_NAME", "FIREZONE_API_URL", "DRAIN_TIMEOUT", "RELAY_SECRET_FILE", "SSL_CERT_FILE"),
         *("PUBLIC_IP4_ADDR", "PUBLIC_IP6_ADDR", "LOWEST_PORT", "HIGHEST_PORT", "CPU_AFFINITY", "SWITCH_INTERVAL"),
-        *("UNAUTHENTICATED_RATE", "UNAUTHENTICATED_BURST"),
+        *("UNAUTHENTICATED_RATE", "UNAUTHENTICATED_BURST", "MAX_ALLOCATIONS"),
+        *("MAX_ALLOCATIONS_PER_ADDRESS", "MAX_CHANNELS_PER_ALLOCATION"),
         *("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "NO_PROXY", "no_proxy"),
     ):
         monkeypatch.delenv(name, raising=False)
@@ -54,6 +55,8 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         (("--standalone", *PUBLIC, "--drain-timeout", "-1"), "is no duration"),
         (("--standalone", *PUBLIC, "--unauthenticated-rate", "-1"), "-1 is not in the range 0<=x<=1000000"),
         (("--standalone", *PUBLIC, "--unauthenticated-burst", "0"), "0 is not in the range 1<=x<=1000000"),
+        (("--standalone", *PUBLIC, "--max-allocations-per-address", "0"), "0 is not in the range x>=1"),
+        (("--standalone", *PUBLIC, "--max-channels-per-allocation", "0"), "0 is not in the range 1<=x<=16384"),
         (("--standalone",), "no public address: give --public-ip4-addr or --public-ip6-addr"),
         (("--standalone", "--public-ip4-addr", "2001:db8::1"), "is an IPv6 address: give an IPv4 address"),
         (("--standalone", "--public-ip6-addr", "192.0.2.1"), "is an IPv4 address: give an IPv6 address"),

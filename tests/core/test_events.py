@@ -39,6 +39,7 @@ from tests.core.driver import (
     HOSTS,
     OTHER_CHANNEL,
     OTHER_CLIENT,
+    OTHER_PEER,
     PEER,
     PEER6,
     Client,
@@ -205,6 +206,23 @@ def test_each_limit_is_told_of_with_the_error_that_its_client_got() -> None:
     assert refused(odd, Client(odd), (EVEN_PORT, False)) == [
         LimitReached(HERE, Limit.PORTS, ErrorCode.INSUFFICIENT_CAPACITY)
     ]
+    shared = watching(relay_with(max_allocations_per_address=1))
+    Client(shared).allocate()
+    next_door = (CLIENT[0], CLIENT[1] + 1)
+    shared.take_events()
+    assert refused(shared, Client(shared, next_door, salt="other")) == [
+        LimitReached(ClientAddress(next_door), Limit.ALLOCATIONS_OF_ADDRESS, ErrorCode.ALLOCATION_QUOTA_REACHED)
+    ]
+
+
+def test_an_allocation_that_has_all_its_channels_is_told_of() -> None:
+    relay = watching(relay_with(max_channels=1))
+    client = Client(relay)
+    client.allocate()
+    client.bind_channel()
+    relay.take_events()
+    assert client.bind_channel(OTHER_CHANNEL, OTHER_PEER).code == 508
+    assert relay.take_events() == [LimitReached(HERE, Limit.CHANNELS, ErrorCode.INSUFFICIENT_CAPACITY)]
 
 
 @pytest.mark.parametrize("refusal", BindRefusal)

@@ -4,6 +4,7 @@ The model knows only moments and durations, and works out from them what holds n
 to move through. Its numbers are its own.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from relay.core.addresses import AllocationId, ClientAddress, Family, PeerAddress, SocketAddress
+from relay.core.addresses import AllocationId, ClientAddress, Family, PeerAddress, SocketAddress, network_of
 from relay.core.attributes import (
     ADDITIONAL_ADDRESS_FAMILY,
     CHANNEL_NUMBER,
@@ -71,6 +72,7 @@ ADDRESSES: list[SocketAddress] = [
     ("203.0.113.2", 1000),
     ("2001:db8:5::5", 1000, 0, 0),
     ("2001:db8:5::6", 1000, 0, 0),
+    ("2001:db8:6::6", 1000, 0, 0),
     ("203.0.113.3", 1000),
 ]
 PEERS = [
@@ -107,7 +109,7 @@ def user(salt: str, valid_for: int, *, right_password: bool = True) -> User:
 
 FOREVER = 100_000_000
 USERS = [
-    *(user(salt, FOREVER) for salt in "abcdef"),
+    *(user(salt, FOREVER) for salt in "abcdefg"),
     user("short", 700),
     user("late", -1),
     user("a", FOREVER, right_password=False),
@@ -190,6 +192,11 @@ def families_of(peer: SocketAddress) -> Family:
     return Family.IPV6 if ":" in peer[0] else Family.IPV4
 
 
+def network(address: SocketAddress) -> str:
+    """Give what the addresses of one customer have in common; of those here, their spelling tells."""
+    return address[0].rpartition("::")[0] or address[0]
+
+
 def granted(asked: int | None) -> int:
     return 600 if asked is None or asked < 600 else min(asked, 3600)
 
@@ -199,7 +206,8 @@ class ServerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.relay = relay_with(ports=PORTS, max_allocations=QUOTA, offloads=True)
+        self.of_address = self.of_channels = QUOTA
+        self.start()
         self.mirror = Mirror()
         self.seen = self.relay.now.monotonic
         """When the server had its last input; what became due since then it can't know."""
@@ -209,6 +217,15 @@ class ServerMachine(RuleBasedStateMachine):
         self.nonces: dict[ClientAddress, tuple[bytes, float]] = {}
         self.expected_frees: list[AllocationId] = []
         self.expected_508s: list[ModelAllocation] = []
+
+    def start(self) -> None:
+        self.relay = relay_with(
+            ports=PORTS,
+            max_allocations=QUOTA,
+            max_allocations_per_address=self.of_address,
+            max_channels=self.of_channels,
+            offloads=True,
+        )
 
     # What holds in the model.
 
@@ -303,6 +320,9 @@ class ServerMachine(RuleBasedStateMachine):
             return 508
         if len(self.allocations) - len(replaced) >= QUOTA:
             return 486
+        rest = [each for each in self.allocations.values() if each not in replaced]
+        if sum(network(each.request.address) == network(request.address) for each in rest) >= self.of_address:
+            return 486
         for each in replaced:
             self.free(each)
         return None
@@ -352,6 +372,8 @@ class ServerMachine(RuleBasedStateMachine):
         channels = self.allocations[request.address].channels
         if any((n == request.number) is not (c.peer == request.peer) for n, c in channels.items()):
             return 400
+        if request.number not in channels and len(channels) >= self.of_channels:
+            return 508
         channels[request.number] = ModelChannel(request.peer, self.now)
         return None
 
@@ -411,8 +433,15 @@ class ServerMachine(RuleBasedStateMachine):
 
     # Rules.
 
-    @initialize(data=st.data(), dual=st.lists(st.booleans(), max_size=3))
-    def some_are_here_already(self, data: st.DataObject, dual: list[bool]) -> None:
+    @initialize(
+        data=st.data(),
+        dual=st.lists(st.booleans(), max_size=3),
+        of_address=st.sampled_from([1, 2, QUOTA]),
+        of_channels=st.sampled_from([1, 2, QUOTA]),
+    )
+    def some_are_here_already(self, data: st.DataObject, dual: list[bool], of_address: int, of_channels: int) -> None:
+        self.of_address, self.of_channels = of_address, of_channels
+        self.start()
         for each in dual:
             self.allocate_as_clients_do(data, each)
 
@@ -696,6 +725,7 @@ class ServerMachine(RuleBasedStateMachine):
         assert {username: each.id for username, each in tables.by_username.items()} == {
             each.username: each.id for each in self.allocations.values()
         }
+        assert tables.by_network == Counter(network_of(client) for client in self.allocations)
         assert all(tables.by_id[each.id] is each for each in tables.by_client.values())
         assert all(tables.by_id[each.id] is each for each in tables.by_username.values())
 
@@ -766,7 +796,8 @@ class ServerMachine(RuleBasedStateMachine):
         tables = self.relay.server.allocations
         assert not self.allocations
         assert not any((self.mirror.channels, self.mirror.ends))
-        assert not any((tables.by_id, tables.by_client, tables.by_username, tables.live_channels, tables.live_peers))
+        assert not any((tables.by_id, tables.by_client, tables.by_username, tables.by_network))
+        assert not any((tables.live_channels, tables.live_peers))
         assert len(tables.deadlines) == 0
         assert sorted(self.free_ports()) == list(PORTS)
         self.every_port_is_in_the_pool_or_used_once()
