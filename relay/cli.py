@@ -24,6 +24,7 @@ from relay.options import (
     CpuType,
     DurationType,
     EndpointType,
+    HostnamesType,
     InterfacesType,
     IntervalType,
     IpAddressType,
@@ -237,6 +238,15 @@ class _Commands(click.Group):
     EndpointType(),
     default="127.0.0.1:9999",
     text="Where operators look inside and change things. Whoever reaches it may do so: keep it on loopback.",
+)
+@_setting(
+    "--control-hostname",
+    "control_hostnames",
+    "CONTROL_HOSTNAME",
+    HostnamesType(),
+    default=(),
+    show_default=False,
+    text="Names by which the control address may be asked, with commas between them; addresses and localhost always work.",
 )
 @_setting(
     "--cpu-affinity",

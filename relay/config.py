@@ -45,6 +45,11 @@ class Endpoint:
     host: str
     port: int
 
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches it."""
+        return ip_address(self.host).is_loopback
+
     def overlaps(self, other: "Endpoint") -> bool:
         """Tell whether the two can't be listened on at once; port 0 is any that is free."""
         hosts = (ip_address(self.host), ip_address(other.host))
@@ -114,6 +119,8 @@ class Config:
     highest_port: int = HIGHEST_PORT
     health: Endpoint = Endpoint("0.0.0.0", 8080)  # noqa: S104 - for probes from outside, as operators have it
     control: Endpoint = Endpoint("127.0.0.1", 9999)
+    control_hostnames: tuple[str, ...] = ()
+    """By which the control address may be asked, besides its addresses and localhost."""
     secret: RelaySecret | None = None
     """Without it, one is made at random."""
     rng_seed: int | None = None

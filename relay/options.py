@@ -15,6 +15,7 @@ from relay.core.portal.endpoint import PortalToken, PortalUrl
 
 _LONGEST_TEXT = 4096
 _LONGEST_INTERFACE = 15
+_HOSTNAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252}[A-Za-z0-9_])?")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _SHORTEST_INTERVAL, _LONGEST_INTERVAL = 0.0001, 10.0
 
@@ -88,6 +89,22 @@ class InterfacesType(click.ParamType[tuple[str, ...]]):
         for name in names:
             if len(name) > _LONGEST_INTERFACE or "/" in name or not name.isprintable():
                 self.fail(f"{name!r} is no name of an interface: write eth0, or eth0,eth1", param, ctx)
+        return names
+
+
+class HostnamesType(click.ParamType[tuple[str, ...]]):
+    """Names of hosts, with commas between them."""
+
+    name = "NAME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:  # noqa: ANN401
+        """Read ``relay-1.example,relay-1``; nothing is none."""
+        if isinstance(value, tuple):
+            return value
+        names = tuple(filter(None, (part.strip() for part in str(value).split(","))))
+        for name in names:
+            if _HOSTNAME.fullmatch(name) is None:
+                self.fail(f"{name!r} is no name of a host: write relay-1.example, without scheme or port", param, ctx)
         return names
 
 

@@ -5,10 +5,15 @@ from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from typing import NamedTuple
 
+import structlog
+
 from relay import __version__
 from relay.actors.offload import Offloading
 from relay.config import Config, Endpoint
 from relay.ops.http import HttpEndpoint, Page, Pages, Query
+from relay.ops.http_guard import OperatorsOnly, anyone
+
+_log = structlog.get_logger("relay.actors.pages")
 
 
 class Sources(NamedTuple):
@@ -53,13 +58,19 @@ def serving(config: Config, sources: Sources) -> Iterator[dict[str, Endpoint]]:
     """
     with contextlib.ExitStack() as stack:
         at: dict[str, Endpoint] = {}
-        for name, asked, answered in (
-            ("health", config.health, health(sources)),
-            ("control", config.control, control(sources)),
+        for name, asked, answered, guard in (
+            ("health", config.health, health(sources), anyone),
+            ("control", config.control, control(sources), OperatorsOnly(config.control_hostnames)),
         ):
-            http = HttpEndpoint(name, asked, answered.get, answered.post)
+            http = HttpEndpoint(name, asked, answered.get, answered.post, guard=guard)
             stack.callback(http.stop)
             at[name] = Endpoint(asked.host, http.port)
+        if not config.control.is_loopback:
+            _log.warning(
+                "the control address is not loopback: whoever reaches it sees clients, peers and settings, and changes what "
+                "is logged and what the kernel relays; give --control-address 127.0.0.1:9999, or see to the firewall",
+                control=str(at["control"]),
+            )
         yield at
 
 

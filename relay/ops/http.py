@@ -1,67 +1,84 @@
-"""The pages of the health and the control address.
+"""The health and the control address: HTTP/1.1, for operators and orchestrators, not for the public's load.
 
-They are served by waitress, in threads of its own: it limits how many connect, how much they send and how long they take,
-so that a slow or hostile client costs the relay some descriptors, and never a packet. Enough of them, trickling a byte now
-and then, do keep others from these pages: so whoever can reach the address should be trusted with that.
+A thread accepts; each connection has a thread of its own, for one request. That is few lines, and no client can keep
+another waiting: there are so many connections at once, each has so many seconds for its request and for its answer in total,
+and one more has the oldest that is not done with its request give way. h11 reads the requests.
 """
 
 import errno
-import json
 import socket
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from http import HTTPStatus
-from types import MappingProxyType
-from typing import Any, NamedTuple, TypeAlias
-from urllib.parse import parse_qsl
-from wsgiref.types import StartResponse, WSGIEnvironment
 
-import waitress.server
-import waitress.wasyncore
+import structlog
 
 from relay.config import BadUseError, Endpoint
+from relay.ops.http_crowd import Crowd, Stage, Visitor
+from relay.ops.http_guard import Guard, anyone
+from relay.ops.http_messages import (
+    QUERY_PARAMETERS,
+    Page,
+    Pages,
+    Query,
+    Reception,
+    Request,
+    answer,
+    error,
+    read_query,
+    render,
+)
 from relay.ops.machine import holder
+from relay.ops.threads import yield_cpu, yield_to_others
 
-CONNECTIONS = 64
-"""At once, for each address; further ones wait to be accepted."""
-
-IDLE_SECONDS = 10
-"""After which a connection without a complete request is closed."""
-
-REQUEST_BYTES = 4096
-"""Longest head, and longest body, of a request."""
+__all__ = ["HttpEndpoint", "Limits", "Page", "Pages", "Query", "error"]
 
 STOP_TIMEOUT = 1
 """Seconds to wait for the threads at the end."""
 
+_BACKLOG = 64
+_PIECE = 65536
+"""Bytes that are given to the kernel at once."""
 
-QUERY_PARAMETERS = 16
-"""Most of them in one request."""
+_LAST_READS = 64
+"""Of what a client goes on to send after its answer."""
 
-Query: TypeAlias = Mapping[str, str]
-"""The first value of each parameter of a request."""
+_RECEIVE_BUFFER, _SEND_BUFFER = 16384, 131072
+"""Bytes that the kernel keeps for a connection; by default it is megabytes."""
+
+_UNACKNOWLEDGED = 30_000
+"""Milliseconds for which the kernel keeps what a client does not take."""
+
+_SHORTAGE_REST = 0.1
+"""Seconds to wait when the machine has no descriptor, thread or memory for a connection."""
+
+_LONGEST_PIECE = 0.0005
+"""Seconds of work after which other threads get their chance."""
+
+_log = structlog.get_logger("relay.ops.http")
 
 
-class Page(NamedTuple):
-    """What is answered: a status, and an object that becomes JSON, or a text as it is."""
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the clients of one address may take, all together and each."""
 
-    status: HTTPStatus
-    body: Mapping[str, object] | str
-    content_type: str = "application/json"
-
-
-Pages: TypeAlias = dict[str, Callable[[Query], Page]]
-"""What is answered to a request of each path. Such a callable runs in a thread of the address that was asked."""
-
-
-def read_query(text: str) -> Query:
-    """Read what stands behind the question mark of a URL.
-
-    Raises:
-        ValueError: there are more than `QUERY_PARAMETERS`, or it is no UTF-8.
-    """
-    pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=QUERY_PARAMETERS)
-    return MappingProxyType(dict(reversed(pairs)))
+    connections: int = 32
+    request_bytes: int = 8192
+    """Longest head, and longest body."""
+    request_seconds: float = 5.0
+    """For all of a request, however it trickles in."""
+    answer_seconds: float = 30.0
+    """For all of an answer."""
+    answer_bytes: int = 16 << 20
+    """Of all answers that are not taken yet. A single one may be longer."""
+    turn_seconds: float = 5.0
+    """For another's request of the same page to be done."""
+    queue: int = 8
+    """Requests that wait for that."""
+    leave_seconds: float = 1.0
+    """For a client to close, once it has its answer."""
 
 
 class HttpEndpoint:
@@ -72,76 +89,178 @@ class HttpEndpoint:
         at: where.
         pages: what is answered to GET.
         actions: what is done and answered upon POST.
+        guard: refuses requests, whatever they ask for.
+        limits: for clients.
 
     Raises:
         BadUseError: the address is in use, or this machine does not have it.
     """
 
-    def __init__(self, name: str, at: Endpoint, pages: Pages, actions: Pages | None = None) -> None:
-        listening = _listen(name, at)
-        self.port: int = listening.getsockname()[1]
+    def __init__(
+        self,
+        name: str,
+        at: Endpoint,
+        pages: Pages,
+        actions: Pages | None = None,
+        *,
+        guard: Guard = anyone,
+        limits: Limits = Limits(),
+    ) -> None:
+        self._listening = _listen(name, at)
+        self.port: int = self._listening.getsockname()[1]
+        self._name = name
         self._by_method = {"GET": pages, "HEAD": pages, "POST": actions or {}}
-        # Typed as Any: what ends its loop is not part of its public face.
-        self._server: Any = waitress.server.create_server(
-            self._answer,
-            sockets=[listening],
-            threads=2,
-            connection_limit=CONNECTIONS,
-            channel_timeout=IDLE_SECONDS,
-            cleanup_interval=IDLE_SECONDS,
-            max_request_header_size=REQUEST_BYTES,
-            max_request_body_size=REQUEST_BYTES,
-            # select() takes no descriptor above 1023, and allocations take thousands.
-            asyncore_use_poll=True,
-            ident=None,
-        )
-        self._thread = threading.Thread(target=self._server.run, name=name, daemon=True)
+        self._guard = guard
+        self._limits = limits
+        self._crowd = Crowd(limits.connections, limits.answer_bytes)
+        self._turns = {page: threading.Lock() for page in {*pages, *(actions or {})}}
+        self._queue = threading.Semaphore(limits.queue)
+        self._is_stopped = False
+        self._thread = threading.Thread(target=self._accept, name=name, daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """Close the address and all connections."""
-        # Only the thread that runs the loop may close what the loop looks at.
-        self._server.trigger.pull_trigger(self._close_all)
+        self._is_stopped = True
+        # This wakes the thread that accepts; to close would not.
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._crowd.disperse(STOP_TIMEOUT)
         self._thread.join(STOP_TIMEOUT)
-        self._server.task_dispatcher.shutdown(timeout=STOP_TIMEOUT)
+        self._listening.close()
 
-    def _close_all(self) -> None:
-        waitress.wasyncore.close_all(self._server._map)  # noqa: SLF001 - see above
+    def _accept(self) -> None:
+        # Inherited by the threads of connections: none of them takes the CPU from one that relays.
+        yield_to_others()
+        while not self._is_stopped:
+            try:
+                connection, _ = self._listening.accept()
+            except OSError as fault:
+                if fault.errno != errno.ECONNABORTED and not self._is_stopped:
+                    self._crowd.make_room()
+                    time.sleep(_SHORTAGE_REST)
+                continue
+            visitor = Visitor(connection, self._limits.request_seconds)
+            if not self._crowd.admit(visitor):
+                visitor.close()
+                continue
+            try:
+                threading.Thread(target=self._serve, args=(visitor,), name=f"{self._name}-request", daemon=True).start()
+            except RuntimeError:
+                self._crowd.leave(visitor)
+                time.sleep(_SHORTAGE_REST)
 
-    def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
-        path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
-        page = self._by_method.get(method, {}).get(path)
-        headers = []
+    def _serve(self, visitor: Visitor) -> None:
+        try:
+            request = self._read(visitor)
+            if request is not None:
+                visitor.stage = Stage.WORKING
+                give_way = _GiveWay()
+                page = request if isinstance(request, Page) else self._answer(request)
+                said = answer(
+                    page, render(page, give_way), is_head=isinstance(request, Request) and request.method == "HEAD"
+                )
+                self._send(visitor, said)
+                self._see_off(visitor)
+        except OSError:
+            pass  # it is gone, or was too slow
+        finally:
+            self._crowd.leave(visitor)
+
+    def _read(self, visitor: Visitor) -> Request | Page | None:
+        """Receive a request; give what to answer instead if it is none, and None if there is nothing to answer."""
+        reception = Reception(self._limits.request_bytes)
+        while True:
+            try:
+                visitor.wait_no_longer()
+                data = visitor.socket.recv(self._limits.request_bytes)
+            except TimeoutError:
+                return error(HTTPStatus.REQUEST_TIMEOUT, f"a request has {self._limits.request_seconds:g} s")
+            received = reception.receive(data)
+            if received is not None or not data or visitor.is_cut:
+                return None if visitor.is_cut else received
+
+    def _answer(self, request: Request) -> Page:
+        refused = self._guard(request)
+        if refused is not None:
+            return refused
+        page = self._by_method.get(request.method, {}).get(request.path)
         if page is not None:
-            answer = _called(page, environ["QUERY_STRING"])
-        elif allowed := [each for each, pages in self._by_method.items() if path in pages]:
-            answer = Page(HTTPStatus.METHOD_NOT_ALLOWED, {"error": f"{' and '.join(allowed)} is all there is"})
-            headers = [("Allow", ", ".join(allowed))]
-        else:
-            known = sorted(set().union(*self._by_method.values()))
-            answer = Page(HTTPStatus.NOT_FOUND, {"error": "no such page", "pages": known})
-        body = (answer.body if isinstance(answer.body, str) else json.dumps(answer.body) + "\n").encode()
-        headers += [("Content-Type", answer.content_type), ("Content-Length", str(len(body))), ("Cache-Control", "no-store")]
-        start_response(f"{answer.status.value} {answer.status.phrase}", headers)
-        return [] if method == "HEAD" else [body]
+            return self._call(page, request)
+        if allowed := [each for each, pages in self._by_method.items() if request.path in pages]:
+            text = f"{' and '.join(allowed)} is all there is"
+            return error(HTTPStatus.METHOD_NOT_ALLOWED, text, ("Allow", ", ".join(allowed)))
+        return Page(HTTPStatus.NOT_FOUND, {"error": "no such page", "pages": sorted(self._turns)})
+
+    def _call(self, page: Callable[[Query], Page], request: Request) -> Page:
+        """Have a page made, one at a time of each: several at once would only be slower and take more memory."""
+        try:
+            query = read_query(request.query)
+        except ValueError:
+            return error(HTTPStatus.BAD_REQUEST, f"give at most {QUERY_PARAMETERS} parameters, in UTF-8")
+        turn = self._turns[request.path]
+        if not turn.acquire(blocking=False) and not self._wait_for(turn):
+            return error(HTTPStatus.SERVICE_UNAVAILABLE, "too many ask for this at once", ("Retry-After", "1"))
+        try:
+            return page(query)
+        except Exception:  # noqa: BLE001 - a page that fails is no reason to answer nothing
+            _log.exception("a page could not be made", path=request.path)
+            return error(HTTPStatus.INTERNAL_SERVER_ERROR, "this page could not be made: the log says why")
+        finally:
+            turn.release()
+
+    def _wait_for(self, turn: threading.Lock) -> bool:
+        if not self._queue.acquire(blocking=False):
+            return False
+        try:
+            return turn.acquire(timeout=self._limits.turn_seconds)
+        finally:
+            self._queue.release()
+
+    def _send(self, visitor: Visitor, said: bytes) -> None:
+        visitor.until = time.monotonic() + self._limits.answer_seconds
+        self._crowd.hold(visitor, len(said))
+        rest = memoryview(said)
+        while rest:
+            visitor.wait_no_longer()
+            rest = rest[visitor.socket.send(rest[:_PIECE]) :]
+
+    def _see_off(self, visitor: Visitor) -> None:
+        """Wait until the client closes: to close with something unread could take the answer from it (RFC 9112 §9.6)."""
+        visitor.until = time.monotonic() + self._limits.leave_seconds
+        visitor.stage = Stage.LEAVING
+        visitor.socket.shutdown(socket.SHUT_WR)
+        for _ in range(_LAST_READS):
+            visitor.wait_no_longer()
+            if not visitor.socket.recv(_PIECE):
+                break
 
 
-def _called(page: Callable[[Query], Page], text: str) -> Page:
-    try:
-        query = read_query(text)
-    except ValueError:
-        return Page(HTTPStatus.BAD_REQUEST, {"error": f"give at most {QUERY_PARAMETERS} parameters, in UTF-8"})
-    return page(query)
+class _GiveWay:
+    """Lets other threads run, when it is called and some work was done."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+
+    def __call__(self) -> None:
+        if time.perf_counter() - self._since > _LONGEST_PIECE:
+            yield_cpu()
+            self._since = time.perf_counter()
 
 
 def _listen(name: str, at: Endpoint) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in at.host else socket.AF_INET
-        return socket.create_server((at.host, at.port), family=family, backlog=CONNECTIONS)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
+        listening = socket.create_server((at.host, at.port), family=family, backlog=_BACKLOG)
+    except OSError as fault:
+        if fault.errno == errno.EADDRINUSE:
             by = holder("tcp", at.port)
             message = f"{at}/tcp is in use by {by}: stop that, or give --{name}-address another port"
         else:
-            message = f"can't listen on {at}/tcp ({error.strerror}): give --{name}-address an address of this machine"
-        raise BadUseError(message) from error
+            message = f"can't listen on {at}/tcp ({fault.strerror}): give --{name}-address an address of this machine"
+        raise BadUseError(message) from fault
+    # Connections inherit all of them.
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+    # Also for those that are closed here and have not taken the end of their answer.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNACKNOWLEDGED)
+    return listening

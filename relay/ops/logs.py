@@ -108,6 +108,5 @@ def configure(log_format: LogFormat, stream: Stream) -> None:
         logger_factory=structlog.WriteLoggerFactory(stream),  # type: ignore[arg-type]  # it needs no more than a Stream
         cache_logger_on_first_use=False,
     )
-    # Pykka logs what our supervisors hear of anyway, waitress each broken connection.
+    # Pykka logs what our supervisors hear of anyway.
     logging.getLogger("pykka").setLevel(logging.CRITICAL + 1)
-    logging.getLogger("waitress").setLevel(logging.CRITICAL + 1)
