@@ -12,6 +12,8 @@ from relay.actors.offload import Offloading
 from relay.config import Config, Endpoint
 from relay.ops.http import HttpEndpoint, Page, Pages, Query
 from relay.ops.http_guard import OperatorsOnly, anyone
+from relay.ops.metrics import sources as metrics
+from relay.ops.metrics.prometheus import MetricsPage
 
 _log = structlog.get_logger("relay.actors.pages")
 
@@ -23,6 +25,8 @@ class Sources(NamedTuple):
     """Whether new clients should be sent here."""
     offloading: Offloading | None
     """What has the kernel relay, if it does."""
+    metrics: metrics.Sources
+    """All that can be measured."""
 
 
 class Answered(NamedTuple):
@@ -40,6 +44,7 @@ def health(sources: Sources) -> Answered:
 def control(sources: Sources) -> Answered:
     """Give what operators see and do."""
     get, post = health(sources)
+    get = get | {"/metrics": MetricsPage(sources.metrics)}
     if sources.offloading is not None:
         offload = offload_pages(sources.offloading.datapath.state, sources.offloading.channels, sources.offloading.switch)
         get, post = get | offload.get, post | offload.post

@@ -21,7 +21,7 @@ from relay.actors.offload import Offloading
 from relay.actors.pages import Sources, serving
 from relay.actors.portal import PortalActor
 from relay.actors.server import DataPaths, ServerActor, ServerCounters
-from relay.actors.summary import fields_of, relayed_in
+from relay.actors.summary import summary_of
 from relay.config import Config, Endpoint, PortalAccess
 from relay.core.addresses import Family
 from relay.core.commands import Drained
@@ -44,6 +44,7 @@ from relay.ops.machine import (
     trusted_authorities,
     user_agent,
 )
+from relay.ops.metrics import sources as metrics
 from relay.ops.systemd import Systemd
 from relay.ops.threads import sharing_a_cpu
 
@@ -125,6 +126,16 @@ class System:
         self._portal_actor: pykka.ActorRef[PortalActor] | None = None
         self._inbox: ServerInbox | None = None
         self._http: dict[str, Endpoint] = {}
+        self._measured = metrics.Sources(
+            counters=self.core.counters,
+            tables=self.core.allocations,
+            carried_out=self.server_counters,
+            kernel_drops=self.kernel_drops,
+            inbox=lambda: self._inbox,
+            portal=lambda: self.portal,
+            is_ready=lambda: self.is_ready,
+            datapath=datapath,
+        )
 
     def __enter__(self) -> Self:
         try:
@@ -235,25 +246,12 @@ class System:
 
     def summary(self) -> dict[str, object]:
         """Give the state of everything in numbers, read without asking any actor."""
-        allocations, counters = self.core.allocations, self.core.counters
-        return {
-            "version": __version__,
-            "uptime_seconds": round(time.monotonic() - self._started_at, 1),
-            "ready": self.is_ready,
-            **self._portal_summary(),
-            "allocations": len(allocations.by_id),
-            "live_channels": len(allocations.live_channels),
-            "server_inbox": 0 if self._inbox is None else len(self._inbox),
-            "dropped_late": 0 if self._inbox is None else self._inbox.dropped,
-            **relayed_in(counters),
-            **fields_of(counters),
-            **fields_of(self.server_counters),
-            **fields_of(self.server_counters.udp),
-            # With those of the sockets that clients send to, which are not closed yet.
-            "kernel_drops": self.server_counters.udp.kernel_drops
-            + sum(opened.drops() for steered in self._steered.values() for opened in steered.all),
-            **({} if self._offloading is None else self._offloading.datapath.state()),
-        }
+        return summary_of(self._measured, time.monotonic() - self._started_at)
+
+    def kernel_drops(self) -> int:
+        """Give how many datagrams found a buffer full: of sockets that are closed, and of those that clients send to."""
+        closed = self.server_counters.udp.kernel_drops
+        return closed + sum(opened.drops() for steered in self._steered.values() for opened in steered.all)
 
     def _start(self) -> None:
         """Start all there is but the listeners; what was started is undone by leaving the context, in reverse order."""
@@ -268,7 +266,7 @@ class System:
         raise_descriptor_limit(self.config)
         self._open_sockets()
         self._warn_of_settings()
-        sources = Sources(is_ready=lambda: self.is_ready, offloading=offload)
+        sources = Sources(is_ready=lambda: self.is_ready, offloading=offload, metrics=self._measured)
         self._http = self._stack.enter_context(serving(self.config, sources))
         paths = DataPaths(self.listening, self.hosts, None if offload is None else offload.carry_out)
         server = ServerActor.start(self.core, paths, self._clock, self.server_counters, self._failed, self.news.put)
@@ -355,16 +353,6 @@ class System:
         except (pykka.Timeout, pykka.ActorDeadError):
             return False
         return True
-
-    def _portal_summary(self) -> dict[str, object]:
-        if self.portal is None:
-            return {}
-        return {
-            "portal": self.portal.state.value,
-            "portal_joins": self.portal.joins,
-            "portal_oddities": self.portal.oddities,
-            "portal_faults": self.portal.faults,
-        }
 
     def _failed(self, actor: str, error: BaseException) -> None:
         self.news.put(Failure(actor, error))
