@@ -29,6 +29,7 @@ class DropReason(StrEnum):
     MALFORMED_LENGTH = "malformed_length"
     MALFORMED_ATTRIBUTE = "malformed_attribute"
     MALFORMED_FINGERPRINT = "malformed_fingerprint"
+    TOO_MANY_ATTRIBUTES = "too_many_attributes"
     UNKNOWN_METHOD = "unknown_method"
     RESPONSE = "response"
     """A success or error response: the relay asks nobody anything."""
@@ -54,6 +55,7 @@ MALFORMED_DROPS = {
     Malformed.LENGTH: DropReason.MALFORMED_LENGTH,
     Malformed.ATTRIBUTE: DropReason.MALFORMED_ATTRIBUTE,
     Malformed.FINGERPRINT: DropReason.MALFORMED_FINGERPRINT,
+    Malformed.TOO_MANY_ATTRIBUTES: DropReason.TOO_MANY_ATTRIBUTES,
 }
 
 

@@ -277,7 +277,11 @@ def test_any_bytes_are_read_or_refused(data: bytes) -> None:
     body = data[: len(data) // 4 * 4]
     framed = b"\0\1" + len(body).to_bytes(2, "big") + b"\x21\x12\xa4\x42" + TRANSACTION + body
     result = decode(framed)
-    assert isinstance(result, Message) or result in (Malformed.ATTRIBUTE, Malformed.FINGERPRINT)
+    assert isinstance(result, Message) or result in (
+        Malformed.ATTRIBUTE,
+        Malformed.FINGERPRINT,
+        Malformed.TOO_MANY_ATTRIBUTES,
+    )
 
 
 @given(st.sampled_from(ROWS), st.binary(max_size=40))
@@ -317,6 +321,10 @@ def test_a_message_without_attributes_is_read() -> None:
     assert decoded(HEADER).attributes == ()
 
 
+def test_32_attributes_are_read() -> None:
+    assert decoded(with_length(HEADER + b"\0\x0d\0\0" * 32)).attributes == ((0x0D, b""),) * 32
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -334,6 +342,8 @@ def test_a_message_without_attributes_is_read() -> None:
         (with_length(HEADER + b"\0\x0d\0\4"), Malformed.ATTRIBUTE),
         (with_length(HEADER + b"\0\x0d\0\5" + bytes(4)), Malformed.ATTRIBUTE),
         (with_length(HEADER + b"\0\x0d\xff\xff" + bytes(4)), Malformed.ATTRIBUTE),
+        (with_length(HEADER + b"\0\x0d\0\0" * 33), Malformed.TOO_MANY_ATTRIBUTES),
+        (with_length(HEADER + b"\0\x08\0\0" * 33), Malformed.TOO_MANY_ATTRIBUTES),
         (GOOD[:-1] + bytes((GOOD[-1] ^ 1,)), Malformed.FINGERPRINT),
         (GOOD[:27] + b"\0" + GOOD[28:], Malformed.FINGERPRINT),
         (with_length(HEADER + b"\x80\x28\0\0"), Malformed.FINGERPRINT),
