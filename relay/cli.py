@@ -28,6 +28,7 @@ from relay.options import (
     InterfacesType,
     IntervalType,
     IpAddressType,
+    LogFilterType,
     NetworksType,
     PortalUrlType,
     read_secret,
@@ -288,6 +289,14 @@ class _Commands(click.Group):
     click.Choice([each.value for each in LogFormat]),
     "How log lines look.",
     default=LogFormat.HUMAN.value,
+)
+@_setting(
+    "--log-filter",
+    "log_filter",
+    "LOG_FILTER",
+    LogFilterType(),
+    default="info",
+    text="What is logged: off, error, warn, info, debug or trace, and exceptions such as info,relay.core=debug,portal=off.",
 )
 @_setting(
     "--allow-root",

@@ -12,6 +12,7 @@ from relay.config import ANY_CPU, Endpoint
 from relay.core.credentials import RelaySecret
 from relay.core.peers import Network
 from relay.core.portal.endpoint import PortalToken, PortalUrl
+from relay.ops.log_filter import LogFilter
 
 _LONGEST_TEXT = 4096
 _LONGEST_INTERFACE = 15
@@ -167,6 +168,21 @@ class IntervalType(click.ParamType[float]):
             bounds = f"{_SHORTEST_INTERVAL} to {_LONGEST_INTERVAL:g}"
             self.fail(f"{str(value)!r} is no such interval: write seconds, {bounds}, or off", param, ctx)
         return float(text)
+
+
+class LogFilterType(click.ParamType[LogFilter]):
+    """What is logged."""
+
+    name = "DIRECTIVES"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> LogFilter:  # noqa: ANN401
+        """Read ``info,relay.core=debug``."""
+        if isinstance(value, LogFilter):
+            return value
+        try:
+            return LogFilter.parse(str(value))
+        except ValueError as error:
+            self.fail(f"no filter for the log: {error}", param, ctx)
 
 
 class PortalUrlType(click.ParamType[PortalUrl]):

@@ -49,6 +49,7 @@ def run(
         raise BadUseError(
             "--relay-secret-file is for --standalone: in a network, the relay makes a secret and tells the portal"
         )
+    log_filter = settings.pop("log_filter")
     interfaces, mode = settings.pop("offload"), AttachMode(settings.pop("attach_mode"))
     config = Config(
         portal=access,
@@ -71,15 +72,13 @@ def run(
         }
     )
     register_wedged_dump()
-    log = logs.LogWriter(sys.stderr)
-    logs.configure(LogFormat(log_format), log)
-    try:
-        with System(config, news=news, systemd=Systemd(os.environ), datapath=datapath) as system:
-            if config.secret is None and config.portal is None:
-                _introduce(system)
-            return system.run(lambda: dump(system.summary(), log))
-    finally:
-        log.close()
+    with (
+        logs.writing(LogFormat(log_format), log_filter, sys.stderr) as log,
+        System(config, news=news, systemd=Systemd(os.environ), datapath=datapath, log=log) as system,
+    ):
+        if config.secret is None and config.portal is None:
+            _introduce(system)
+        return system.run(lambda: dump(system.summary(), log.stream))
 
 
 def _portal_access(

@@ -50,8 +50,8 @@ def wait_until(condition: Callable[[], bool], seconds: float = 5) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_actor_outlives_its_test() -> Iterator[None]:
-    logs.configure(LogFormat.HUMAN, sys.stderr)
-    yield
+    with logs.events_to(logs.Log(LogFormat.HUMAN, sys.stderr)):
+        yield
     left = pykka.ActorRegistry.get_all()
     pykka.ActorRegistry.stop_all(timeout=5)
     structlog.reset_defaults()

@@ -1,5 +1,7 @@
 """What the core is told, from the settings and from what this machine is."""
 
+import random
+
 from relay import __version__
 from relay.config import Config
 from relay.core.addresses import Family
@@ -39,3 +41,8 @@ def server_config(config: Config, secret: RelaySecret, hosts: dict[Family, str],
         software=f"firezone-relay/{__version__}",
         offloads=offloads,
     )
+
+
+def random_source(seed: int | None) -> random.Random:
+    """Give where random numbers come from: with a seed, from that, for tests."""
+    return random.SystemRandom() if seed is None else random.Random(seed)  # noqa: S311 - asked for

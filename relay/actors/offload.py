@@ -204,7 +204,10 @@ class OffloadActor(Actor):
         if not self._wanted:
             return
         for note in devices.attach(self._links):
-            (_log.warning if note in devices.failures.values() else _log.info)(note)
+            if note in devices.failures.values():
+                _log.warning("offload not possible", why=note)
+            else:
+                _log.info("offload changed", what=note)
         attached = devices.by_ifindex()
         own = own_addresses(self._network.addresses(), self._links.values(), attached, limit=sys.maxsize)
         self._datapath.channels.own_hosts = frozenset(_host(each.address) for each in own)

@@ -12,6 +12,8 @@ from relay.actors.offload import Offloading
 from relay.config import Config, Endpoint
 from relay.ops.http import HttpEndpoint, Page, Pages, Query
 from relay.ops.http_guard import OperatorsOnly, anyone
+from relay.ops.log_filter import LogFilter
+from relay.ops.logs import Log
 from relay.ops.metrics import sources as metrics
 from relay.ops.metrics.prometheus import MetricsPage
 
@@ -27,6 +29,8 @@ class Sources(NamedTuple):
     """What has the kernel relay, if it does."""
     metrics: metrics.Sources
     """All that can be measured."""
+    log: Log | None = None
+    """What has its filter changed, if it can be."""
 
 
 class Answered(NamedTuple):
@@ -48,6 +52,9 @@ def control(sources: Sources) -> Answered:
     if sources.offloading is not None:
         offload = offload_pages(sources.offloading.datapath.state, sources.offloading.channels, sources.offloading.switch)
         get, post = get | offload.get, post | offload.post
+    if sources.log is not None:
+        log_filter = log_filter_pages(sources.log)
+        get, post = get | log_filter.get, post | log_filter.post
     return Answered(get, post)
 
 
@@ -113,3 +120,22 @@ def offload_pages(
         {"/offload": lambda _: Page(HTTPStatus.OK, state()), "/offload/channels": lambda _: Page(HTTPStatus.OK, channels())},
         {"/offload/attach": lambda _: switched(attached=True), "/offload/detach": lambda _: switched(attached=False)},
     )
+
+
+def log_filter_pages(log: Log) -> Answered:
+    """Give the page that shows which events are logged, and the one that changes it."""
+
+    def shown(_: Query) -> Page:
+        return Page(HTTPStatus.OK, {"directives": str(log.filter_in_force)})
+
+    def changed(query: Query) -> Page:
+        try:
+            log_filter = LogFilter.parse(query.get("directives", ""))
+        except ValueError as error:
+            return Page(HTTPStatus.BAD_REQUEST, {"error": str(error), "directives": str(log.filter_in_force)})
+        before = log.filter_in_force
+        log.change_filter(log_filter)
+        _log.info("log filter changed", directives=str(log_filter), before=str(before))
+        return shown(query)
+
+    return Answered({"/log_filter": shown}, {"/log_filter": changed})

@@ -36,6 +36,7 @@ from relay.core.commands import (
     SendToClient,
     SendToPeer,
 )
+from relay.core.events import CORE_EVENTS, CoreEvent
 from relay.core.instant import Instant
 from relay.core.lifecycle import BindRefusal
 from relay.core.server import Server
@@ -118,7 +119,7 @@ class ServerActor(Actor):
         clock: Clock,
         counters: ServerCounters,
         failed: FailureListener,
-        news: Callable[[Drained], None],
+        news: Callable[[Drained | CoreEvent], None],
     ) -> None:
         super().__init__("server", failed)
         self.core = core
@@ -153,6 +154,7 @@ class ServerActor(Actor):
             BindPort: self._bind_port,
             FreeAllocation: self._free_allocation,
             Drained: news,
+            **dict.fromkeys(CORE_EVENTS, news),
             # Done before all others of their batch.
             **dict.fromkeys(OFFLOAD_COMMANDS, lambda _: None),
         }
@@ -360,7 +362,6 @@ class ServerActor(Actor):
         if serving is None:
             return
         self._closing[serving.sockets.port] = Closing(command.allocation, self._close(serving))
-        _log.debug("allocation freed", allocation=command.allocation, reason=command.reason)
 
     def _close(self, serving: Serving) -> pykka.Future[bool]:
         """Let an allocation's actor close its sockets; give what to wait for."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import queue
-import random
 import time
 from collections.abc import Callable
 from typing import Any, Self, TypeAlias, cast
@@ -12,11 +11,12 @@ import structlog
 
 from relay import __version__
 from relay.actors.clock import Clock, SystemClock
-from relay.actors.core import server_config
+from relay.actors.core import random_source, server_config
 from relay.actors.inbox import ServerInbox
 from relay.actors.listener import ListenerActor, RequestListenerActor
 from relay.actors.messages import AreYouThere, Drain, LeavePortal
 from relay.actors.news import Event, Failure, News, Request
+from relay.actors.observing import observing
 from relay.actors.offload import Offloading
 from relay.actors.pages import Sources, serving
 from relay.actors.portal import PortalActor
@@ -26,6 +26,7 @@ from relay.config import Config, Endpoint, PortalAccess
 from relay.core.addresses import Family
 from relay.core.commands import Drained
 from relay.core.credentials import SECRET_LENGTH, RelaySecret
+from relay.core.events import CoreEvent
 from relay.core.portal import limits
 from relay.core.portal.channel import PortalChannel
 from relay.core.portal.commands import Begin, Fatal, Left
@@ -36,7 +37,9 @@ from relay.net.receiver import Receiver
 from relay.net.steering import Steered
 from relay.net.udp import UdpSocket, discard_waiting
 from relay.offload.datapath import Datapath
+from relay.ops.core_log import CoreLog
 from relay.ops.kernel_settings import findings, read_machine
+from relay.ops.logs import Log
 from relay.ops.machine import (
     bind_hosts,
     open_service_sockets,
@@ -45,6 +48,7 @@ from relay.ops.machine import (
     user_agent,
 )
 from relay.ops.metrics import sources as metrics
+from relay.ops.stats import flow_in
 from relay.ops.systemd import Systemd
 from relay.ops.threads import sharing_a_cpu
 
@@ -73,6 +77,8 @@ STOP_TIMEOUT = LEAVE_TIMEOUT + PORTAL_STOP_TIMEOUT + SERVER_STOP_TIMEOUT + 5.0
 _log = structlog.get_logger("relay.actors.system")
 
 
+_DONE = {Left: "left the portal", Drained: "no allocation is left"}
+
 Awaited: TypeAlias = dict[type[Left | Drained], float]
 """What is still waited for before the end, and the monotonic time at which it no longer is."""
 
@@ -89,6 +95,7 @@ class System:
         news: what `run` waits for, if someone has begun to put to it before.
         systemd: is told how far it is.
         datapath: what has the kernel relay, if it does; closed at the end.
+        log: has its filter changed by operators, and what the core tells of written.
 
     Raises:
         BadUseError: on entering, if this machine can't give what the config asks for.
@@ -101,10 +108,11 @@ class System:
         news: News | None = None,
         systemd: Systemd | None = None,
         datapath: Datapath | None = None,
+        log: Log | None = None,
     ) -> None:
         self.config = config
         self.news: News = news or queue.SimpleQueue()
-        source = _random_source(config.rng_seed)
+        source = random_source(config.rng_seed)
         self.secret = config.secret or RelaySecret(source.randbytes(SECRET_LENGTH).hex())
         self.hosts = bind_hosts(config)
         self.core = Server(server_config(config, self.secret, self.hosts, offloads=datapath is not None), source)
@@ -116,6 +124,8 @@ class System:
         """Where clients send to, `listening` among them."""
         self._clock = clock or SystemClock()
         self._systemd = systemd or Systemd({})
+        self._log = log
+        self._core_log = CoreLog(self._clock.monotonic)
         self._offloading = None if datapath is None else Offloading(datapath, self.hosts, self._clock)
         self._started_at = time.monotonic()
         self._stack = contextlib.ExitStack()
@@ -190,7 +200,7 @@ class System:
             case Left() | Drained():
                 return self._note_done(event)
             case Fatal():
-                _log.critical(event.reason)
+                _log.critical("the relay can't be part of its network", reason=event.reason)
                 return 1
             case Failure():
                 _log.critical(
@@ -224,7 +234,7 @@ class System:
     def _note_done(self, event: Left | Drained) -> int | None:
         if self._awaited is None or self._awaited.pop(type(event), None) is None:
             return None
-        _log.info("left the portal" if isinstance(event, Left) else "no allocation is left")
+        _log.info(_DONE[type(event)])
         return None if self._awaited else 0
 
     def _stop_waiting(self) -> int | None:
@@ -260,16 +270,16 @@ class System:
         if offload is not None:
             self._stack.callback(offload.datapath.close)
             for note in offload.datapath.notes:
-                _log.info(note)
+                _log.info("offload changed", what=note)
         if self.config.rng_seed is not None:
             _log.warning("random numbers are seeded: whoever knows the seed knows the secret; for tests only")
         raise_descriptor_limit(self.config)
         self._open_sockets()
         self._warn_of_settings()
-        sources = Sources(is_ready=lambda: self.is_ready, offloading=offload, metrics=self._measured)
+        sources = Sources(lambda: self.is_ready, offload, self._measured, self._log)
         self._http = self._stack.enter_context(serving(self.config, sources))
         paths = DataPaths(self.listening, self.hosts, None if offload is None else offload.carry_out)
-        server = ServerActor.start(self.core, paths, self._clock, self.server_counters, self._failed, self.news.put)
+        server = ServerActor.start(self.core, paths, self._clock, self.server_counters, self._failed, self._hear_server)
         self._stack.callback(_stop, "server", server, SERVER_STOP_TIMEOUT)
         self._server = server
         self._inbox = cast(ServerInbox, server.actor_inbox)
@@ -277,6 +287,8 @@ class System:
         if offload is not None:
             self._stack.callback(offload.stop)
             offload.start()
+        if self._log is not None:
+            self._stack.enter_context(observing(self.core, lambda: flow_in(self._measured), self._log))
         if self.config.portal is None:
             self._begin()
         else:
@@ -304,7 +316,7 @@ class System:
             access.url, access.token, self.secret, access.name, self.config.public_hosts, port, user_agent()
         )
         # Its own source: the server actor draws from the other one in another thread.
-        self.portal = PortalChannel(config, _random_source(self.config.rng_seed))
+        self.portal = PortalChannel(config, random_source(self.config.rng_seed))
         tls = trusted_authorities() if access.url.is_tls else None
         if tls is None:
             _log.warning("the portal is talked to without TLS: whoever listens sees the token and the secret")
@@ -354,6 +366,13 @@ class System:
             return False
         return True
 
+    def _hear_server(self, told: Drained | CoreEvent) -> None:
+        """Take what the server actor tells, in its thread."""
+        if isinstance(told, Drained):
+            self.news.put(told)
+        else:
+            self._core_log.write(told)
+
     def _failed(self, actor: str, error: BaseException) -> None:
         self.news.put(Failure(actor, error))
 
@@ -363,10 +382,6 @@ def _stop(name: str, actor: pykka.ActorRef[Any], timeout: float) -> None:
         actor.stop(timeout=timeout)
     except pykka.Timeout:
         _log.warning("did not stop in time", actor=name, seconds=timeout)
-
-
-def _random_source(seed: int | None) -> random.Random:
-    return random.SystemRandom() if seed is None else random.Random(seed)  # noqa: S311 - for tests, and asked for
 
 
 def _dump(dump: Callable[[], None]) -> None:

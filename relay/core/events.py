@@ -66,6 +66,11 @@ class AllocationFreed(NamedTuple):
     allocation: AllocationId
     client: ClientAddress
     reason: FreeReason
+    made_at: float
+    """Monotonic seconds."""
+    to_peer_bytes: int
+    """Of payload, relayed here; the kernel counts for itself what it relays."""
+    to_client_bytes: int
 
 
 class ChannelBound(NamedTuple):

@@ -168,7 +168,7 @@ class Lifecycle:
         self._commands.append(FreeAllocation(allocation.id, reason))
         if allocation.state is AllocationState.ESTABLISHED:
             if AllocationFreed in self._commands.watched:
-                self._commands.append(AllocationFreed(allocation.id, allocation.client, reason))
+                self._commands.append(_freed(allocation, reason))
         elif reason in (FreeReason.REFUSED, FreeReason.FAILED):
             self._answers.refuse(self._recipient(allocation), self._refuse(allocation.client, Limit.SOCKETS))
         self._keys.pop(allocation.id, None)
@@ -239,3 +239,14 @@ class Lifecycle:
             key,
             authenticated=True,
         )
+
+
+def _freed(allocation: Allocation, reason: FreeReason) -> AllocationFreed:
+    return AllocationFreed(
+        allocation.id,
+        allocation.client,
+        reason,
+        allocation.made_at,
+        allocation.to_peer_bytes,
+        allocation.to_client_bytes,
+    )

@@ -160,7 +160,7 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
     if _NUMBER.fullmatch(given):
         return int(given)
     if given:
-        _log.warning(f"{name} is no number that makes sense: it is ignored", given=given)
+        _log.warning("no number that makes sense: ignored", variable=name, given=given)
     return None
 
 

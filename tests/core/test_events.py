@@ -42,6 +42,7 @@ from tests.core.driver import (
     OTHER_PEER,
     PEER,
     PEER6,
+    START,
     Client,
     Relay,
     relay_with,
@@ -87,7 +88,7 @@ def test_only_the_events_that_are_watched_for_are_told() -> None:
     client = Client(relay)
     client.allocate()
     client.refresh(0)
-    assert relay.take_events() == [AllocationFreed(FIRST, HERE, FreeReason.DELETED)]
+    assert relay.take_events() == [AllocationFreed(FIRST, HERE, FreeReason.DELETED, START.monotonic, 0, 0)]
     relay.watch()
     client.allocate()
     client.refresh(0)
@@ -117,24 +118,37 @@ def test_a_refresh_tells_of_the_lifetime_that_was_granted(relay: Relay, client: 
 
 
 def test_each_way_in_which_an_allocation_ends_is_told_once_with_its_reason(relay: Relay, client: Client) -> None:
-    def ended() -> list[CoreEvent]:
-        return [event for event in relay.take_events() if isinstance(event, AllocationFreed)]
+    def ended() -> list[tuple[object, ...]]:
+        return [event[:3] for event in relay.take_events() if isinstance(event, AllocationFreed)]
 
     client.allocate()
     client.bind_channel()
     client.refresh(0)
-    assert ended() == [AllocationFreed(FIRST, HERE, FreeReason.DELETED)]
+    assert ended() == [(FIRST, HERE, FreeReason.DELETED)]
     client.allocate()
     relay.pass_time(LIFETIME)
     relay.wake()
-    assert ended() == [AllocationFreed(AllocationId(2), HERE, FreeReason.EXPIRED)]
+    assert ended() == [(AllocationId(2), HERE, FreeReason.EXPIRED)]
     roaming = Client(relay, OTHER_CLIENT)
     roaming.credential = client.credential
     client.allocate()
     third = roaming.allocate()
-    assert ended() == [AllocationFreed(AllocationId(3), HERE, FreeReason.REPLACED)]
+    assert ended() == [(AllocationId(3), HERE, FreeReason.REPLACED)]
     assert FreeAllocation(third.id, FreeReason.FAILED) in relay.report_failed(third.id)
-    assert ended() == [AllocationFreed(third.id, ClientAddress(OTHER_CLIENT), FreeReason.FAILED)]
+    assert ended() == [(third.id, ClientAddress(OTHER_CLIENT), FreeReason.FAILED)]
+
+
+def test_the_end_of_an_allocation_is_told_with_what_was_relayed_for_it(relay: Relay, client: Client) -> None:
+    allocation = client.allocate().id
+    client.bind_channel()
+    client.bind_channel(OTHER_CHANNEL, OTHER_PEER)
+    client.send_on_channel(b"four")
+    client.send_on_channel(b"and six", OTHER_CHANNEL)
+    relay.receive_from_peer(allocation, b"and back", PEER)
+    relay.pass_time(5)
+    relay.take_events()
+    client.refresh(0)
+    assert relay.take_events() == [AllocationFreed(FIRST, HERE, FreeReason.DELETED, START.monotonic, 11, 8)]
 
 
 def test_an_allocation_that_never_was_is_not_told_to_have_ended(relay: Relay, client: Client) -> None:

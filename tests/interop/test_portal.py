@@ -44,7 +44,7 @@ FORMATS = ("human", "json")
 
 MUTE = Recital("mute after the join", b"", opening=Peer.join)
 
-LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z \[(\w+) *\] (.*)")
+LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z ([A-Z]+) +(\S+ +.*)")
 
 ProgramStarter: TypeAlias = Callable[..., Program]
 
@@ -260,13 +260,13 @@ class Traffic:
 
 
 def events(program: Program, log_format: str) -> list[tuple[str, str]]:
-    """Give the level and the text of each line of a log; each line has to be an event."""
+    """Give the level and the text of each line of a log, with its fields; each line has to be an event."""
     lines = program.log.splitlines()
     if log_format == "json":
-        return [(each["level"], each["event"]) for each in map(json.loads, lines)]
+        return [(each["level"], f"{each['event']} {each.get('reason', '')}") for each in map(json.loads, lines)]
     matches = [LOG_LINE.fullmatch(line) for line in lines]
     assert None not in matches, program.log
-    return [(match[1], match[2]) for match in matches if match is not None]
+    return [("critical" if match[1] == "FATAL" else match[1].lower(), match[2]) for match in matches if match is not None]
 
 
 def last_words(program: Program, log_format: str) -> str:
