@@ -4,11 +4,12 @@ import contextlib
 import errno
 import select
 import socket
+import time
 from collections.abc import Sequence
 
 from relay.core.trains import Arrival
 from relay.net.backlog import LEAST, Backlog
-from relay.net.udp import UdpSocket, is_broken
+from relay.net.udp import UdpSocket, is_broken, name_of
 
 BATCH_DATAGRAMS = 48
 """Bound of a batch: large enough to share the cost of handing it over, small enough not to delay others. A reader of what
@@ -28,6 +29,9 @@ never used, and this saves each of those 4 KB. It costs a system call, so those 
 
 _READ_ERRORS_IN_A_ROW = 32
 """A socket that gives nothing but errors is broken; a few are an ICMP message or a moment without memory."""
+
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.25
+"""Seconds between reads that fail, each twice the one before: a machine that is short of memory for 6 s is waited for."""
 
 _READABLE = select.POLLIN | select.POLLRDHUP
 
@@ -135,8 +139,11 @@ class Receiver:
         while len(batch) < most and size < BATCH_BYTES:
             try:
                 arrival = receive(socket.MSG_DONTWAIT)
-            except OSError:
-                # Mostly that there is no more; an error of the socket comes again at the next read.
+            except BlockingIOError:
+                break
+            except OSError as error:
+                # If there is more to it than a moment, the next read fails, too.
+                self._count(error)
                 break
             if arrival is None:
                 break
@@ -160,6 +167,15 @@ class Receiver:
             raise OSError(errno.EPIPE, "the socket was shut down")
 
     def _tolerate(self, error: OSError) -> None:
-        self._errors += not isinstance(error, BlockingIOError)
-        if not self._stopped and (is_broken(error) or self._errors > _READ_ERRORS_IN_A_ROW):
+        """Go on after a read that failed, more slowly if the one before it failed, too."""
+        if self._stopped or isinstance(error, BlockingIOError):
+            return
+        self._count(error)
+        self._errors += 1
+        if is_broken(error) or self._errors > _READ_ERRORS_IN_A_ROW:
             raise error
+        if self._errors > 1:
+            time.sleep(min(_LONGEST_PAUSE, _SHORTEST_PAUSE * 2**self._errors))
+
+    def _count(self, error: OSError) -> None:
+        self._sockets[0].counters.receive_errors[name_of(error)] += 1

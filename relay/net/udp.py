@@ -62,6 +62,8 @@ class UdpCounters:
     """Trains that had to be sent datagram by datagram, by the name of the error."""
     send_errors: Counter[str] = field(default_factory=Counter)
     """Datagrams that the kernel refused to send, by the name of the error."""
+    receive_errors: Counter[str] = field(default_factory=Counter)
+    """Reads that failed, by the name of the error; nothing is known to be lost with them."""
     no_coalescing: int = 0
     """Sockets for which the kernel has no UDP_GRO: all arrives one by one."""
     kernel_drops: int = 0

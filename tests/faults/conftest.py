@@ -1,0 +1,143 @@
+"""Relays on a machine that fails, and what they do once it does not any more."""
+
+import contextlib
+import errno
+import mmap
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import pytest
+
+from relay.core.credentials import Credential, RelaySecret, mint
+from tests.actors.conftest import Relay, make_relay, relay
+from tests.conftest import wait_until
+from tests.interop.conftest import Program
+from tests.turn_client import TurnClient, udp_socket
+
+__all__ = ["make_relay", "relay"]
+
+SECRET: Final = "secret of those that fail"
+CHANNEL: Final = 0x4000
+PATIENCE: Final = 20.0
+"""Seconds for what a relay does by itself."""
+
+
+def exchange(client: TurnClient, host: str = "127.0.0.1") -> None:
+    """Allocate, and have packets relayed both ways; all of it has to work."""
+    (relayed,) = client.allocate()
+    with udp_socket(host) as peer:
+        assert client.bind_channel(CHANNEL, peer.getsockname()) is None
+        client.send(CHANNEL, b"to the peer")
+        assert peer.recv(100) == b"to the peer"
+        peer.sendto(b"to the client", relayed[:2])
+        assert client.receive() == (CHANNEL, b"to the client")
+    assert client.refresh(0) is None
+
+
+def assert_serves(served: Relay, host: str = "127.0.0.1") -> None:
+    """See a client that is new served: what was wrong is over."""
+    exchange(served.client(), host)
+
+
+class Failing(Program):
+    """A relay in a process of its own, some of whose system calls fail when a test says so."""
+
+    def __init__(self, directory: Path, library: Path | None = None, by: tuple[str, ...] = ()) -> None:
+        secret = directory / "secret"
+        secret.write_text(SECRET)
+        self._path = directory / "faults"
+        self._path.write_bytes(bytes(mmap.PAGESIZE))
+        with self._path.open("r+b") as file:
+            self._table = mmap.mmap(file.fileno(), mmap.PAGESIZE)
+        shim = () if library is None else ("env", f"LD_PRELOAD={library}", f"FAULTS={self._path}")
+        super().__init__("--allow-peer", "127.0.0.0/8", "--relay-secret-file", str(secret), by=(*by, *shim))
+
+    def close(self) -> None:
+        super().close()
+        self._table.close()
+
+    def client(self, ttl: int = 864000) -> TurnClient:
+        """A client that is new, with a credential for ten days."""
+        return TurnClient((self.host, 3478), self.credential_for(ttl), "127.0.0.1")
+
+    @staticmethod
+    def credential_for(seconds: int) -> Credential:
+        return mint(RelaySecret(SECRET), int(time.time()) + seconds, str(time.monotonic_ns()))
+
+    def fail(self, what: "Call", number: int, calls: int) -> None:
+        """Have the next calls fail, and count them anew; all, until told otherwise, if ``calls`` is negative."""
+        struct.pack_into("=i4xi", self._table, what, number, 0)
+        struct.pack_into("=i", self._table, what + 4, calls)
+
+    def hits(self, what: "Call") -> int:
+        """How many calls have failed."""
+        hits: int = struct.unpack_from("=i", self._table, what + 8)[0]
+        return hits
+
+    def step_wall_clock(self, seconds: int) -> None:
+        """Set the clock of the relay's machine, away from where it was at first."""
+        struct.pack_into("=q", self._table, 32, seconds)
+
+    def counted(self, name: str) -> Counter[str]:
+        """What a counter of the dump says, by kind; by nothing if it is a single number."""
+        ends = self.log.count("--- end of dump")
+        self.process.send_signal(signal.SIGUSR1)
+        wait_until(lambda: self.log.count("--- end of dump") > ends, PATIENCE)
+        found = re.findall(rf"^{name}: (.+)$", self.log, re.MULTILINE)[-1]
+        if found.isdigit():
+            return Counter({"": int(found)})
+        return Counter({kind: int(count) for kind, count in re.findall(r"(\S+)=(\d+)", found)})
+
+    def assert_serves(self) -> None:
+        """See a client that is new served."""
+        with self.client() as client:
+            exchange(client)
+
+
+Call: TypeAlias = int
+SEND: Final[Call] = 0
+RECEIVE: Final[Call] = 16
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What makes system calls fail, compiled."""
+    compiler = shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler to build what makes system calls fail")
+    path = tmp_path_factory.mktemp("shim") / "shim.so"
+    source = Path(__file__).parent / "shim.c"
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", str(path), str(source)], check=True, timeout=60
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory: pytest.TempPathFactory, library: Path) -> Iterator[Failing]:
+    """A relay whose calls fail, and which survives that."""
+    with running(tmp_path_factory.mktemp("relay"), library) as started:
+        yield started
+
+
+@contextlib.contextmanager
+def running(directory: Path, library: Path | None = None, by: tuple[str, ...] = ()) -> Iterator[Failing]:
+    """Run a relay in a process of its own."""
+    started = Failing(directory, library, by)
+    try:
+        started.wait_until_ready()
+        yield started
+    finally:
+        started.close()
+
+
+def name_of(number: int) -> str:
+    return errno.errorcode[number]

@@ -1,0 +1,75 @@
+"""Clocks that jump, and a process that is stopped for a while."""
+
+import contextlib
+import signal
+import socket
+from typing import Final
+
+import pytest
+
+from tests.faults.conftest import CHANNEL, PATIENCE, Failing
+from tests.turn_client import udp_socket
+
+DAY: Final = 86400
+STOPPED: Final = 200
+QUIET: Final = 0.5
+"""Seconds without a packet after which no more is to come."""
+
+
+@pytest.mark.parametrize("step", [-DAY, DAY])
+def test_a_wall_clock_that_steps_by_a_day_ends_nothing_and_is_right_again_afterwards(failing: Failing, step: int) -> None:
+    """Lifetimes run by a clock that nobody sets; credentials by the wall clock, since others make them."""
+    with failing.client(ttl=DAY * 10) as client, failing.client(ttl=3600) as brief, udp_socket("127.0.0.1") as peer:
+        (relayed,) = client.allocate()
+        brief.allocate()
+        assert client.bind_channel(CHANNEL, peer.getsockname()) is None
+        try:
+            failing.step_wall_clock(step)
+            assert client.refresh(600) is None
+            client.send(CHANNEL, b"there")
+            assert peer.recv(100) == b"there"
+            peer.sendto(b"back", relayed[:2])
+            assert client.receive() == (CHANNEL, b"back")
+            # An hour is over a day later. It lives on until its lifetime is over, but can't be refreshed.
+            assert brief.refresh(600) == (401 if step > 0 else None)
+            failing.assert_serves()
+        finally:
+            failing.step_wall_clock(0)
+        assert brief.refresh(600) is None
+    failing.assert_serves()
+
+
+def numbers(sock: socket.socket) -> list[int]:
+    """Read the numbers of all packets that come, until none does; and nothing that is no packet."""
+    found = []
+    sock.settimeout(QUIET)
+    with contextlib.suppress(TimeoutError):
+        while data := sock.recv(2000):
+            # A response begins with 0x01.
+            found += [int(data[-4:])] if data[0] != 1 else []
+    sock.settimeout(PATIENCE)
+    return found
+
+
+def test_a_process_that_was_stopped_goes_on_and_what_it_was_too_late_for_is_counted(failing: Failing) -> None:
+    """As a machine is that was moved to another host, or had no CPU to give."""
+    lost = failing.counted("dropped_late")[""] + failing.counted("kernel_drops")[""]
+    with failing.client() as client, udp_socket("127.0.0.1") as peer:
+        (relayed,) = client.allocate()
+        assert client.bind_channel(CHANNEL, peer.getsockname()) is None
+        failing.process.send_signal(signal.SIGSTOP)
+        try:
+            for each in range(STOPPED):
+                client.send(CHANNEL, b"%04d" % each)
+                peer.sendto(b"%04d" % each, relayed[:2])
+            client.socket.settimeout(QUIET)
+            with pytest.raises(TimeoutError):
+                client.refresh(600)
+        finally:
+            failing.process.send_signal(signal.SIGCONT)
+        at_peer, at_client = numbers(peer), numbers(client.socket)
+        lost = failing.counted("dropped_late")[""] + failing.counted("kernel_drops")[""] - lost
+        assert len(at_peer) + len(at_client) + lost == 2 * STOPPED
+        assert (at_peer, at_client) == (sorted(set(at_peer)), sorted(set(at_client))), "in order, and none twice"
+        assert client.refresh(600) is None
+    failing.assert_serves()

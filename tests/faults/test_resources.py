@@ -1,0 +1,112 @@
+"""A machine that has no port, descriptor or thread to give: for a while, and to some."""
+
+import contextlib
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.actors.conftest import RelayMaker
+from tests.actors.test_lifetime import allocate_refused
+from tests.conftest import needs_ipv6
+from tests.faults.conftest import Failing, assert_serves, running
+from tests.interop.test_privilege import is_root, needs_nobody
+
+PORTS: Final = 40
+
+
+@contextlib.contextmanager
+def half_taken() -> Iterator[int]:
+    """Take every second one of some ports in a row, all of which were free; give the first."""
+    for lowest in range(50000, 60000, PORTS):
+        with contextlib.ExitStack() as stack:
+            opened = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(PORTS)]
+            try:
+                for number, each in enumerate(opened):
+                    each.bind(("127.0.0.1", lowest + number))
+            except OSError:
+                continue
+            for each in opened[1::2]:
+                each.close()
+            yield lowest
+            return
+    pytest.skip("no ports are free")
+
+
+def test_clients_get_the_ports_that_other_programs_have_not_taken_and_all_of_them(make_relay: RelayMaker) -> None:
+    with half_taken() as lowest:
+        relay = make_relay(lowest_port=lowest, highest_port=lowest + PORTS - 1, public_ip6=None)
+        clients = [relay.client() for _ in range(PORTS // 2)]
+        given = {client.allocate()[0][1] for client in clients}
+        assert given == set(range(lowest + 1, lowest + PORTS, 2))
+        assert allocate_refused(relay.client()) == 508
+    refused = relay.system.server_counters.bind_errors
+    assert set(refused) == {"EADDRINUSE"}
+    assert refused["EADDRINUSE"] == relay.system.core.counters.ports_refused > 0
+    assert_serves(relay)
+
+
+@needs_ipv6
+def test_a_client_that_finds_a_descriptor_for_one_family_only_gets_none_and_leaves_none_open(make_relay: RelayMaker) -> None:
+    relay = make_relay()
+    client = relay.client()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as first_free:
+        limit = first_free.fileno() + 1
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    try:
+        with pytest.raises(AssertionError, match="was answered 508"):
+            client.allocate(dual=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert relay.system.server_counters.bind_errors == {"EMFILE": 1}
+    assert_serves(relay)
+
+
+@pytest.fixture
+def of_somebody() -> Iterator[Failing]:
+    """A relay of a user who has nothing else running, and no rights: limits are not for root."""
+    user = 60000 + os.getpid() % 5000
+    directory = Path(tempfile.mkdtemp())
+    directory.chmod(0o755)
+    ids = (f"--reuid={user}", f"--regid={user}", "--clear-groups")
+    try:
+        with running(directory, by=("setpriv", *ids, "--inh-caps=-all", "--bounding-set=-all")) as started:
+            yield started
+    finally:
+        shutil.rmtree(directory)
+
+
+def limit_threads(program: Failing, soft: str) -> None:
+    """Set how many threads its user may have; which is that user's to do, not root's."""
+    status = Path(f"/proc/{program.process.pid}/status").read_text()
+    user = next(line for line in status.splitlines() if line.startswith("Uid:")).split()[1]
+    by = ("setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups")
+    subprocess.run([*by, "prlimit", f"--nproc={soft}:", f"--pid={program.process.pid}"], check=True, timeout=20)
+
+
+@is_root
+@needs_nobody
+def test_508_without_a_thread_and_service_once_there_is_one(of_somebody: Failing) -> None:
+    """As under a limit of pids: the kernel says EAGAIN to both."""
+    pid, (_, hard) = of_somebody.process.pid, resource.getrlimit(resource.RLIMIT_NPROC)
+    with of_somebody.client() as served, of_somebody.client() as refused:
+        served.allocate()
+        threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
+        limit_threads(of_somebody, str(threads))
+        assert allocate_refused(refused) == 508
+        assert allocate_refused(refused) == 508
+        assert served.refresh(600) is None
+        limit_threads(of_somebody, "infinity" if hard == resource.RLIM_INFINITY else str(hard))
+    assert of_somebody.counted("bind_errors") == {"RuntimeError": 2}
+    assert of_somebody.log.count("no sockets for allocations") == 1
+    of_somebody.assert_serves()
