@@ -1,6 +1,7 @@
 """Clocks that jump, and a process that is stopped for a while."""
 
 import contextlib
+import os
 import signal
 import socket
 from typing import Final
@@ -58,6 +59,7 @@ def test_a_process_that_was_stopped_goes_on_and_what_it_was_too_late_for_is_coun
         (relayed,) = client.allocate()
         assert client.bind_channel(CHANNEL, peer.getsockname()) is None
         failing.process.send_signal(signal.SIGSTOP)
+        assert os.WIFSTOPPED(os.waitpid(failing.process.pid, os.WUNTRACED)[1])
         try:
             for each in range(STOPPED):
                 client.send(CHANNEL, b"%04d" % each)
