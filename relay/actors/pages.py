@@ -10,12 +10,17 @@ import structlog
 from relay import __version__
 from relay.actors.offload import Offloading
 from relay.config import Config, Endpoint
+from relay.core.addresses import Family
+from relay.core.instant import Instant
 from relay.ops.http import HttpEndpoint, Page, Pages, Query
 from relay.ops.http_guard import OperatorsOnly, anyone
 from relay.ops.log_filter import LogFilter
 from relay.ops.logs import Log
 from relay.ops.metrics import sources as metrics
 from relay.ops.metrics.prometheus import MetricsPage
+from relay.status import answer as status
+from relay.status.answer import StatusPage
+from relay.status.kernel import OffloadedKernel
 
 _log = structlog.get_logger("relay.actors.pages")
 
@@ -29,6 +34,10 @@ class Sources(NamedTuple):
     """What has the kernel relay, if it does."""
     metrics: metrics.Sources
     """All that can be measured."""
+    bind_hosts: Mapping[Family, str]
+    clients: Callable[[], list[Endpoint]]
+    """Where they are answered."""
+    now: Callable[[], Instant]
     log: Log | None = None
     """What has its filter changed, if it can be."""
 
@@ -45,10 +54,10 @@ def health(sources: Sources) -> Answered:
     return Answered(health_pages(sources.is_ready), {})
 
 
-def control(sources: Sources) -> Answered:
+def control(config: Config, sources: Sources) -> Answered:
     """Give what operators see and do."""
     get, post = health(sources)
-    get = get | {"/metrics": MetricsPage(sources.metrics)}
+    get = get | {"/metrics": MetricsPage(sources.metrics), "/status": status_page(config, sources)}
     if sources.offloading is not None:
         offload = offload_pages(sources.offloading.datapath.state, sources.offloading.channels, sources.offloading.switch)
         get, post = get | offload.get, post | offload.post
@@ -72,7 +81,7 @@ def serving(config: Config, sources: Sources) -> Iterator[dict[str, Endpoint]]:
         at: dict[str, Endpoint] = {}
         for name, asked, answered, guard in (
             ("health", config.health, health(sources), anyone),
-            ("control", config.control, control(sources), OperatorsOnly(config.control_hostnames)),
+            ("control", config.control, control(config, sources), OperatorsOnly(config.control_hostnames)),
         ):
             http = HttpEndpoint(name, asked, answered.get, answered.post, guard=guard)
             stack.callback(http.stop)
@@ -84,6 +93,26 @@ def serving(config: Config, sources: Sources) -> Iterator[dict[str, Endpoint]]:
                 control=str(at["control"]),
             )
         yield at
+
+
+def status_page(config: Config, sources: Sources) -> StatusPage:
+    """Give the page that shows what the relay is and does."""
+    measured = sources.metrics
+    return StatusPage(
+        status.Sources(
+            config=config,
+            bind_hosts=sources.bind_hosts,
+            tables=measured.tables,
+            counters=measured.counters,
+            udp=measured.carried_out.udp,
+            kernel=None if measured.datapath is None else OffloadedKernel(measured.datapath),
+            now=sources.now,
+            is_ready=sources.is_ready,
+            portal=measured.portal,
+            clients=sources.clients,
+            kernel_drops=measured.kernel_drops,
+        )
+    )
 
 
 def health_pages(is_ready: Callable[[], bool]) -> Pages:

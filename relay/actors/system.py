@@ -276,7 +276,15 @@ class System:
         raise_descriptor_limit(self.config)
         self._open_sockets()
         self._warn_of_settings()
-        sources = Sources(lambda: self.is_ready, offload, self._measured, self._log)
+        sources = Sources(
+            is_ready=lambda: self.is_ready,
+            offloading=offload,
+            metrics=self._measured,
+            bind_hosts=self.hosts,
+            clients=lambda: [self.address_of(family) for family in self.listening],
+            now=self._clock.now,
+            log=self._log,
+        )
         self._http = self._stack.enter_context(serving(self.config, sources))
         paths = DataPaths(self.listening, self.hosts, None if offload is None else offload.carry_out)
         server = ServerActor.start(self.core, paths, self._clock, self.server_counters, self._failed, self._hear_server)
