@@ -52,9 +52,9 @@ def _portal(portal: PortalChannel) -> dict[str, object]:
 
 
 def _fields_of(counters: Counters | UdpCounters) -> dict[str, object]:
-    """Give all that is counted, but for sizes."""
+    """Give all that is counted, but for sizes and sockets."""
     values = {field.name: getattr(counters, field.name) for field in dataclasses.fields(counters)}
-    return {name: value for name, value in values.items() if not isinstance(value, list)}
+    return {name: value for name, value in values.items() if not isinstance(value, list | set)}
 
 
 def _readable(sizes: Sequence[int]) -> dict[str, int]:

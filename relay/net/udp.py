@@ -67,7 +67,10 @@ class UdpCounters:
     no_coalescing: int = 0
     """Sockets for which the kernel has no UDP_GRO: all arrives one by one."""
     kernel_drops: int = 0
-    """Datagrams that found the buffer of a socket full, of sockets that are closed; see `UdpSocket.drops`."""
+    """Datagrams that found the buffer of a socket full, of sockets that are closed; `UdpSocket.drops` tells of those in
+    `open`."""
+    open: "set[UdpSocket]" = field(default_factory=set)
+    """Sockets that count here."""
     buffers_cut: int = 0
     """How often a receive buffer was made small for an overload."""
 
@@ -105,13 +108,17 @@ class UdpSocket(socket.socket):
             self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
             self._ask_for_trains()
             self.bind((host, port))
+            self.counters.open.add(self)
         except BaseException:
             super().close()
             raise
 
     def close(self) -> None:
         """Close it; what it dropped stays counted."""
-        self.counters.kernel_drops += self.drops()
+        if self in self.counters.open:
+            self.counters.open.discard(self)
+            dropped = self.drops()
+            self.counters.kernel_drops += dropped
         super().close()
 
     def set_receive_buffer(self, size: int) -> None:

@@ -106,3 +106,26 @@ def test_what_the_kernel_drops_for_want_of_room_is_in_the_summary(relay: Relay) 
         for _ in range(100):
             client.send(0x4000, bytes(1000))
         wait_until(lambda: cast(int, relay.system.summary()["kernel_drops"]) > 50)
+
+
+def test_what_a_relayed_address_drops_is_in_the_summary_while_it_is_there_and_afterwards(relay: Relay) -> None:
+    client = relay.client()
+    opened = relay.system.server_counters.udp.open
+    shared = set(opened)
+    (relayed,) = client.allocate()
+    (sock,) = opened - shared
+    inbox = relay.system._inbox
+    assert inbox is not None
+
+    def dropped() -> int:
+        return cast(int, relay.system.summary()["kernel_drops"])
+
+    with inbox.turn, udp_socket("127.0.0.1") as peer:
+        sock.set_receive_buffer(1)
+        for _ in range(100):
+            peer.sendto(bytes(1000), (relayed[0], relayed[1]))
+        wait_until(lambda: dropped() > 50)
+        before = dropped()
+    assert client.refresh(0) is None
+    wait_until(lambda: opened == shared)
+    assert dropped() >= before
