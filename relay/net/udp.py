@@ -69,7 +69,7 @@ class UdpCounters:
     kernel_drops: int = 0
     """Datagrams that found the buffer of a socket full, of sockets that are closed; `UdpSocket.drops` tells of those in
     `open`."""
-    open: "set[UdpSocket]" = field(default_factory=set)
+    open: "set[UdpSocket]" = field(default_factory=set, compare=False, repr=False)
     """Sockets that count here."""
     buffers_cut: int = 0
     """How often a receive buffer was made small for an overload."""
