@@ -10,8 +10,9 @@ def main() -> NoReturn:
     # First of all: the imports take a third of a second, and a signal that comes meanwhile shall not be lost.
     signals.hold()
     from relay import cli  # noqa: PLC0415 - see above
-    from relay.ops.privilege import conceal_memory  # noqa: PLC0415
+    from relay.ops.privilege import conceal_memory, keep_streams  # noqa: PLC0415
 
+    keep_streams()
     # Before anything is read that nobody else may see.
     conceal_memory()
     cli.main()

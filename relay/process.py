@@ -124,6 +124,8 @@ def _introduce(system: System) -> None:
         f"  {_program()} probe {hosts[0]} --username {credential.username} --password {credential.password}",
         "",
     ]
+    if sys.stdout is None:
+        raise BadUseError("can't print the credential (standard output is closed): give --relay-secret-file, or open it")
     try:
         click.echo("\n".join(lines))
     except OSError as error:

@@ -7,7 +7,7 @@ from relay import __version__
 from relay.core.counters import SIZE_SHIFT, Counters, histogram
 from relay.core.portal.channel import PortalChannel
 from relay.net.udp import UdpCounters
-from relay.ops.metrics.sources import Sources
+from relay.ops.metrics.sources import Look, Sources
 
 
 def summary_of(sources: Sources, uptime: float) -> dict[str, object]:
@@ -38,6 +38,8 @@ def summary_of(sources: Sources, uptime: float) -> dict[str, object]:
         "faults": carried_out.faults,
         **_fields_of(carried_out.udp),
         "kernel_drops": sources.kernel_drops(),
+        "log_lines_lost": sources.lines_lost(),
+        "wall_clock_moved_seconds": round(Look(sources).wall_clock_moved, 1),
         **({} if sources.datapath is None else sources.datapath.state()),
     }
 

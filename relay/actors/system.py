@@ -149,6 +149,7 @@ class System:
             portal=lambda: self.portal,
             is_ready=lambda: self.is_ready,
             datapath=datapath,
+            lines_lost=lambda: 0 if log is None else log.lines_lost,
         )
 
     def __enter__(self) -> Self:

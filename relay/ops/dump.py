@@ -19,7 +19,8 @@ def register_wedged_dump() -> None:
     It is written by a signal handler in C, which knows no names of threads and stops after a hundred of them.
     """
     if sys.stderr is None:
-        # It was closed before the start: there is nowhere to write to.
+        # It was closed before the start: there is nowhere to write to, and no reason to end.
+        signal.signal(signal.SIGQUIT, signal.SIG_IGN)
         return
     faulthandler.register(signal.SIGQUIT, file=sys.stderr, all_threads=True, chain=False)
 

@@ -60,6 +60,9 @@ class LogWriter:
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._drop_lock = threading.Lock()
         self._dropped = 0
+        self._is_torn = False
+        self.lost = 0
+        """Texts that were not written, since the start."""
         self.tell_dropped: Callable[[int], str] | None = None
         """Gives the line that says how many lines were dropped."""
         self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
@@ -70,8 +73,7 @@ class LogWriter:
         if self._queue.qsize() < QUEUED_LINES:
             self._queue.put(text)
         else:
-            with self._drop_lock:
-                self._dropped += 1
+            self._lose(1)
         return len(text)
 
     def flush(self) -> None:
@@ -92,13 +94,24 @@ class LogWriter:
                 dropped, self._dropped = self._dropped, 0
             if dropped and self.tell_dropped is not None:
                 text = self.tell_dropped(dropped) + text
-            # If that fails, there is nobody to be told: this is where it would be said.
-            with contextlib.suppress(OSError):
+            try:
                 self._write(text.encode(errors="backslashreplace"))
+            except OSError:
+                # There is nobody to be told now: this is where it would be said. It is once something can be written again.
+                self._lose(1, before=dropped)
+
+    def _lose(self, count: int, before: int = 0) -> None:
+        with self._drop_lock:
+            self._dropped += count + before
+            self.lost += count
 
     def _write(self, line: bytes) -> None:
+        if self._is_torn:
+            # A full disk took the begin of a line: the next one is not to be a part of it.
+            line = b"\n" + line
         while line and self._descriptor is not None:
-            line = line[os.write(self._descriptor, line) :]
+            written = os.write(self._descriptor, line)
+            self._is_torn, line = line[written - 1 : written] != b"\n", line[written:]
 
 
 class Log:
@@ -130,6 +143,11 @@ class Log:
         self._filter = log_filter or LogFilter()
         self._thresholds: dict[str, Level] = {}
         self._listeners: list[Callable[[], None]] = []
+
+    @property
+    def lines_lost(self) -> int:
+        """How many lines were not written: nobody read them in time, or the disk was full."""
+        return self.stream.lost if isinstance(self.stream, LogWriter) else 0
 
     @property
     def filter_in_force(self) -> LogFilter:

@@ -1,4 +1,4 @@
-"""As whom the process runs, and who may look into its memory: no one who does not rule the machine anyway."""
+"""What a process is given and what it shows: as whom it runs, its streams, and who may look into its memory."""
 
 import ctypes
 import os
@@ -10,6 +10,20 @@ from relay.config import BadUseError
 _PR_SET_DUMPABLE = 4
 
 _ROOT = 0
+_STREAMS = (0, 1, 2)
+
+
+def keep_streams() -> None:
+    """Have the numbers of standard streams that are closed lead nowhere, rather than to the next socket that is opened.
+
+    The interpreter and its libraries write to them by number when something is badly wrong.
+    """
+    for descriptor in _STREAMS:
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # The lowest number that is free is taken, so this is the one.
+            os.open(os.devnull, os.O_RDWR)
 
 
 def conceal_memory() -> None:

@@ -50,7 +50,9 @@ def assert_serves(served: Relay, host: str = "127.0.0.1") -> None:
 class Failing(Program):
     """A relay in a process of its own, some of whose system calls fail when a test says so."""
 
-    def __init__(self, directory: Path, library: Path | None = None, by: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, directory: Path, library: Path | None = None, by: tuple[str, ...] = (), *, reads_log: bool = True
+    ) -> None:
         secret = directory / "secret"
         secret.write_text(SECRET)
         self._path = directory / "faults"
@@ -58,7 +60,9 @@ class Failing(Program):
         with self._path.open("r+b") as file:
             self._table = mmap.mmap(file.fileno(), mmap.PAGESIZE)
         shim = () if library is None else ("env", f"LD_PRELOAD={library}", f"FAULTS={self._path}")
-        super().__init__("--allow-peer", "127.0.0.0/8", "--relay-secret-file", str(secret), by=(*by, *shim))
+        super().__init__(
+            "--allow-peer", "127.0.0.0/8", "--relay-secret-file", str(secret), by=(*by, *shim), reads_log=reads_log
+        )
 
     def close(self) -> None:
         super().close()
@@ -88,13 +92,18 @@ class Failing(Program):
 
     def counted(self, name: str) -> Counter[str]:
         """What a counter of the dump says, by kind; by nothing if it is a single number."""
-        ends = self.log.count("--- end of dump")
-        self.process.send_signal(signal.SIGUSR1)
-        wait_until(lambda: self.log.count("--- end of dump") > ends, PATIENCE)
-        found = re.findall(rf"^{name}: (.+)$", self.log, re.MULTILINE)[-1]
+        found = self.shown(name)
         if found.isdigit():
             return Counter({"": int(found)})
         return Counter({kind: int(count) for kind, count in re.findall(r"(\S+)=(\d+)", found)})
+
+    def shown(self, name: str) -> str:
+        """What a dump shows for something."""
+        ends = self.log.count("--- end of dump")
+        self.process.send_signal(signal.SIGUSR1)
+        wait_until(lambda: self.log.count("--- end of dump") > ends, PATIENCE)
+        found: list[str] = re.findall(rf"^{name}: (.+)$", self.log, re.MULTILINE)
+        return found[-1]
 
     def assert_serves(self) -> None:
         """See a client that is new served."""
@@ -129,9 +138,11 @@ def failing(tmp_path_factory: pytest.TempPathFactory, library: Path) -> Iterator
 
 
 @contextlib.contextmanager
-def running(directory: Path, library: Path | None = None, by: tuple[str, ...] = ()) -> Iterator[Failing]:
+def running(
+    directory: Path, library: Path | None = None, by: tuple[str, ...] = (), *, reads_log: bool = True
+) -> Iterator[Failing]:
     """Run a relay in a process of its own."""
-    started = Failing(directory, library, by)
+    started = Failing(directory, library, by, reads_log=reads_log)
     try:
         started.wait_until_ready()
         yield started

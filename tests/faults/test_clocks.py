@@ -11,6 +11,7 @@ import pytest
 from tests.faults.conftest import CHANNEL, PATIENCE, Failing
 from tests.turn_client import udp_socket
 
+HOUR: Final = 3600
 DAY: Final = 86400
 STOPPED: Final = 200
 QUIET: Final = 0.5
@@ -20,7 +21,7 @@ QUIET: Final = 0.5
 @pytest.mark.parametrize("step", [-DAY, DAY])
 def test_a_wall_clock_that_steps_by_a_day_ends_nothing_and_is_right_again_afterwards(failing: Failing, step: int) -> None:
     """Lifetimes run by a clock that nobody sets; credentials by the wall clock, since others make them."""
-    with failing.client(ttl=DAY * 10) as client, failing.client(ttl=3600) as brief, udp_socket("127.0.0.1") as peer:
+    with failing.client(ttl=DAY * 10) as client, failing.client(ttl=HOUR) as brief, udp_socket("127.0.0.1") as peer:
         (relayed,) = client.allocate()
         brief.allocate()
         assert client.bind_channel(CHANNEL, peer.getsockname()) is None
@@ -34,6 +35,7 @@ def test_a_wall_clock_that_steps_by_a_day_ends_nothing_and_is_right_again_afterw
             # An hour is over a day later. It lives on until its lifetime is over, but can't be refreshed.
             assert brief.refresh(600) == (401 if step > 0 else None)
             failing.assert_serves()
+            assert abs(float(failing.shown("wall_clock_moved_seconds")) - step) < HOUR
         finally:
             failing.step_wall_clock(0)
         assert brief.refresh(600) is None

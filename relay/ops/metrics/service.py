@@ -105,6 +105,10 @@ def _oddities(look: Look) -> Iterator[Point]:
     yield (), 0 if portal is None else portal.oddities
 
 
+def _lines_lost(look: Look) -> Iterator[Point]:
+    yield (), look.sources.lines_lost()
+
+
 def _cpu(look: Look) -> Iterator[Point]:
     yield ("user",), look.process.user_seconds
     yield ("system",), look.process.system_seconds
@@ -198,6 +202,20 @@ HEALTH: Final = (
 )
 
 PROCESS: Final = (
+    Metric(
+        "relay.log.lost",
+        "{line}",
+        Kind.COUNTER,
+        "Lines, or dumps, that nobody read in time, or that could not be written.",
+        _lines_lost,
+    ),
+    Metric(
+        "relay.wall_clock.moved",
+        "s",
+        Kind.GAUGE,
+        "By how much the wall clock was set since the start: credentials expire by it.",
+        lambda look: [((), look.wall_clock_moved)],
+    ),
     Metric(
         "process.cpu.time",
         "s",

@@ -63,6 +63,10 @@ class Sources(NamedTuple):
     is_ready: Callable[[], bool]
     datapath: Datapath | None
     """What has the kernel relay, if it does."""
+    lines_lost: Callable[[], int] = int
+    """Lines of the log that were not written."""
+    clocks_apart: float = time.time() - time.monotonic()
+    """Seconds between the wall clock and the one that nobody sets, at the start."""
 
 
 NOTHING_RELAYED = Totals(
@@ -83,6 +87,11 @@ class Look:
     def now(self) -> float:
         """Monotonic seconds."""
         return time.monotonic()
+
+    @property
+    def wall_clock_moved(self) -> float:
+        """Seconds by which the wall clock was set since the start."""
+        return time.time() - self.now - self.sources.clocks_apart
 
     @functools.cached_property
     def xdp(self) -> Totals:

@@ -92,6 +92,10 @@ def _send_failures(look: Look) -> Iterator[Point]:
     return named(look.sources.carried_out.udp.send_errors, SEND_ERRORS)
 
 
+def _receive_failures(look: Look) -> Iterator[Point]:
+    return named(look.sources.carried_out.udp.receive_errors, SEND_ERRORS)
+
+
 def _bind_failures(look: Look) -> Iterator[Point]:
     return named(look.sources.carried_out.bind_errors, BIND_ERRORS)
 
@@ -203,6 +207,14 @@ LOSSES: Final = (
         Kind.COUNTER,
         "Datagrams that the kernel refused to send.",
         _send_failures,
+        {"error.type": SEND_ERRORS},
+    ),
+    Metric(
+        "relay.receive_failures",
+        "{read}",
+        Kind.COUNTER,
+        "Reads of sockets that failed; packets are not lost with them.",
+        _receive_failures,
         {"error.type": SEND_ERRORS},
     ),
     Metric(

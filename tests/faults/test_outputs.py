@@ -1,0 +1,126 @@
+"""Where the relay writes to: closed, full, or read by nobody."""
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.faults.conftest import PATIENCE, Failing, running
+from tests.interop.test_privilege import works
+
+FULL: Final = "/dev/full"
+HOST: Final = "127.82.0.3"
+MOUNTS: Final = ("unshare", "--mount", "sh", "-c", "mount -t tmpfs none /mnt")
+
+SIZE: Final = 65536
+"""Bytes that the small disk has."""
+
+
+def wait_until_served(program: Failing) -> None:
+    """Wait for a relay whose log can't be read."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        with contextlib.suppress(TimeoutError, ConnectionError), program.client() as client:
+            client.socket.settimeout(0.2)
+            client.allocate()
+            return
+        assert program.process.poll() is None
+        assert time.monotonic() < until
+
+
+@pytest.mark.parametrize(
+    "redirections",
+    [">&-", f">{FULL}", "2>&-", f"2>{FULL}", ">&- 2>&-", f">{FULL} 2>{FULL}", "<&- >&- 2>&-"],
+)
+def test_it_serves_and_ends_well_whatever_its_streams_are(tmp_path: Path, redirections: str) -> None:
+    by = ("sh", "-c", f'exec "$0" "$@" {redirections}')
+    with running(tmp_path, by=by, reads_log=False) as program:
+        wait_until_served(program)
+        for number in (signal.SIGUSR1, signal.SIGQUIT):
+            program.process.send_signal(number)
+        program.assert_serves()
+        streams = [str(Path(f"/proc/{program.process.pid}/fd/{number}").readlink()) for number in range(3)]
+        assert not [each for each in streams if each.startswith("socket:")], "nothing is written to a socket by mistake"
+        assert program.stop() == 0
+
+
+def test_a_credential_that_nobody_can_be_told_is_bad_use() -> None:
+    command = [sys.executable, "-m", "relay", "--standalone", "--public-ip4-addr", HOST, "--max-allocations", "10"]
+    command += ["--health-address", f"{HOST}:0", "--control-address", f"{HOST}:0"]
+    shell = ["sh", "-c", f"exec {shlex.join(command)} >&-"]
+    done = subprocess.run(shell, stderr=subprocess.PIPE, text=True, timeout=20, check=False)
+    assert done.returncode == 2
+    assert "can't print the credential" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+class OnSmallDisk(Failing):
+    """A relay whose log is a file on a disk that has no room for much."""
+
+    def __init__(self, directory: Path) -> None:
+        self._disk = directory / "disk"
+        self._disk.mkdir()
+        mounted = f'mount -t tmpfs -o size={SIZE} none "$0" && exec "$@" 2>>"$0/log"'
+        super().__init__(directory, by=("unshare", "--mount", "sh", "-c", mounted, str(self._disk)), reads_log=False)
+
+    @property
+    def disk(self) -> Path:
+        """As it is seen from there."""
+        return Path(f"/proc/{self.process.pid}/root{self._disk}")
+
+    @property
+    def log(self) -> str:
+        return (self.disk / "log").read_text()
+
+    @property
+    def room(self) -> int:
+        found = os.statvfs(self.disk)
+        return found.f_bfree * found.f_bsize
+
+
+@pytest.fixture
+def on_small_disk(tmp_path: Path) -> Iterator[OnSmallDisk]:
+    if not works(*MOUNTS):
+        pytest.skip("no disk can be mounted here")
+    started = OnSmallDisk(tmp_path)
+    try:
+        wait_until_served(started)
+        yield started
+    finally:
+        started.close()
+
+
+def test_a_full_disk_costs_lines_of_the_log_which_says_how_many_once_there_is_room(on_small_disk: OnSmallDisk) -> None:
+    (on_small_disk.disk / "other").write_bytes(bytes(on_small_disk.room - 4096))
+    while on_small_disk.room:
+        on_small_disk.process.send_signal(signal.SIGUSR1)
+        on_small_disk.assert_serves()
+    on_small_disk.assert_serves()
+    for _ in range(3):
+        on_small_disk.process.send_signal(signal.SIGUSR1)
+    on_small_disk.assert_serves()
+    (on_small_disk.disk / "other").unlink()
+    assert on_small_disk.counted("log_lines_lost")[""] > 0
+    torn = [line for line in on_small_disk.log.splitlines() if "lines of the log dropped" in line]
+    assert torn
+    assert all(line.startswith("20") for line in torn), "lines of their own, after what was cut off"
+    assert on_small_disk.stop() == 0
+
+
+def test_a_log_that_is_written_to_a_pipe_which_nobody_has_open_costs_nothing_but_lines(tmp_path: Path) -> None:
+    with running(tmp_path, reads_log=False) as program:
+        assert program.process.stderr is not None
+        wait_until_served(program)
+        program.process.stderr.close()
+        for _ in range(3):
+            program.process.send_signal(signal.SIGUSR1)
+        program.assert_serves()
+        assert program.stop() == 0
