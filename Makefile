@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PROGRAM := relay/offload/program.o
 
-.PHONY: run test lint bench format docs wheel lock audit sbom clean debian-packages
+# A simulation is repeated by its seed; the other variables make its world longer, smaller or quieter.
+SEEDS ?= 1-20
+
+.PHONY: run test simulate lint bench format docs wheel lock audit sbom clean debian-packages
 # What a target needs is made in the order that it says: compilers before what they compile.
 .NOTPARALLEL:
 
@@ -17,6 +20,10 @@ run: $(INSTALLED) $(PROGRAM) ## a standalone relay on loopback
 
 test: debian-packages $(INSTALLED) $(PROGRAM) ## all tests, foreign clients included
 	$(BIN)/pytest
+
+simulate: $(INSTALLED) ## whole systems in simulated time; SEEDS=1-20, DAYS=30, CLIENTS=100, WITHOUT=noise,restarts
+	@$(BIN)/python -m tests.simulation $(SEEDS) $(if $(DAYS),--days $(DAYS)) $(if $(CLIENTS),--clients $(CLIENTS)) \
+		$(if $(WITHOUT),--without $(WITHOUT))
 
 debian-packages:
 	@tests/install-debian-packages

@@ -1,0 +1,68 @@
+"""The kernel's tables, as far as the core commands them: it relays by them alone, and knows of no client and no request."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from relay.core.commands import Command, ExtendAllocation, InstallChannel, RemoveChannel, StopAllocation
+from tests.simulation.clock import BrokenError
+from tests.simulation.wire import Address
+
+
+class Entry(NamedTuple):
+    """A channel that the kernel relays."""
+
+    client: Address
+    number: int
+    port: int
+    peer: Address
+    until: float
+
+
+class Kernel:
+    """Relays what it was told to, for as long as it was told."""
+
+    def __init__(self) -> None:
+        self.by_channel: dict[tuple[Address, int], Entry] = {}
+        self.by_peer: dict[tuple[int, Address], Entry] = {}
+        self.ends: dict[tuple[int, int], float] = {}
+        """Of relayed addresses, by port and family."""
+
+    def take(self, commands: Iterable[Command]) -> None:
+        """Carry out what concerns it.
+
+        Raises:
+            BrokenError: it makes no sense, to tables as they are.
+        """
+        for command in commands:
+            match command:
+                case InstallChannel(client, number, port, peer, until):
+                    self._install(Entry(client, number, port, peer, until))
+                case RemoveChannel(client, number, port, peer):
+                    entry = self.by_channel.pop((client, number), None)
+                    if entry is None or entry[:4] != command or self.by_peer.pop((port, peer), None) is not entry:
+                        raise BrokenError(f"the kernel is to remove {command}, and has {entry}")
+                case ExtendAllocation(port, families, until):
+                    self.ends |= dict.fromkeys(((port, family) for family in families), until)
+                case StopAllocation(port, families):
+                    for family in families:
+                        if self.ends.pop((port, family), None) is None:
+                            raise BrokenError(f"the kernel is to stop port {port}, which it does not relay for")
+                case _:
+                    pass
+
+    def to_peer(self, client: Address, number: int, now: float) -> Entry | None:
+        entry = self.by_channel.get((client, number))
+        return entry if entry is not None and self._is_live(entry, now) else None
+
+    def to_client(self, port: int, peer: Address, now: float) -> Entry | None:
+        entry = self.by_peer.get((port, peer))
+        return entry if entry is not None and self._is_live(entry, now) else None
+
+    def _is_live(self, entry: Entry, now: float) -> bool:
+        return now < entry.until and now < self.ends.get((entry.port, 2 if ":" in entry.peer[0] else 1), 0)
+
+    def _install(self, entry: Entry) -> None:
+        old, other = self.by_channel.get((entry.client, entry.number)), self.by_peer.get((entry.port, entry.peer))
+        if old is not other or (old is not None and old[:4] != entry[:4]):
+            raise BrokenError(f"the kernel is to relay {entry}, and has {old} and {other}")
+        self.by_channel[entry.client, entry.number] = self.by_peer[entry.port, entry.peer] = entry

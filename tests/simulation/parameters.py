@@ -1,0 +1,118 @@
+"""What a seed stands for: how large the world is, and what goes wrong in it."""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from random import Random
+from typing import Any, ClassVar
+
+from tests.simulation.clients import Profile
+from tests.simulation.machine import Setting
+
+HOUR, DAY = 3600.0, 86400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """The whole of a run, but for its seed."""
+
+    hours: float
+    """For which clients come and go, before all is quiet."""
+    clients: int
+    peers: int
+    setting: Setting
+    pace: float = 1.0
+    """By which packets come less often, and sessions last longer."""
+    weather: float = 600.0
+    """Seconds, on average, between two times of bad weather; 0 for none, as in the next ones."""
+    partitions: float = 900.0
+    rebinds: float = 60.0
+    """Of a NAT, somewhere."""
+    machine: float = 400.0
+    """In which ports, descriptors or the time of the machine are not to be had."""
+    portal: float = 700.0
+    restarts: float = 4000.0
+    noise: float = 5.0
+    batching: float = 0.0
+    """Seconds for which arrivals wait to be read together."""
+
+    TROUBLES: ClassVar[tuple[str, ...]] = (
+        "weather", "partitions", "rebinds", "machine", "portal", "restarts", "noise", "batching",
+    )  # fmt: skip
+
+    @classmethod
+    def of(cls, seed: int) -> "Parameters":
+        """Give what a seed stands for."""
+        random = Random(f"{seed} parameters")
+        clients = random.choice((20, 60, 120, 240))
+        # Where ports are short, they are used again soon.
+        first = random.choice((49152, 50001))
+        count = clients * 3 if random.random() < 0.6 else clients // 2
+        return cls(
+            hours=random.choice((0.4, 0.7)),
+            clients=clients,
+            pace=max(1.0, clients / 60),
+            peers=random.choice((3, 20, 60)),
+            setting=Setting(
+                ports=range(first, first + count),
+                quota=clients * 2 if random.random() < 0.8 else clients // 3,
+                offloads=random.random() < 0.5,
+            ),
+            batching=random.choice((0.0, 0.005, 0.05)),
+        )
+
+    def without(self, troubles: Iterable[str]) -> "Parameters":
+        """Give the same world without some of its troubles."""
+        nothing: dict[str, Any] = dict.fromkeys(troubles, 0.0)
+        return dataclasses.replace(self, **nothing)
+
+    def for_days(self, days: float) -> "Parameters":
+        """Give the same world for longer, with fewer events an hour: so that a month can be waited for."""
+        return dataclasses.replace(
+            self, hours=days * 24, pace=6.0, weather=1800, partitions=2400, rebinds=300, machine=1200, portal=7200,
+            restarts=40000, noise=60,
+        )  # fmt: skip
+
+
+def profile_of(random: Random, pace: float) -> Profile:
+    """Draw a client, of one of the kinds that there are."""
+    name, changes = random.choice(_KINDS)
+    asks = random.choice((1, 1, 2, 3))
+    common = Profile(
+        name=name,
+        is_ipv6=random.random() < 0.3,
+        asks=asks,
+        first_shows_credential=False,
+        fingerprint=random.random() < 0.5,
+        even_port=random.random() < 0.1,
+        lifetime=random.choice((None, None, 600, 777, 1800, 5000)),
+        refreshes=True,
+        channels=random.choice((1, 1, 2, 4)),
+        rebinds_after=random.choice((240.0, 300.0, 500.0)),
+        swaps=False,
+        stays=False,
+        leaves=random.random() < 0.6,
+        roams_after=0.0,
+        credential_lives=DAY,
+        impatience=0.02,
+        session=900 * pace,
+        pause=300 * pace,
+        gap=20 * pace,
+    )
+    return common._replace(**changes)
+
+
+_KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("ICE", {"channels": 4, "session": 400.0, "leaves": True}),
+    ("Firezone", {"first_shows_credential": True, "stays": True, "leaves": False, "channels": 3, "session": 500.0}),
+    ("roaming", {"roams_after": 200.0}),
+    ("impatient", {"impatience": 0.5}),
+    ("forgetful", {"refreshes": False}),
+    ("late to rebind", {"rebinds_after": 700.0, "lifetime": 3600}),
+    ("rebinding others", {"rebinds_after": 700.0, "swaps": True, "lifetime": 2000}),
+    ("binding anew", {"rebinds_after": 950.0, "swaps": True, "lifetime": 3600}),
+    ("vanishing", {"leaves": False, "session": 150.0, "pause": 900.0}),
+    ("of short credentials", {"credential_lives": 400.0}),
+    ("dual", {"asks": 3, "channels": 4}),
+    ("plain", {}),
+)

@@ -1,0 +1,292 @@
+"""A portal that restarts and can't be reached now and then, and the relay's link to it."""
+
+import json
+from random import Random
+from typing import Any, NamedTuple
+
+from relay.core.addresses import Family
+from relay.core.instant import Instant
+from relay.core.portal.channel import PortalChannel
+from relay.core.portal.commands import Abandon, Begin, Close, Connect, Fatal, Left, PortalCommand, SendText
+from relay.core.portal.endpoint import PortalConfig, PortalToken, PortalUrl
+from relay.core.portal.refusal import Refusal
+from tests.simulation import wire
+from tests.simulation.clock import BrokenError, Scheduler
+from tests.simulation.machine import HOSTS, UNIX_AT_ZERO, Machine
+
+LONGEST_ABSENCE = 110.0
+"""Seconds from when a portal is well again to when a relay has joined it: a wait of 30 s, an attempt that hangs for 15 s,
+another wait, or 50 s until a silent connection is given up; and a while for the rest."""
+
+LONGEST_SILENCE = 10.5
+"""Seconds between two frames of a relay, at most."""
+
+NEVER_JOINED_LIMIT = 14
+LOST_LIMIT = 24 * 3600 - 60
+"""Seconds for which a relay has to try to join at its start, and later."""
+
+
+class Credential(NamedTuple):
+    """What a client is given to talk to the relay with."""
+
+    username: str
+    key: bytes
+    relay: int
+    """Which one takes it."""
+
+
+class Connection:
+    """One connection, as both sides see it."""
+
+    def __init__(self, link: "PortalLink", number: int) -> None:
+        self.link = link
+        self.number = number
+        self.is_open = False
+        self.is_over = False
+        self.has_joined = False
+        self.heard_at = 0.0
+
+
+class Portal:
+    """The portal: knows which relay is online, and mints credentials for it."""
+
+    def __init__(self, seed: str, scheduler: Scheduler) -> None:
+        self.random = Random(f"{seed} portal")
+        self.is_up = True
+        self.is_reachable = True
+        self.well_since = scheduler.now
+        self.heard_at = scheduler.now
+        """When the relay last said something that arrived."""
+        self.joins = 0
+        self._connection: Connection | None = None
+        self._secrets: dict[int, str] = {}
+        self._salt = 0
+        self._scheduler = scheduler
+
+    @property
+    def has_relay(self) -> bool:
+        return self._connection is not None and self._connection.has_joined
+
+    def mint(self, seconds: float, username: str | None = None) -> Credential | None:
+        """Give a client a credential, or its old username again; None if no relay is online."""
+        if self._connection is None or not self._connection.has_joined or not self.is_up:
+            return None
+        self._salt += 1
+        name = username or f"{int(UNIX_AT_ZERO + self._scheduler.now + seconds)}:salt{self._salt}"
+        relay = self._connection.link.machine_number
+        return Credential(name, wire.long_term_key(name, self._secrets[relay]), relay)
+
+    # What goes wrong.
+
+    def crash(self, seconds: float) -> None:
+        """Restart: all connections are lost, and none is taken for a while."""
+        self.is_up = False
+        self._lose("connection reset")
+        self._scheduler.after(seconds, self._be_well)
+
+    def cut_off(self, seconds: float) -> None:
+        """Be out of reach: nothing arrives, and nobody is told."""
+        self.is_reachable = False
+        self._scheduler.after(seconds, self._be_well)
+
+    def forget_channel(self) -> None:
+        """Lose the channel, but not the connection."""
+        connection = self._connection
+        if connection is not None and connection.has_joined:
+            connection.has_joined = False
+            self._say(connection, "relay", "phx_reply", {"status": "error", "response": {"reason": "unmatched topic"}})
+
+    def close_channel(self) -> None:
+        """End the connection as a load balancer does."""
+        self._lose("closed by the portal")
+
+    # What the relay does.
+
+    def take_connection(self, connection: Connection) -> None:
+        if not self.is_reachable:
+            return
+        link = connection.link
+        draw = self.random.random()
+        if not self.is_up:
+            if draw < 0.3:
+                link.report_lost(connection, "connection refused")
+            else:
+                link.report_refused(connection, Refusal(503, "5") if draw < 0.6 else Refusal(502))
+            return
+        self._connection = connection
+        connection.is_open = True
+        connection.heard_at = self._scheduler.now
+        link.report_connected(connection)
+
+    def take_text(self, connection: Connection, text: str) -> None:
+        silence = self._scheduler.now - connection.heard_at
+        if connection.is_open and silence > LONGEST_SILENCE:
+            raise BrokenError(f"the portal was told nothing for {silence:.1f} s")
+        connection.heard_at = self._scheduler.now
+        if not self.is_reachable or connection is not self._connection:
+            return
+        self.heard_at = self._scheduler.now
+        frame = json.loads(text)
+        match frame["topic"], frame["event"]:
+            case "relay", "phx_join":
+                self._take_join(connection, frame)
+            case "phoenix", "heartbeat":
+                self._say(connection, "phoenix", "phx_reply", {"status": "ok", "response": {}}, frame["ref"])
+            case "relay", "phx_leave":
+                connection.has_joined = False
+                self._say(connection, "relay", "phx_reply", {"status": "ok", "response": {}}, frame["ref"])
+            case _:
+                raise BrokenError(f"the relay said {text} to the portal")
+
+    def take_close(self, connection: Connection) -> None:
+        if connection is self._connection and self.is_reachable:
+            self._lose("closed by both sides")
+
+    def _take_join(self, connection: Connection, frame: dict[str, Any]) -> None:
+        secret, number = frame["payload"]["stamp_secret"], connection.link.machine_number
+        if self._secrets.setdefault(number, secret) != secret:
+            raise BrokenError("the relay told the portal another secret than before")
+        self._secrets = {number: secret}
+        connection.has_joined = True
+        self.joins += 1
+        self._say(connection, "relay", "phx_reply", {"status": "ok", "response": {}}, frame["ref"])
+        self._say(connection, "relay", "init", {})
+
+    def _say(self, connection: Connection, topic: str, event: str, payload: object, ref: object = None) -> None:
+        if self.is_reachable:
+            text = json.dumps({"topic": topic, "event": event, "payload": payload, "ref": ref})
+            connection.link.report_text(connection, text)
+
+    def _lose(self, reason: str) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None and self.is_reachable:
+            connection.link.report_lost(connection, reason)
+
+    def _be_well(self) -> None:
+        self.is_up = self.is_reachable = True
+        self.well_since = self._scheduler.now
+
+
+class PortalLink:
+    """The relay's side: drives its portal channel, and opens the gate of its machine."""
+
+    def __init__(self, machine: Machine, number: int, portal: Portal, scheduler: Scheduler) -> None:
+        config = PortalConfig(
+            url=PortalUrl.parse("wss://portal.example"),
+            token=PortalToken.parse("the-token-of-the-relay-under-simulation"),
+            secret=machine.config.secret,
+            name="simulated",
+            public_hosts={Family(family): HOSTS[family] for family in machine.setting.families},
+            port=3478,
+        )
+        self.machine_number = number
+        self.fatal: str | None = None
+        self.is_leaving = False
+        self.channel = PortalChannel(config, Random(f"{number} channel"))
+        self._machine = machine
+        self._portal = portal
+        self._scheduler = scheduler
+        self._started_at = scheduler.now
+        self._current: Connection | None = None
+        self._wake_at: float | None = None
+        self.channel.start(self._now())
+        self._carry_out()
+
+    def leave(self) -> None:
+        self.is_leaving = True
+        self.channel.leave(self._now())
+        self._carry_out()
+
+    def check(self) -> None:
+        """Look whether the relay is where it must be by now.
+
+        Raises:
+            BrokenError: the portal has been well for long enough, and has no relay.
+        """
+        well_for = self._scheduler.now - max(self._portal.well_since, self._started_at)
+        is_well = self._portal.is_up and self._portal.is_reachable
+        if is_well and well_for > LONGEST_ABSENCE and not self._portal.has_relay and not self.is_leaving:
+            raise BrokenError(f"the portal has been well for {well_for:.0f} s, and the relay is {self.channel.state}")
+
+    # Reports, each some milliseconds after what it is about; also such as come too late.
+
+    def report_connected(self, connection: Connection) -> None:
+        self._later(connection, self.channel.handle_connected, connection.number)
+
+    def report_refused(self, connection: Connection, refusal: Refusal) -> None:
+        connection.is_over = True
+        self._later(connection, self.channel.handle_refused, connection.number, refusal)
+
+    def report_lost(self, connection: Connection, reason: str) -> None:
+        connection.is_over = True
+        self._later(connection, self.channel.handle_lost, connection.number, reason)
+
+    def report_text(self, connection: Connection, text: str) -> None:
+        self._later(connection, self.channel.handle_text, connection.number, text)
+
+    def _later(self, connection: Connection, handle: Any, *arguments: Any) -> None:  # noqa: ANN401 - one of the channel's inputs
+        self._scheduler.after(0.02, self._report, connection, handle, arguments)
+
+    def _report(self, connection: Connection, handle: Any, arguments: tuple[Any, ...]) -> None:  # noqa: ANN401 - as above
+        if connection.is_over and connection is self._current:
+            self._current = None
+        if not self._machine.is_over:
+            handle(*arguments, self._now())
+            self._carry_out()
+
+    # Commands.
+
+    def _carry_out(self) -> None:
+        while commands := self.channel.drain():
+            for command in commands:
+                self._do(command)
+        at = self.channel.poll_timeout()
+        if at is not None and at != self._wake_at:
+            self._wake_at = at
+            self._scheduler.at(at, self._wake, at)
+
+    def _do(self, command: PortalCommand) -> None:
+        match command:
+            case Connect(number):
+                if self._current is not None:
+                    raise BrokenError("the relay connects a second time")
+                self._current = Connection(self, number)
+                self._scheduler.after(0.03, self._portal.take_connection, self._current)
+            case SendText(number, text):
+                self._scheduler.after(0.02, self._portal.take_text, self._connection(number), text)
+            case Close(number):
+                self._scheduler.after(0.02, self._portal.take_close, self._connection(number))
+            case Abandon(number):
+                self._connection(number)
+                self._current = None
+            case Begin():
+                self._machine.is_serving = True
+            case Left() if not self.is_leaving:
+                raise BrokenError("the relay has left its portal, and nobody asked it to")
+            case Fatal(reason):
+                self._take_fatal(reason)
+            case _:
+                pass
+
+    def _take_fatal(self, reason: str) -> None:
+        now, portal = self._scheduler.now, self._portal
+        well_for = now - max(portal.well_since, self._started_at) if portal.is_up and portal.is_reachable else 0.0
+        too_early = self.channel.joins and now - portal.heard_at < LOST_LIMIT
+        if too_early or well_for > (LONGEST_ABSENCE if self.channel.joins else NEVER_JOINED_LIMIT):
+            raise BrokenError(f"the relay gave its portal up, which has been well for {well_for:.0f} s: {reason}")
+        self.fatal = reason
+
+    def _connection(self, number: int) -> Connection:
+        current = self._current
+        if current is None or current.number != number:
+            raise BrokenError(f"a command for connection {number}, which is not open")
+        return current
+
+    def _wake(self, at: float) -> None:
+        if at == self._wake_at and not self._machine.is_over:
+            self._wake_at = None
+            self.channel.handle_timeout(self._now())
+            self._carry_out()
+
+    def _now(self) -> Instant:
+        return Instant(self._scheduler.now, self._machine.unix)

@@ -1,0 +1,137 @@
+"""What must hold of the relay's tables and counters, whenever one looks, and when all is quiet."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from relay.core.counters import DropReason
+from relay.core.server import Server
+from tests.simulation.clock import BrokenError
+from tests.simulation.machine import Machine
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+_BY_NAME = {
+    "unbound channel": (DropReason.UNBOUND_CHANNEL,),
+    "unbound peer": (DropReason.UNBOUND_PEER,),
+    "short": (DropReason.SHORT_CHANNEL_DATA,),
+}
+"""Drops that the referee counts under a name of its own."""
+
+
+def check_tables(machine: Machine) -> None:
+    """Hold the core's tables, and the kernel's, against who holds what by the RFCs.
+
+    Raises:
+        BrokenError: they differ.
+    """
+    tables, holdings, now = machine.server.allocations, machine.referee.holdings, machine.now
+    _same("allocations", tables.by_id.keys(), holdings.by_id.keys())
+    _same("clients", tables.by_client.keys(), holdings.by_client.keys())
+    _same("usernames", tables.by_username.keys(), holdings.by_username.keys())
+    live = {
+        (held.client, channel.number): (held.id, channel.peer)
+        for held in holdings.by_client.values()
+        for channel in held.channels.values()
+        if channel.is_live(now)
+    }
+    _same("live channels", {key: (each.allocation, each.peer) for key, each in tables.live_channels.items()}, live)
+    _same("live peers", {(each.allocation, each.peer) for each in tables.live_peers.values()}, set(live.values()))
+    kept = {
+        (held.id, channel.number, channel.peer)
+        for held in holdings.by_client.values()
+        for channel in held.channels.values()
+        if channel.is_kept(now)
+    }
+    channels = {(id_, n, each.peer) for id_, held in tables.by_id.items() for n, each in held.channels.items()}
+    _same("channels", channels, kept)
+    _same("sockets", machine.sockets, {held.ports[-1]: id_ for id_, held in holdings.by_id.items() if held.is_established})
+    if machine.setting.offloads:
+        kernel = machine.kernel
+        _same(
+            "the kernel's channels",
+            {key: (machine.sockets[each.port], each.peer) for key, each in kernel.by_channel.items()},
+            live,
+        )
+        _same("the kernel's peers", kernel.by_peer.values(), kernel.by_channel.values())
+
+
+def check_counters(machine: Machine) -> None:
+    """Hold the core's counters against what was seen to go in and out.
+
+    Raises:
+        BrokenError: they differ.
+    """
+    counters, referee = machine.server.counters, machine.referee
+    _same("packets to peers", [counters.to_peer_packets, counters.to_peer_bytes], referee.to_peer)
+    _same("packets to clients", [counters.to_client_packets, counters.to_client_bytes], referee.to_client)
+    answers = {(int(method), 0): n for method, n in counters.successes.items()}
+    answers |= {(int(method), int(code)): n for (method, code), n in counters.errors.items()}
+    _same("answers", answers, dict(referee.answers))
+    _same("freed", {str(reason): n for reason, n in counters.allocations_freed.items() if n}, dict(referee.frees))
+    _same("made", counters.allocations_made, referee.established)
+    for name, reasons in _BY_NAME.items():
+        _same(f"drops for {name}", sum(counters.drops[reason] for reason in reasons), referee.drops[name])
+
+
+def check_quiet(world: "World") -> None:
+    """Look for anything that is left of all that was.
+
+    Raises:
+        BrokenError: something is.
+    """
+    machine = world.machine
+    if world.network.under_way:
+        raise BrokenError(f"{world.network.under_way} datagrams are still on their way")
+    fresh = dict(_sizes(Server(machine.config, machine.random)))
+    for path, size in _sizes(machine.server):
+        if size > fresh.get(path, 0):
+            raise BrokenError(f"after quiet, {path} has {size} entries")
+    if machine.server.poll_timeout() is not None:
+        raise BrokenError(f"after quiet, the relay wants to be woken at {machine.server.poll_timeout()}")
+    kernel = machine.kernel
+    left = (machine.sockets, kernel.by_channel, kernel.by_peer, kernel.ends)
+    if any(left):
+        raise BrokenError(f"after quiet, the machine still has {left}")
+    if world.link.channel.drain():
+        raise BrokenError("after quiet, the portal's channel has commands left")
+
+
+def _sizes(server: object) -> Iterator[tuple[str, int]]:
+    """Give each container that can be reached from an object, by the way to it, with its size; counters left aside."""
+    seen: set[int] = set()
+    to_do: list[tuple[str, Any]] = [("server", server)]
+    while to_do:
+        path, each = to_do.pop()
+        if id(each) in seen or not type(each).__module__.startswith("relay."):
+            continue
+        seen.add(id(each))
+        for name in (*getattr(each, "__dict__", ()), *getattr(type(each), "__slots__", ())):
+            value = getattr(each, name, None)
+            at = f"{path}.{name}"
+            if isinstance(value, dict | list | set | tuple) and name != "counters":
+                yield at, _entries(value)
+            elif name not in ("counters", "_counters"):
+                to_do.append((at, value))
+
+
+def _entries(container: Any) -> int:  # noqa: ANN401 - any container
+    """Count what is in a container, and in those in it."""
+    if not isinstance(container, dict | list | set | tuple):
+        return 0
+    inner = container.values() if isinstance(container, dict) else container
+    return len(container) + sum(_entries(each) for each in inner)
+
+
+def _same(what: str, seen: object, right: object) -> None:
+    if not (seen == right if isinstance(seen, dict | list | int) else set(seen) == set(right)):  # type: ignore[call-overload] # collections
+        raise BrokenError(f"{what}: the relay has {_only(seen, right)}, but {_only(right, seen)} is right")
+
+
+def _only(one: object, other: object) -> object:
+    """Give what is in one only, if that can be told."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return {key: value for key, value in one.items() if other.get(key) != value}
+    if isinstance(one, int | list):
+        return one
+    return set(one) - set(other)  # type: ignore[call-overload] # both are collections here

@@ -1,0 +1,341 @@
+"""Stands at the relay's edge, and says of each thing that goes in what has to come out.
+
+It reads what clients send and works out from the RFCs, with tables of its own, which answers are owed, which packets are
+relayed and where to, and what ends when. `settle` holds the relay's commands against that.
+"""
+
+import math
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from relay.core.commands import BindPort, Command, Drained, FreeAllocation, SendToClient, SendToPeer
+from relay.core.trains import cut
+from tests.simulation import wire
+from tests.simulation.clock import BrokenError
+from tests.simulation.holdings import BIND_WAIT, NONCE_LIVES, Allocation, Channel, Holdings
+from tests.simulation.requests import Judge
+from tests.simulation.wire import Address, Wire
+
+
+class Rules(NamedTuple):
+    """What the relay was told at its start."""
+
+    secret: str
+    hosts: dict[int, str]
+    """Of relayed addresses, by family."""
+    ports: range
+    quota: int
+    is_forbidden: Callable[[Address], bool]
+    """Whether packets to a peer are refused."""
+
+
+class Expected(NamedTuple):
+    """An answer that is owed."""
+
+    client: Address
+    request: Wire
+    code: int
+    key: bytes | None
+    """Signs it."""
+    values: tuple[tuple[int, bytes], ...] = ()
+    """Attributes that it has to have."""
+    establishes: Allocation | None = None
+    repeats: bytes = b""
+    """The answer that it has to be, byte by byte."""
+
+
+Relayed = tuple[bytes, int]
+"""Payload and traffic class."""
+
+
+class Referee:
+    """Knows what the relay owes."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.holdings = Holdings(rules.ports)
+        self.answers: Counter[tuple[int, int]] = Counter()
+        """By method and code, 0 for success."""
+        self.drops: Counter[str] = Counter()
+        self.to_peer = [0, 0]
+        """Packets and bytes, as in the next one."""
+        self.to_client = [0, 0]
+        self.frees: Counter[str] = Counter()
+        self.established = 0
+        self.is_draining = False
+        self.has_drained = False
+        self.bound: list[tuple[Allocation, Channel]] = []
+        """Channels that were bound or refreshed, until whoever wants to know has taken them."""
+        self.nonces: dict[bytes, tuple[Address, int]] = {}
+        self._last_id = 0
+        self._judge = Judge(self)
+        self._checks: dict[type, Callable[[Any, float], None]] = {
+            SendToPeer: self._check_to_peer,
+            SendToClient: self._check_to_client,
+            BindPort: self._check_bind,
+            FreeAllocation: self._check_free,
+            Drained: self._check_drained,
+        }
+        self._owed: deque[Expected] = deque()
+        self._ending: deque[tuple[Allocation, str]] = deque()
+        self._binding: deque[Allocation] = deque()
+        self._relaying: dict[tuple[object, object], deque[Relayed]] = defaultdict(deque)
+
+    # Inputs.
+
+    def pass_time(self, now: float) -> None:
+        holdings = self.holdings
+        for allocation in holdings.due(now):
+            if allocation.is_established:
+                self.end(allocation, "expired")
+            else:
+                self.end(allocation, "refused")
+                self.owe(Expected(allocation.client, self._request_of(allocation), 508, allocation.key))
+
+    def take_from_client(self, data: bytes, client: Address, traffic_class: int, now: float, unix: float) -> None:
+        self.pass_time(now)
+        if data and 64 <= data[0] < 128:
+            relayed = self.relayed_to_peer(data, client, now)
+            if relayed is not None:
+                allocation, peer, payload = relayed
+                self.count(self.to_peer, payload)
+                self._relaying[allocation.id, peer].append((payload, traffic_class))
+        elif data and data[0] < 4:
+            request = wire.read(data) if client[1] and len(data) <= 1500 else None
+            if request is None or request.kind != wire.REQUEST:
+                self.drops["STUN"] += 1
+            else:
+                self._judge.judge(request, client, now, unix)
+        else:
+            self.drops["no protocol"] += 1
+
+    def take_from_peer(self, allocation: int, data: bytes, peer: Address, traffic_class: int, now: float) -> None:
+        self.pass_time(now)
+        relayed = self.relayed_to_client(allocation, peer, now)
+        if relayed is not None:
+            client, number = relayed
+            self.count(self.to_client, data)
+            self._relaying[client, number].append((wire.channel_data(number, data), traffic_class))
+
+    def take_bound(self, allocation: int, now: float) -> None:
+        self.pass_time(now)
+        bound = self.holdings.by_id.get(allocation)
+        if bound is not None and not bound.is_established:
+            bound.is_established = True
+            self.established += 1
+            self.holdings.end_at(bound, now + bound.lifetime)
+            self.holdings.return_refused_ports(bound)
+            request = self._request_of(bound)
+            relayed = (self.address_of(bound, family) for family in bound.families)
+            self.owe(
+                Expected(
+                    bound.client,
+                    request,
+                    0,
+                    bound.key,
+                    (
+                        *((wire.RELAYED_ADDRESS, wire.address(each, bound.transaction)) for each in relayed),
+                        (wire.MAPPED_ADDRESS, wire.address(bound.client, bound.transaction)),
+                        (wire.LIFETIME, bound.lifetime.to_bytes(4, "big")),
+                        *((wire.ADDRESS_ERROR, bytes((family, 0, 4, 40))) for family in bound.missing),
+                    ),
+                    establishes=bound,
+                )
+            )
+
+    def take_refused(self, allocation: int, now: float, *, only_port: bool) -> None:
+        self.pass_time(now)
+        refused = self.holdings.by_id.get(allocation)
+        if refused is None or refused.is_established:
+            return
+        if only_port and self.holdings.free_ports(even=refused.even):
+            self._binding.append(refused)
+            return
+        self.end(refused, "refused")
+        self.owe(Expected(refused.client, self._request_of(refused), 508, refused.key))
+
+    def take_failed(self, allocation: int, now: float) -> None:
+        self.pass_time(now)
+        failed = self.holdings.by_id.get(allocation)
+        if failed is not None:
+            self.end(failed, "failed")
+            if not failed.is_established:
+                self.owe(Expected(failed.client, self._request_of(failed), 508, failed.key))
+
+    # What is relayed. Both are asked for what the kernel relays, too.
+
+    def relayed_to_peer(self, data: bytes, client: Address, now: float) -> tuple[Allocation, Address, bytes] | None:
+        """Say where ChannelData has to go; None if it must not be relayed."""
+        end = 4 + (data[2] << 8 | data[3]) if len(data) >= 4 else math.inf
+        if end > len(data):
+            self.drops["short"] += 1
+            return None
+        allocation = self.holdings.by_client.get(client)
+        channel = None if allocation is None else allocation.live_channel(data[0] << 8 | data[1], now)
+        if allocation is None or channel is None or allocation.ends <= now:
+            self.drops["unbound channel"] += 1
+            return None
+        return allocation, channel.peer, data[4 : int(end)]
+
+    def relayed_to_client(self, allocation: int, peer: Address, now: float) -> tuple[Address, int] | None:
+        """Say which client, on which channel, gets what a peer sent; None if nobody must."""
+        held = self.holdings.by_id.get(allocation)
+        channel = None if held is None else held.live_peer(peer, now)
+        if held is None or channel is None or held.ends <= now:
+            self.drops["unbound peer"] += 1
+            return None
+        return held.client, channel.number
+
+    @staticmethod
+    def count(counter: list[int], payload: bytes) -> None:
+        counter[0] += 1
+        counter[1] += len(payload)
+
+    # What is owed.
+
+    def owe(self, expected: Expected) -> None:
+        self.answers[expected.request.method, expected.code] += 1
+        self._owed.append(expected)
+
+    def owe_answer(
+        self, client: Address, request: Wire, code: int, key: bytes | None, values: tuple[tuple[int, bytes], ...]
+    ) -> None:
+        self.owe(Expected(client, request, code, key, values))
+
+    def owe_again(self, client: Address, request: Wire, key: bytes, answer: bytes) -> None:
+        self.owe(Expected(client, request, 0, key, repeats=answer))
+
+    def begin(self, allocation: Allocation, now: float) -> None:
+        allocation.ends = now + BIND_WAIT
+        self.holdings.add(allocation)
+        self._binding.append(allocation)
+
+    def end(self, allocation: Allocation, reason: str) -> None:
+        self.holdings.free(allocation)
+        self.frees[reason] += 1
+        self._ending.append((allocation, reason))
+
+    def knows_nonce(self, nonce: bytes, client: Address, now: float) -> bool:
+        about = self.nonces.get(nonce)
+        return about is not None and about[0] == client and int(now) - about[1] < NONCE_LIVES
+
+    def address_of(self, allocation: Allocation, family: int) -> Address:
+        host, port = self.rules.hosts[family], allocation.ports[-1]
+        return (host, port) if family == 1 else (host, port, 0, 0)
+
+    # Outputs.
+
+    def settle(self, commands: Iterable[Command], now: float) -> None:
+        """Hold all that came out against all that went in.
+
+        Raises:
+            BrokenError: they differ.
+        """
+        for command in commands:
+            check = self._checks.get(type(command))
+            if check is not None:
+                check(command, now)
+        if self._owed or self._ending or self._binding or any(self._relaying.values()):
+            relayed = {flow: len(left) for flow, left in self._relaying.items() if left}
+            raise BrokenError(f"left out: {[*self._owed, *self._ending, *self._binding]}, packets {relayed}")
+        if len(self._relaying) > 64:
+            self._relaying.clear()
+        if self.is_draining and not self.has_drained and not self.holdings.by_client:
+            raise BrokenError("no allocation is left, and the relay does not say that it has drained")
+
+    def _check_to_peer(self, command: SendToPeer, _: float) -> None:
+        self._check_relayed((command.allocation, command.peer), command)
+
+    def _check_to_client(self, command: SendToClient, now: float) -> None:
+        data, client = command.data, command.client
+        if data[0] < 64:
+            self._check_answer(data, client, now)
+        else:
+            self._check_relayed((client, data[0] << 8 | data[1]), command)
+
+    def _check_relayed(self, flow: tuple[object, object], command: SendToPeer | SendToClient) -> None:
+        owed = self._relaying.get(flow)
+        for datagram in cut(command.data, command.segment):
+            if not owed:
+                raise BrokenError(f"relayed to {flow} what must not be: {datagram[:40].hex()}")
+            if owed.popleft() != (datagram, command.traffic_class):
+                raise BrokenError(f"relayed to {flow} out of order, altered or marked otherwise: {datagram[:40].hex()}")
+
+    def _check_answer(self, data: bytes, client: Address, now: float) -> None:
+        if not self._owed:
+            raise BrokenError(f"an answer to {client} that nobody asked for: {data.hex()}")
+        expected = self._owed.popleft()
+        if expected.repeats:
+            if (client, data) != (expected.client, expected.repeats):
+                raise BrokenError(f"a repeated request of {client} is not answered as the first was")
+            return
+        answer = wire.read(data)
+        what = f"{client}'s request of method {expected.request.method}"
+        if answer is None or client != expected.client or answer.transaction != expected.request.transaction:
+            raise BrokenError(f"{what} is not answered next, but with {data.hex()}")
+        wrong = _what_is_wrong(answer, expected)
+        if wrong:
+            raise BrokenError(f"{what}: its answer {answer.code or 'of success'} {wrong}")
+        if expected.code in (401, 438):
+            self._note_nonce(answer, client, now)
+        if expected.establishes is not None:
+            expected.establishes.success = data
+
+    def _note_nonce(self, answer: Wire, client: Address, now: float) -> None:
+        nonce = answer.get(wire.NONCE)
+        if nonce is None or answer.get(wire.REALM) != b"firezone":
+            raise BrokenError(f"a challenge of {client} without a nonce or a realm")
+        self.nonces.pop(nonce, None)
+        self.nonces[nonce] = client, int(now)
+        oldest = next(iter(self.nonces))
+        if self.nonces[oldest][1] < now - 2 * NONCE_LIVES:
+            del self.nonces[oldest]
+
+    def _check_bind(self, command: BindPort, _: float) -> None:
+        id_, port, families = command.allocation, command.port, command.families
+        if not self._binding:
+            raise BrokenError(f"port {port} is asked for, for nobody")
+        allocation = self._binding.popleft()
+        if allocation.ports and id_ != allocation.id:
+            raise BrokenError(f"another port is tried for {id_}, not for {allocation.id}")
+        if not allocation.ports:
+            if id_ <= self._last_id:
+                raise BrokenError(f"the id {id_} is used again")
+            allocation.id = self._last_id = id_
+            self.holdings.by_id[id_] = allocation
+        if families != allocation.families or not self.holdings.take_port(allocation, port):
+            raise BrokenError(f"port {port}/{families} is not one that {allocation} may have")
+
+    def _check_free(self, command: FreeAllocation, _: float) -> None:
+        id_, reason = command.allocation, str(command.reason)
+        if not self._ending:
+            raise BrokenError(f"allocation {id_} is freed ({reason}), and is not over")
+        allocation, why = self._ending.popleft()
+        if (allocation.id, why) != (id_, reason):
+            raise BrokenError(f"allocation {id_} is freed ({reason}), but {allocation.id} ({why}) is to be")
+
+    def _check_drained(self, _: Drained, __: float) -> None:
+        if not self.is_draining or self.has_drained or self.holdings.by_client:
+            raise BrokenError("the relay says that it has drained, and has not")
+        self.has_drained = True
+
+    @staticmethod
+    def _request_of(allocation: Allocation) -> Wire:
+        """Give what is known of the Allocate that made it."""
+        return Wire(wire.REQUEST, wire.ALLOCATE, allocation.transaction, [], b"", None, allocation.fingerprint)
+
+
+def _what_is_wrong(answer: Wire, expected: Expected) -> str:
+    """Say what is wrong with an answer; nothing if all is well."""
+    kind = wire.ERROR if expected.code else wire.SUCCESS
+    if (answer.kind, answer.method, answer.code) != (kind, expected.request.method, expected.code):
+        return f"should be {expected.code or 'one of success'}"
+    if answer.mac is not None if expected.key is None else not answer.is_signed_with(expected.key):
+        return "is not signed as it has to be"
+    if answer.fingerprint != expected.request.fingerprint:
+        return "has a FINGERPRINT, or should have one"
+    for type_, value in expected.values:
+        if value not in answer.get_all(type_):
+            return f"has {type_:#06x} other than {value.hex()}"
+    return ""

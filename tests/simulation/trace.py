@@ -1,0 +1,35 @@
+"""What happened in a run: the last of it in full, and a hash of all."""
+
+import hashlib
+import struct
+from collections import deque
+
+_MOMENT = struct.Struct("d")
+_LENGTH = 80
+
+
+class Trace:
+    """Takes notes. Two runs are the same if their hashes are."""
+
+    def __init__(self) -> None:
+        self.tail: deque[tuple[float, str, object, bytes]] = deque(maxlen=_LENGTH)
+        self.is_printed = False
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def note(self, now: float, what: str, about: object, data: bytes = b"") -> None:
+        """Note what happened; of two runs, the moments and the data are compared."""
+        self.tail.append((now, what, about, data))
+        self._hash.update(_MOMENT.pack(now) + data)
+        if self.is_printed:
+            print(_line(*self.tail[-1]))  # noqa: T201 - it was asked for
+
+    def __str__(self) -> str:
+        return "\n".join(_line(*each) for each in self.tail)
+
+
+def _line(at: float, what: str, about: object, data: bytes) -> str:
+    return f"{at:14.6f}  {what:9} {about!r:.240} {data.hex() if what == 'in' else ''}".rstrip()

@@ -1,0 +1,151 @@
+"""Requests as a client sends them: again and again, at the intervals of RFC 8489 §6.2.1, until an answer comes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import TypeAlias
+
+from tests.simulation import wire
+from tests.simulation.clock import BrokenError, Scheduler
+from tests.simulation.network import Link
+from tests.simulation.portal import Credential
+from tests.simulation.wire import Address, Wire
+
+RTO, REPEATS, LAST_WAIT = 0.5, 7, 16
+"""Seconds before the first repetition; copies in all; by how many RTOs the last one is waited for."""
+
+TIMEOUT = RTO * (2 ** (REPEATS - 1) - 1 + LAST_WAIT)
+
+Then: TypeAlias = Callable[[Wire | None], None]
+"""Is called with the answer, or with None if there is none."""
+
+
+@dataclass(slots=True)
+class Transaction:
+    """A request under way."""
+
+    method: int
+    attributes: tuple[tuple[int, bytes], ...]
+    then: Then
+    data: bytes
+    nonce: bytes | None
+    key: bytes | None
+    address: Address
+    begun: float
+    copies: int = 0
+    tries: int = 1
+
+
+class Transactions:
+    """All requests of one client."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        random: Random,
+        link: Link,
+        send: Callable[[bytes], None],
+        is_outdated: Callable[[Credential], bool],
+    ) -> None:
+        self.fingerprint = False
+        self.impatience = 0.0
+        """Share of requests that are sent twice at once."""
+        self.without_nonce = False
+        """Whether a credential is shown before there is a nonce, as Firezone's client does."""
+        self.disturbed_at = 0.0
+        """When it last could not be expected that answers come."""
+        self.timeouts = 0
+        self.nonce: bytes | None = None
+        self.credential: Credential | None = None
+        self.address: Address = ("0.0.0.0", 0)
+        self._under_way: dict[bytes, Transaction] = {}
+        self._scheduler = scheduler
+        self._random = random
+        self._link = link
+        self._send = send
+        self._is_outdated = is_outdated
+
+    def __len__(self) -> int:
+        return len(self._under_way)
+
+    def ask(self, method: int, attributes: tuple[tuple[int, bytes], ...], then: Then) -> None:
+        """Send a request; a challenge is met with the credential."""
+        self._begin(method, attributes, then, 1)
+
+    def forget(self) -> None:
+        """Wait for no answer any more."""
+        self._under_way.clear()
+
+    def take(self, answer: Wire) -> bool:
+        """Take an answer; False if nobody waits for it.
+
+        Raises:
+            BrokenError: it is not what a client can do with.
+        """
+        asked = self._under_way.get(answer.transaction)
+        if asked is None or (self.credential is not None and self._is_outdated(self.credential)):
+            # Another relay, which knows nothing of this credential, can't sign what is believed.
+            return False
+        del self._under_way[answer.transaction]
+        if answer.method != asked.method or answer.kind not in (wire.SUCCESS, wire.ERROR):
+            raise BrokenError(f"{self.address} asked for method {asked.method} and got {answer}")
+        if asked.key is not None and not answer.is_signed_with(asked.key):
+            raise BrokenError(f"{self.address} got answer {answer.code} that it can't trust")
+        mapped = answer.get(wire.MAPPED_ADDRESS)
+        if mapped is not None and wire.read_address(mapped, answer.transaction) != asked.address:
+            raise BrokenError(f"{asked.address} is told that it is {wire.read_address(mapped, answer.transaction)}")
+        if answer.code == 438 or (answer.code == 401 and asked.nonce is None):
+            self.nonce = answer.get(wire.NONCE)
+            if asked.tries > 5:
+                raise BrokenError(f"{self.address} is challenged without end")
+            self._begin(asked.method, asked.attributes, asked.then, asked.tries + 1)
+        else:
+            asked.then(answer)
+        return True
+
+    def _begin(self, method: int, attributes: tuple[tuple[int, bytes], ...], then: Then, tries: int) -> None:
+        transaction = self._random.randbytes(12)
+        # The XOR of an IPv6 address depends on the transaction.
+        written = tuple((type_, _rewrite(type_, value, transaction)) for type_, value in attributes)
+        credential, key = self.credential, None
+        if method != wire.BINDING and credential is not None and (self.nonce is not None or self.without_nonce):
+            key = credential.key
+            written += ((wire.USERNAME, credential.username.encode()), (wire.REALM, b"firezone"))
+            if self.nonce is not None:
+                written += ((wire.NONCE, self.nonce),)
+        data = wire.write(wire.REQUEST, method, transaction, written, key, fingerprint=self.fingerprint)
+        self._under_way[transaction] = Transaction(
+            method, attributes, then, data, self.nonce, key, self.address, self._scheduler.now, tries=tries
+        )
+        self._repeat(transaction)
+
+    def _repeat(self, transaction: bytes) -> None:
+        asked = self._under_way.get(transaction)
+        if asked is None:
+            return
+        if asked.copies < REPEATS:
+            asked.copies += 1
+            self._send(asked.data)
+            if self._random.random() < self.impatience:
+                self._send(asked.data)
+            wait = RTO * (2 ** (asked.copies - 1) if asked.copies < REPEATS else LAST_WAIT)
+            self._scheduler.after(wait, self._repeat, transaction)
+            return
+        del self._under_way[transaction]
+        self.timeouts += 1
+        if self._link.is_calm and max(self.disturbed_at, self._link.calm_since) < asked.begun:
+            raise BrokenError(f"{asked.address}: method {asked.method} is not answered within {TIMEOUT} s")
+        asked.then(None)
+
+
+def _rewrite(type_: int, value: bytes, transaction: bytes) -> bytes:
+    """Write a peer's address, which is kept as text, for one transaction."""
+    if type_ != wire.PEER_ADDRESS:
+        return value
+    host, port = value.decode().split()
+    address: Address = (host, int(port), 0, 0) if ":" in host else (host, int(port))
+    return wire.address(address, transaction)
+
+
+def peer_attribute(peer: Address) -> tuple[int, bytes]:
+    return wire.PEER_ADDRESS, f"{peer[0]} {peer[1]}".encode()

@@ -1,0 +1,165 @@
+"""What goes wrong, at random moments: with the network, the machine, the portal, and by strangers."""
+
+from collections.abc import Callable
+from random import Random
+from typing import TYPE_CHECKING
+
+from tests.simulation import wire
+from tests.simulation.network import Link
+from tests.simulation.wire import Address
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+
+class Troubles:
+    """Begins troubles, and ends each."""
+
+    def __init__(self, world: "World") -> None:
+        self._world = world
+        self._scheduler = world.scheduler
+        self._random = Random(f"{world.seed} troubles")
+        self._round = 0
+        self._seen: list[bytes] = []
+
+    def begin(self) -> None:
+        """Let troubles come from now on."""
+        self._round += 1
+        parameters = self._world.parameters
+        for seconds, trouble in (
+            (parameters.weather, self._bad_weather),
+            (parameters.partitions, self._partition),
+            (parameters.rebinds, self._rebind),
+            (parameters.machine, self._machine_trouble),
+            (parameters.portal, self._portal_trouble),
+            (parameters.restarts, self._restart),
+            (parameters.noise, self._noise),
+            (20.0, self._world.replace_if_over),
+        ):
+            if seconds:
+                self._plan(seconds, trouble, self._round)
+
+    def end(self) -> None:
+        """Let no trouble begin any more."""
+        self._round += 1
+
+    def _plan(self, seconds: float, trouble: Callable[[], None], of_round: int) -> None:
+        self._scheduler.after(self._random.expovariate(1 / seconds), self._strike, seconds, trouble, of_round)
+
+    def _strike(self, seconds: float, trouble: Callable[[], None], of_round: int) -> None:
+        if of_round == self._round:
+            self._world.note("trouble", trouble.__name__)
+            trouble()
+            self._plan(seconds, trouble, of_round)
+
+    # The network.
+
+    def _some_links(self) -> list[Link]:
+        links = [*(client.link for client in self._world.clients), *(peer.link for peer in self._world.peers)]
+        return self._random.sample(links, max(1, int(len(links) * self._random.choice((0.02, 0.1, 0.5, 1.0)))))
+
+    def _bad_weather(self) -> None:
+        random = self._random
+        loss, double, detour = random.choice((0.02, 0.1, 0.4)), random.choice((0.0, 0.1, 0.3)), random.choice((0.0, 0.05))
+        jitter = random.choice((0.02, 0.3, 1.5))
+        links = self._some_links()
+        for link in links:
+            link.loss, link.double, link.detour, link.jitter = loss, double, detour, jitter
+        self._scheduler.after(random.expovariate(1 / 120), self._clear_up, links)
+
+    def _clear_up(self, links: list[Link]) -> None:
+        for link in links:
+            link.loss, link.double, link.detour, link.jitter = 0.0, 0.0, 0.0, 0.02
+            link.calm_since = self._scheduler.now
+
+    def _partition(self) -> None:
+        links = self._some_links()
+        for link in links:
+            link.is_cut = True
+        self._scheduler.after(self._random.choice((3, 20, 100, 700)), self._join, links)
+
+    def _join(self, links: list[Link]) -> None:
+        for link in links:
+            link.is_cut = False
+            link.calm_since = self._scheduler.now
+
+    def _rebind(self) -> None:
+        client = self._random.choice(self._world.clients)
+        client.move()
+        client.link.calm_since = self._scheduler.now
+
+    # The machine.
+
+    def _machine_trouble(self) -> None:
+        machine, random = self._world.machine, self._random
+        health = machine.health
+        match random.randrange(6):
+            case 0:
+                ports = machine.setting.ports
+                # Where there are many, trying them all takes its time.
+                share = random.choice((0.1, 0.5, 1.0 if len(ports) < 50 else 0.8))
+                health.foreign_ports = frozenset(random.sample(ports, int(len(ports) * share)))
+            case 1:
+                health.is_exhausted = True
+            case 2:
+                health.slow_binds = 0.5
+            case 3:
+                health.lateness = random.choice((0.1, 5.0))
+            case 4:
+                machine.stop(random.choice((0.2, 3.0, 30.0)))
+            case _:
+                machine.fail_allocation()
+        self._disturb(random.choice((5, 60)))
+
+    def _disturb(self, seconds: float) -> None:
+        machine = self._world.machine
+        self._scheduler.after(seconds, self._heal)
+        for client in self._world.clients:
+            # A request that waited for its answer then may be lost with its repetitions.
+            client.asking.disturbed_at = max(machine.health.stopped_until, self._scheduler.now + seconds)
+
+    def _heal(self) -> None:
+        health = self._world.machine.health
+        health.foreign_ports, health.is_exhausted, health.slow_binds, health.lateness = frozenset(), False, 0.0, 0.001
+
+    def _restart(self) -> None:
+        self._world.restart(politely=self._random.random() < 0.5)
+
+    # The portal.
+
+    def _portal_trouble(self) -> None:
+        portal, random = self._world.portal, self._random
+        match random.randrange(4):
+            case 0:
+                portal.crash(random.choice((0.5, 20, 300)))
+            case 1:
+                portal.cut_off(random.choice((10, 45, 300)))
+            case 2:
+                portal.forget_channel()
+            case _:
+                portal.close_channel()
+
+    # Strangers.
+
+    def _noise(self) -> None:
+        """Let someone send what means nothing, or what someone else has sent."""
+        world, random = self._world, self._random
+        stranger: Address = (f"198.18.0.{random.randrange(1, 255)}", random.randrange(65536))
+        number = random.choice((0x4000, 0x4001, 0x7FFF))
+        seen = [data for _, what, _, data in world.trace.tail if what == "in"]
+        replayed = random.choice(seen) if seen else b""
+        data = random.choice(
+            (
+                random.randbytes(random.randrange(60)),
+                wire.channel_data(number, random.randbytes(random.randrange(40))),
+                wire.write(wire.REQUEST, wire.BINDING, random.randbytes(12), ()),
+                wire.write(wire.REQUEST, wire.ALLOCATE, random.randbytes(12), (wire.UDP,)),
+                wire.write(wire.INDICATION, wire.BINDING, random.randbytes(12), ()),
+                replayed,
+                replayed[: random.randrange(len(replayed) + 1)],
+            )
+        )
+        to = (world.machine.config.public_hosts[next(iter(world.machine.config.public_hosts))], 3478)
+        if random.random() < 0.3:
+            to = (to[0], random.choice(world.machine.setting.ports))
+        world.network.send(data, stranger, to, 0, Link())

@@ -1,0 +1,196 @@
+"""Everything together: relay, portal, clients, peers, and the troubles between them."""
+
+import math
+import traceback
+from collections.abc import Callable
+from random import Random
+
+from tests.simulation.clients import Client
+from tests.simulation.clock import BrokenError, Scheduler
+from tests.simulation.machine import HOSTS, Machine
+from tests.simulation.network import Network
+from tests.simulation.parameters import DAY, HOUR, Parameters, profile_of
+from tests.simulation.parties import Post
+from tests.simulation.peers import Peer
+from tests.simulation.portal import Credential, Portal, PortalLink
+from tests.simulation.probes import Probes
+from tests.simulation.properties import check_counters, check_quiet, check_tables
+from tests.simulation.trace import Trace
+from tests.simulation.troubles import Troubles
+from tests.simulation.wire import Address
+
+QUIET = 3600.0 + 900 + 60
+"""Seconds after which nothing can be left of what clients had."""
+
+
+class World:
+    """One run."""
+
+    def __init__(self, seed: int, parameters: Parameters) -> None:
+        self.seed = seed
+        self.parameters = parameters
+        self.scheduler = Scheduler(1000.0)
+        self.trace = Trace()
+        self.random = Random(f"{seed} world")
+        self.post = Post()
+        self.network = Network(self.scheduler, Random(f"{seed} network"))
+        self.portal = Portal(str(seed), self.scheduler)
+        self.machines = 0
+        self._answers = 0
+        self._relayed = 0
+        self._addresses = 0
+        self.machine, self.link = self._start_machine()
+        self.peers = [self._make_peer(n) for n in range(parameters.peers)]
+        self.clients = [self._make_client(n) for n in range(parameters.clients)]
+        self.troubles = Troubles(self)
+
+    # Runs.
+
+    def run(self, on_day: "Callable[[World, int], None] | None" = None) -> None:
+        """Run until all is quiet again.
+
+        Args:
+            on_day: is told at the end of each day, when all is quiet for an hour.
+        """
+        left, day = self.parameters.hours * HOUR, 0
+        while left > 0:
+            self.run_for(min(left, DAY - QUIET))
+            self.quieten()
+            left -= DAY
+            day += 1
+            if on_day is not None:
+                on_day(self, day)
+
+    def run_for(self, seconds: float) -> None:
+        """Let clients come and go."""
+        self.troubles.begin()
+        for client in self.clients:
+            self.scheduler.after(30 + 120 * self.random.random(), client.begin)
+        until = self.scheduler.now + seconds
+        while self.scheduler.now < until:
+            self.scheduler.run(min(until, self.scheduler.now + 300))
+            self.check()
+
+    def quieten(self) -> None:
+        """Let everyone go, wait, and look whether anything is left.
+
+        Raises:
+            BrokenError: something is.
+        """
+        self.troubles.end()
+        for client in self.clients:
+            client.stop()
+        self.scheduler.run(self.scheduler.now + QUIET)
+        self.check()
+        check_quiet(self)
+
+    def check(self) -> None:
+        """Look whether everything is as it must be.
+
+        Raises:
+            BrokenError: it is not.
+        """
+        self.machine.wake()
+        check_tables(self.machine)
+        check_counters(self.machine)
+        self.link.check()
+        for client in self.clients:
+            client.check()
+
+    # The relay.
+
+    def restart(self, *, politely: bool) -> None:
+        """End the relay, at once or after it has drained for a while, and start another one."""
+        if self.machine.is_over or self.machine.referee.is_draining:
+            return
+        for client in self.clients:
+            client.asking.disturbed_at = math.inf
+        if politely:
+            self.link.leave()
+            self.machine.drain()
+        self.scheduler.after(self.random.choice((10, 1000)) if politely else 0, self._end_machine)
+
+    def replace_if_over(self) -> None:
+        """Start the relay again if it has given its portal up."""
+        if self.link.fatal is not None:
+            self.restart(politely=False)
+
+    def _end_machine(self) -> None:
+        self._answers, self._relayed = self.answers, self.relayed
+        self.machine.end()
+        self.scheduler.after(1 + 9 * self.random.random(), self._start_again)
+
+    def _start_again(self) -> None:
+        self.machine, self.link = self._start_machine()
+        self.scheduler.after(1, self._tell_of_relay)
+
+    def _tell_of_relay(self) -> None:
+        """Let clients hear that there is another relay, as soon as the portal knows."""
+        if not self.portal.has_relay:
+            self.scheduler.after(5, self._tell_of_relay)
+            return
+        for client in self.clients:
+            client.asking.disturbed_at = self.scheduler.now + 20
+            self.scheduler.after(20 * self.random.random(), client.hear_of_relay)
+
+    def _start_machine(self) -> tuple[Machine, PortalLink]:
+        self.machines += 1
+        seed = f"{self.seed} {self.machines}"
+        machine = Machine(self.parameters.setting, seed, self.scheduler, self.network, self.post, self.trace)
+        machine.batch_for(self.parameters.batching)
+        machine.plan_probes = Probes(machine, self.scheduler, self.network, self.post, seed).plan
+        machine.connect()
+        return machine, PortalLink(machine, self.machines, self.portal, self.scheduler)
+
+    @property
+    def answers(self) -> int:
+        """All that any relay gave."""
+        return self._answers + sum(self.machine.referee.answers.values())
+
+    @property
+    def relayed(self) -> int:
+        """Packets, by any relay."""
+        return self._relayed + self.machine.relayed
+
+    # Clients and peers.
+
+    def _make_peer(self, n: int) -> Peer:
+        address: Address = (f"2001:db8:9::{n + 1:x}", 5000, 0, 0) if n % 3 == 2 else (f"198.51.100.{n + 1}", 5000 + n)
+        return Peer(1_000_000 + n, address, str(self.seed), self.scheduler, self.network, self.post)
+
+    def _make_client(self, n: int) -> Client:
+        profile = profile_of(self.random, self.parameters.pace)
+        return Client(n, profile, self)
+
+    def credential(self, seconds: float) -> Credential | None:
+        return self.portal.mint(seconds)
+
+    def is_outdated(self, credential: Credential) -> bool:
+        return credential.relay != self.machines
+
+    def new_address(self, *, is_ipv6: bool) -> Address:
+        self._addresses += 1
+        host, port = divmod(self._addresses, 60000)
+        return (f"2001:db8:5::{host + 1:x}", 1024 + port, 0, 0) if is_ipv6 else (f"203.0.113.{host % 254 + 1}", 1024 + port)
+
+    def choose_peer(self, client: Client, family: int) -> Address | None:
+        draw = self.random.random()
+        if draw < 0.02:
+            return ("127.0.0.1", 5000) if family == 1 else (HOSTS[2], 3478, 0, 0)
+        if draw < 0.4:
+            # Neighbours meet on the relay.
+            neighbour = self.clients[client.id ^ 1] if client.id ^ 1 < len(self.clients) else client
+            return neighbour.relayed.get(family) if neighbour is not client else None
+        peers = [peer.address for peer in self.peers if (":" in peer.address[0]) == (family == 2)]
+        return self.random.choice(peers) if peers else None
+
+    def owner_of(self, address: Address) -> int | None:
+        return self.machine.owner_of(address)
+
+    def note(self, what: str, about: object) -> None:
+        self.trace.note(self.scheduler.now, what, about)
+
+    def account_of(self, error: Exception) -> str:
+        """Say what happened before something broke."""
+        where = "" if isinstance(error, BrokenError) else "\n" + "".join(traceback.format_exception(error))
+        return f"{self.trace}\n{self.scheduler.now:14.6f}  BROKEN    {error!r}{where}"
