@@ -1,5 +1,6 @@
 """Whole systems in simulated time: each seed is a world of its own, and ends with all tables empty."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def test_a_seed_is_the_same_world_in_every_process() -> None:
 
 def test_other_seeds_are_other_worlds(capsys: pytest.CaptureFixture[str]) -> None:
     for seed in (3, 4):
-        run(seed, Parameters.of(seed).without(Parameters.TROUBLES))
+        run(seed, dataclasses.replace(Parameters.of(seed).without(Parameters.TROUBLES), clients=5))
     one, other = capsys.readouterr().out.splitlines()
     assert one.split()[-1] != other.split()[-1]
 

@@ -1,7 +1,7 @@
 """Requests as a client sends them: again and again, at the intervals of RFC 8489 §6.2.1, until an answer comes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 from typing import TypeAlias
 
@@ -30,9 +30,9 @@ class Transaction:
     data: bytes
     nonce: bytes | None
     key: bytes | None
-    address: Address
     begun: float
-    copies: int = 0
+    addresses: list[Address] = field(default_factory=list)
+    """From which each copy was sent: a NAT may rebind in between."""
     tries: int = 1
 
 
@@ -92,8 +92,8 @@ class Transactions:
         if asked.key is not None and not answer.is_signed_with(asked.key):
             raise BrokenError(f"{self.address} got answer {answer.code} that it can't trust")
         mapped = answer.get(wire.MAPPED_ADDRESS)
-        if mapped is not None and wire.read_address(mapped, answer.transaction) != asked.address:
-            raise BrokenError(f"{asked.address} is told that it is {wire.read_address(mapped, answer.transaction)}")
+        if mapped is not None and wire.read_address(mapped, answer.transaction) not in asked.addresses:
+            raise BrokenError(f"{asked.addresses} is told that it is {wire.read_address(mapped, answer.transaction)}")
         if answer.code == 438 or (answer.code == 401 and asked.nonce is None):
             self.nonce = answer.get(wire.NONCE)
             if asked.tries > 5:
@@ -115,7 +115,7 @@ class Transactions:
                 written += ((wire.NONCE, self.nonce),)
         data = wire.write(wire.REQUEST, method, transaction, written, key, fingerprint=self.fingerprint)
         self._under_way[transaction] = Transaction(
-            method, attributes, then, data, self.nonce, key, self.address, self._scheduler.now, tries=tries
+            method, attributes, then, data, self.nonce, key, self._scheduler.now, tries=tries
         )
         self._repeat(transaction)
 
@@ -123,12 +123,13 @@ class Transactions:
         asked = self._under_way.get(transaction)
         if asked is None:
             return
-        if asked.copies < REPEATS:
-            asked.copies += 1
+        copies = len(asked.addresses) + 1
+        if copies <= REPEATS:
+            asked.addresses.append(self.address)
             self._send(asked.data)
             if self._random.random() < self.impatience:
                 self._send(asked.data)
-            wait = RTO * (2 ** (asked.copies - 1) if asked.copies < REPEATS else LAST_WAIT)
+            wait = RTO * (2 ** (copies - 1) if copies < REPEATS else LAST_WAIT)
             self._scheduler.after(wait, self._repeat, transaction)
             return
         del self._under_way[transaction]
