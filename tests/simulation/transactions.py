@@ -135,7 +135,7 @@ class Transactions:
         del self._under_way[transaction]
         self.timeouts += 1
         if self._link.is_calm and max(self.disturbed_at, self._link.calm_since) < asked.begun:
-            raise BrokenError(f"{asked.address}: method {asked.method} is not answered within {TIMEOUT} s")
+            raise BrokenError(f"{asked.addresses}: method {asked.method} is not answered within {TIMEOUT} s")
         asked.then(None)
 
 
