@@ -11,7 +11,7 @@ class ListenerActor(ReceivingActor):
     def tell(self, batch: list[Arrival]) -> None:
         """Tell the server actor of what clients sent."""
         if not self._inbox.forward_from_client(batch):
-            self._inbox.take(FromClients(batch))
+            self._inbox.take(FromClients(batch, self._receiver.is_flooded))
 
 
 class RequestListenerActor(ListenerActor):
@@ -21,4 +21,4 @@ class RequestListenerActor(ListenerActor):
 
     def tell(self, batch: list[Arrival]) -> None:
         """Tell the server actor of what clients ask."""
-        self._inbox.take(FromClients(batch))
+        self._inbox.take(FromClients(batch, self._receiver.is_flooded))

@@ -13,6 +13,8 @@ class FromClients(NamedTuple):
     """What arrived on the port that clients talk to, in one batch."""
 
     arrivals: Sequence[Arrival]
+    is_flood: bool = False
+    """Whether more arrives there than can be taken."""
 
 
 class FromPeers(NamedTuple):

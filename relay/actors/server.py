@@ -234,14 +234,14 @@ class ServerActor(Actor):
         return True
 
     def _take_from_clients(self, message: FromClients) -> None:
-        (arrivals,) = message
+        arrivals, is_flood = message
         if len(arrivals) == 1:
             try:
                 self.core.handle_client_arrival(arrivals[0], self._clock.now())
             except Exception:  # noqa: BLE001 - see _note_fault
                 self._note_fault()
         else:
-            self._take_batch(arrivals, self.core.handle_client_arrivals)
+            self._take_batch(arrivals, functools.partial(self.core.handle_client_arrivals, is_flood=is_flood))
 
     def _take_from_peers(self, message: FromPeers) -> None:
         allocation, arrivals = message

@@ -39,6 +39,8 @@ class DropReason(StrEnum):
     """An indication of a method that has none."""
     ALLOCATE_UNDER_WAY = "allocate_under_way"
     """A repeated Allocate whose first copy is still waiting for its sockets."""
+    FLOOD = "flood"
+    """A request from an address without an allocation, while more requests arrive than can be answered."""
     SHORT_CHANNEL_DATA = "short_channel_data"
     """A header cut off, or a length beyond the datagram."""
     UNBOUND_CHANNEL = "unbound_channel"

@@ -59,6 +59,7 @@ class Receiver:
         "_stopped",
         "_wakes",
         "is_behind",
+        "is_flooded",
     )
 
     def __init__(self, sockets: Sequence[UdpSocket], least: int = LEAST, most: int = BATCH_DATAGRAMS) -> None:
@@ -79,6 +80,8 @@ class Receiver:
         self._backlogs: dict[UdpSocket, Backlog] | None = None
         self.is_behind = False
         """Whether the last batch was as large as one may be: more is likely to wait."""
+        self.is_flooded = False
+        """Whether it is so, and has been for longer than a burst."""
 
     def receive(self) -> list[Arrival]:
         """Wait for datagrams and give them, oldest first; an empty list once it is stopped.
@@ -159,7 +162,9 @@ class Receiver:
         if self._backlogs is None:
             # Most sockets never have one.
             self._backlogs = {each: Backlog(each, self._least) for each in self._sockets}
-        self._backlogs[sock].note(size, datagrams, is_behind=self.is_behind)
+        backlog = self._backlogs[sock]
+        backlog.note(size, datagrams, is_behind=self.is_behind)
+        self.is_flooded = self.is_behind and backlog.is_small
 
     def _note_shutdown(self) -> None:
         """Find a socket shut down: by `stop`, or it is broken; reading on would give nothing, over and over."""

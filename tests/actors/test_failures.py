@@ -140,14 +140,14 @@ class Fragile(Server):
             raise ZeroDivisionError
         super().handle_client_arrival(arrival, now)
 
-    def handle_client_arrivals(self, arrivals: Iterable[Arrival], now: Instant) -> None:
+    def handle_client_arrivals(self, arrivals: Iterable[Arrival], now: Instant, *, is_flood: bool = False) -> None:
         def checked() -> Iterator[Arrival]:
             for arrival in arrivals:
                 if arrival[0] == POISON:
                     raise ZeroDivisionError
                 yield arrival
 
-        super().handle_client_arrivals(checked(), now)
+        super().handle_client_arrivals(checked(), now, is_flood=is_flood)
 
 
 @pytest.mark.parametrize("alone", [True, False])
