@@ -17,6 +17,7 @@ import structlog
 
 from relay.config import BadUseError, Endpoint
 from relay.ops.http_crowd import Crowd, Stage, Visitor
+from relay.ops.http_door import Door
 from relay.ops.http_guard import Guard, anyone
 from relay.ops.http_messages import (
     QUERY_PARAMETERS,
@@ -54,6 +55,9 @@ _UNACKNOWLEDGED = 30_000
 _SHORTAGE_REST = 0.1
 """Seconds to wait when the machine has no descriptor, thread or memory for a connection."""
 
+_REST = 0.05
+"""Seconds between two reads of one request."""
+
 _LONGEST_PIECE = 0.0005
 """Seconds of work after which other threads get their chance."""
 
@@ -79,6 +83,12 @@ class Limits:
     """Requests that wait for that."""
     leave_seconds: float = 1.0
     """For a client to close, once it has its answer."""
+    rate: int = 100
+    """Connections a second, of all sources together."""
+    source_rate: int = 20
+    """Of one, by other machines."""
+    burst: int = 2
+    """Seconds' worth of either that may come at once."""
 
 
 class HttpEndpoint:
@@ -113,6 +123,7 @@ class HttpEndpoint:
         self._guard = guard
         self._limits = limits
         self._crowd = Crowd(limits.connections, limits.answer_bytes)
+        self._door = Door(limits.rate, limits.source_rate, limits.burst)
         self._turns = {page: threading.Lock() for page in {*pages, *(actions or {})}}
         self._queue = threading.Semaphore(limits.queue)
         self._is_stopped = False
@@ -132,22 +143,28 @@ class HttpEndpoint:
         # Inherited by the threads of connections: none of them takes the CPU from one that relays.
         yield_to_others()
         while not self._is_stopped:
+            time.sleep(self._door.pause(time.monotonic()))
             try:
-                connection, _ = self._listening.accept()
+                connection, source = self._listening.accept()
             except OSError as fault:
                 if fault.errno != errno.ECONNABORTED and not self._is_stopped:
                     self._crowd.make_room()
                     time.sleep(_SHORTAGE_REST)
                 continue
             visitor = Visitor(connection, self._limits.request_seconds)
-            if not self._crowd.admit(visitor):
-                visitor.close()
-                continue
-            try:
-                threading.Thread(target=self._serve, args=(visitor,), name=f"{self._name}-request", daemon=True).start()
-            except RuntimeError:
-                self._crowd.leave(visitor)
-                time.sleep(_SHORTAGE_REST)
+            if not self._door.lets_in(source, time.monotonic()):
+                visitor.turn_away()
+            elif self._crowd.admit(visitor):
+                self._begin(visitor)
+            else:
+                visitor.turn_away()
+
+    def _begin(self, visitor: Visitor) -> None:
+        try:
+            threading.Thread(target=self._serve, args=(visitor,), name=f"{self._name}-request", daemon=True).start()
+        except RuntimeError:
+            self._crowd.leave(visitor)
+            time.sleep(_SHORTAGE_REST)
 
     def _serve(self, visitor: Visitor) -> None:
         try:
@@ -178,6 +195,8 @@ class HttpEndpoint:
             received = reception.receive(data)
             if received is not None or not data or visitor.is_cut:
                 return None if visitor.is_cut else received
+            # Nearly all send a request in one go. To look at each byte of the others would take a client's pleasure of CPU.
+            time.sleep(_REST)
 
     def _answer(self, request: Request) -> Page:
         refused = self._guard(request)

@@ -55,6 +55,11 @@ class Visitor:
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
 
+    def turn_away(self) -> None:
+        """Forget it at once; it is told that this was no mistake of the network."""
+        self.is_cut = True
+        self.close()
+
     def close(self) -> None:
         """Be done with it."""
         if self.is_cut or self.stage is Stage.ANSWERING:
