@@ -21,6 +21,7 @@ from relay.core.config import MAX_CHANNELS, UNAUTHENTICATED_BURST, UNAUTHENTICAT
 from relay.core.credentials import SALT_BYTES, mint
 from relay.ops import signals
 from relay.options import (
+    CollectorType,
     CpuType,
     DurationType,
     EndpointType,
@@ -297,6 +298,14 @@ class _Commands(click.Group):
     LogFilterType(),
     default="info",
     text="What is logged: off, error, warn, info, debug or trace, and exceptions such as info,relay.core=debug,portal=off.",
+)
+@_setting(
+    "--otlp-grpc-endpoint",
+    "otlp_endpoint",
+    "OTLP_GRPC_ENDPOINT",
+    CollectorType(),
+    "Push metrics to this OpenTelemetry collector. OpenTelemetry's own OTEL_ variables are honoured, too; needs the extra "
+    "otlp.",
 )
 @_setting(
     "--allow-root",

@@ -103,6 +103,16 @@ class OffloadConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class OtlpConfig:
+    """How metrics are pushed to an OpenTelemetry collector."""
+
+    endpoint: str | None
+    """Its URL; None if OpenTelemetry's own variables say it."""
+    interval: float
+    """Seconds from one push to the next."""
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """The settings of one relay process.
 
@@ -146,6 +156,8 @@ class Config:
     """Seconds for which a thread may keep the interpreter while others wait (`sys.setswitchinterval`)."""
     offload: OffloadConfig | None = None
     """Without it, the kernel relays nothing."""
+    otlp: OtlpConfig | None = None
+    """Without it, metrics are pushed nowhere."""
     service_port: int = SERVICE_PORT
 
     def __post_init__(self) -> None:

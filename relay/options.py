@@ -59,6 +59,20 @@ class EndpointType(click.ParamType[Endpoint]):
         return Endpoint(str(address), port_number)
 
 
+class CollectorType(click.ParamType[str]):
+    """Where an OpenTelemetry collector is."""
+
+    name = "[http[s]://]HOST:PORT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ANN401
+        """Read ``collector.example:4317``, which is without TLS, or a URL, and give it as one."""
+        match = re.fullmatch(r"(?:(https?)://)?((?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5})/?", str(value).strip())
+        if match is None:
+            # It is not repeated: what makes it wrong may be a password in it.
+            self.fail("no address of a collector: write 127.0.0.1:4317 or https://collector.example:4317", param, ctx)
+        return f"{match[1] or 'http'}://{match[2]}"
+
+
 class NetworksType(click.ParamType[tuple[Network, ...]]):
     """Networks in CIDR notation, with commas between them."""
 

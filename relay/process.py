@@ -22,6 +22,7 @@ from relay.net.proxy import Proxy
 from relay.offload.datapath import open_datapath
 from relay.ops import logs, signals
 from relay.ops.dump import dump, register_wedged_dump
+from relay.ops.metrics.push import read_settings
 from relay.ops.privilege import refuse_root
 from relay.ops.systemd import Systemd
 from relay.options import read_secret, read_token, read_token_file
@@ -51,12 +52,14 @@ def run(
         )
     log_filter = settings.pop("log_filter")
     interfaces, mode = settings.pop("offload"), AttachMode(settings.pop("attach_mode"))
+    otlp = read_settings(settings.pop("otlp_endpoint"), os.environ)
     config = Config(
         portal=access,
         secret=None if relay_secret_file is None else read_secret(relay_secret_file),
         allow_peers=tuple(itertools.chain(*allow_peers)),
         deny_peers=tuple(itertools.chain(*deny_peers)),
         offload=OffloadConfig(interfaces, mode) if interfaces else None,
+        otlp=otlp,
         **settings,
     )
     if not allow_root:

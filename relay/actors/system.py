@@ -48,6 +48,7 @@ from relay.ops.machine import (
     user_agent,
 )
 from relay.ops.metrics import sources as metrics
+from relay.ops.metrics.push import pushing
 from relay.ops.stats import flow_in
 from relay.ops.systemd import Systemd
 from relay.ops.threads import sharing_a_cpu, yield_cpu
@@ -289,6 +290,7 @@ class System:
         raise_descriptor_limit(self.config)
         self._open_sockets()
         self._warn_of_settings()
+        self._stack.enter_context(pushing(self.config.otlp, self._measured))
         sources = Sources(
             is_ready=lambda: self.is_ready,
             offloading=offload,

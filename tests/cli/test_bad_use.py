@@ -20,6 +20,7 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
         *("PUBLIC_IP4_ADDR", "PUBLIC_IP6_ADDR", "LOWEST_PORT", "HIGHEST_PORT", "CPU_AFFINITY", "SWITCH_INTERVAL"),
         *("UNAUTHENTICATED_RATE", "UNAUTHENTICATED_BURST", "MAX_ALLOCATIONS"),
         *("MAX_ALLOCATIONS_PER_ADDRESS", "MAX_CHANNELS_PER_ALLOCATION"),
+        *("OTLP_GRPC_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT"),
         *("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "NO_PROXY", "no_proxy"),
     ):
         monkeypatch.delenv(name, raising=False)
@@ -57,6 +58,8 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         (("--standalone", *PUBLIC, "--unauthenticated-burst", "0"), "0 is not in the range 1<=x<=1000000"),
         (("--standalone", *PUBLIC, "--max-allocations-per-address", "0"), "0 is not in the range x>=1"),
         (("--standalone", *PUBLIC, "--max-channels-per-allocation", "0"), "0 is not in the range 1<=x<=16384"),
+        (("--standalone", *PUBLIC, "--otlp-grpc-endpoint", "collector"), "write 127.0.0.1:4317 or https://"),
+        (("--standalone", *PUBLIC, "--otlp-grpc-endpoint", "https://user:password@host:1"), "no address of a collector"),
         (("--standalone",), "no public address: give --public-ip4-addr or --public-ip6-addr"),
         (("--standalone", "--public-ip4-addr", "2001:db8::1"), "is an IPv6 address: give an IPv4 address"),
         (("--standalone", "--public-ip6-addr", "192.0.2.1"), "is an IPv4 address: give an IPv6 address"),

@@ -35,6 +35,7 @@ class Program:
         reads_log: whether someone reads what it logs.
         network: variables for one that is in a network; None for one that is ``--standalone``.
         by: a command that runs the one that follows it, as somebody or in some place.
+        variables: further ones of its environment.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Program:
         reads_log: bool = True,
         network: Mapping[str, str] | None = None,
         by: tuple[str, ...] = (),
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         self.host = next(_hosts) if not hosts else hosts[0]
         self.introduction = ""
@@ -63,7 +65,9 @@ class Program:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={name: os.environ[name] for name in _KEPT if name in os.environ} | dict(network or {}),
+            env={name: os.environ[name] for name in _KEPT if name in os.environ}
+            | dict(network or {})
+            | dict(variables or {}),
             text=True,
         )
         self._log: list[str] = []
@@ -139,8 +143,13 @@ def start_program() -> Iterator[ProgramStarter]:
     """Start programs; they end with the test."""
     with contextlib.ExitStack() as stack:
 
-        def start(*options: str, hosts: tuple[str, ...] = (), reads_log: bool = True) -> Program:
-            program = Program(*options, hosts=hosts, reads_log=reads_log)
+        def start(
+            *options: str,
+            hosts: tuple[str, ...] = (),
+            reads_log: bool = True,
+            variables: Mapping[str, str] | None = None,
+        ) -> Program:
+            program = Program(*options, hosts=hosts, reads_log=reads_log, variables=variables)
             stack.callback(program.close)
             program.wait_until_ready()
             return program
