@@ -280,6 +280,7 @@ class System:
     def _start(self) -> None:
         """Start all there is but the listeners; what was started is undone by leaving the context, in reverse order."""
         self._stack.enter_context(sharing_a_cpu(self.config))
+        self._stack.enter_context(pushing(self.config.otlp, self._measured))
         offload = self._offloading
         if offload is not None:
             self._stack.callback(offload.datapath.close)
@@ -290,7 +291,6 @@ class System:
         raise_descriptor_limit(self.config)
         self._open_sockets()
         self._warn_of_settings()
-        self._stack.enter_context(pushing(self.config.otlp, self._measured))
         sources = Sources(
             is_ready=lambda: self.is_ready,
             offloading=offload,
