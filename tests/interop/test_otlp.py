@@ -228,7 +228,7 @@ def test_whoever_asks_for_pushes_without_the_extra_is_told_what_to_install(tmp_p
             "relay",
             "--standalone",
             "--public-ip4-addr",
-            "127.0.0.1",
+            "127.81.0.2",
             "--otlp-grpc-endpoint",
             "[::1]:4317",
         ],
