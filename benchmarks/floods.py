@@ -29,7 +29,7 @@ from benchmarks.failure import FailedError
 from benchmarks.handshake import CHANNEL, AttributeValues, Client, udp_socket
 from benchmarks.measure import machine, memory
 from benchmarks.pinning import on, places
-from benchmarks.servers import PEER_HOST, RELAY, Running, Server, relay_server, started
+from benchmarks.servers import PEER_HOST, RELAY, Server, relay_server, started
 from relay.core.attributes import CHANNEL_NUMBER, LIFETIME, REQUESTED_TRANSPORT, XOR_PEER_ADDRESS, XOR_RELAYED_ADDRESS
 from relay.core.stun import Message, MessageClass, Method, decode
 
@@ -263,8 +263,16 @@ def flooding(to: tuple[str, int], sources: int, rate: float, seconds: float, pro
         yield lambda: sum(json.loads(output.readline()) for output in running)
 
 
-def measure(server: Server, relay: Running, sources: int, rate: float, seconds: float, processes: int = 1) -> Report:
+def measure(server: Server, pid: int, sources: int, rate: float, seconds: float, processes: int = 1) -> Report:
     """Flood a relay, and tell what came of it.
+
+    Args:
+        server: the relay.
+        pid: of its process.
+        sources: addresses that the flood seems to come from.
+        rate: datagrams a second; 0 is all that the processes of the flood can send.
+        seconds: for which it lasts.
+        processes: that send.
 
     Raises:
         FailedError: the relay has ended, or nobody could begin.
@@ -278,18 +286,17 @@ def measure(server: Server, relay: Running, sources: int, rate: float, seconds: 
             with Bystander(server, next(numbers)) as newcomer:
                 return newcomer.begin()
 
-        before = bystander.exchange(min(seconds, 3.0))
+        before = bystander.exchange(seconds / 4)
         with contextlib.ExitStack() as stack:
             ended = stack.enter_context(flooding(server.address, sources, rate, seconds + 1.0, processes))
-            memory_before = memory(relay.pid).resident
-            watch = stack.enter_context(Watch(relay.pid))
+            memory_before = memory(pid).resident
+            watch = stack.enter_context(Watch(pid))
             refreshes, newcomers = Tries(bystander.refresh, 0.1), Tries(come_new, 0.2)
             with refreshes, newcomers:
                 during = bystander.exchange(seconds)
             sent = ended()
-        relay.check()
         time.sleep(CALM)
-        after = bystander.exchange(min(seconds, 3.0))
+        after = bystander.exchange(seconds / 4)
         return Report(
             sent,
             seconds,
@@ -300,7 +307,7 @@ def measure(server: Server, relay: Running, sources: int, rate: float, seconds: 
             after,
             memory_before,
             watch.most,
-            memory(relay.pid).resident,
+            memory(pid).resident,
         )
 
 
@@ -339,7 +346,7 @@ def main(*, sources: int, rates: Sequence[float], seconds: float) -> None:
         server = limited_relay(Path(name))
         for rate in rates:
             with started(server, where.server) as relay:
-                reports[f"{rate:,.0f}/s" if rate else "all there is"] = measure(server, relay, sources, rate, seconds)
+                reports[f"{rate:,.0f}/s" if rate else "all there is"] = measure(server, relay.pid, sources, rate, seconds)
     table = Table("", *reports)
     for cells in zip(*(rows(each) for each in reports.values()), strict=True):
         table.add_row(cells[0][0], *(value for _, value in cells))
