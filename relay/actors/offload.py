@@ -22,6 +22,7 @@ from relay.offload.layout import OWN_ADDRESSES, packed_address
 from relay.offload.netlink import Monitor, Network
 from relay.offload.network import AddressesChanged, Link, LinkNews, NeighbourNews, News, Overrun, RoutesChanged
 from relay.offload.next_hops import NextHops, own_addresses
+from relay.ops.log_lines import exception_words
 from relay.ops.threads import yield_cpu
 
 ROUTES_REST: Final = 0.25
@@ -337,7 +338,7 @@ def _stop(actor: pykka.ActorRef[Any] | None) -> None:
 
 
 def _failed(actor: str, error: BaseException) -> None:
-    _log.error("offload failed: the sockets relay everything", actor=actor, error=str(error), exc_info=error)
+    _log.error("offload failed: the sockets relay everything", actor=actor, error=exception_words(error), exc_info=error)
 
 
 def _raise(message: Failed) -> None:

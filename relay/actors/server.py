@@ -43,6 +43,7 @@ from relay.core.server import Server
 from relay.core.trains import Arrival
 from relay.net.receiver import Receiver
 from relay.net.udp import UdpCounters, UdpSocket, is_broken, name_of
+from relay.ops.log_lines import exception_words
 
 STOP_TIMEOUT = 1.5
 """Seconds in which all allocations have to be closed at the end; the process ends without those that are not."""
@@ -280,7 +281,7 @@ class ServerActor(Actor):
 
     def _take_failure(self, message: AllocationFailed) -> None:
         if message.allocation in self.serving:
-            _log.error("allocation failed", allocation=message.allocation, error=str(message.error))
+            _log.error("allocation failed", allocation=message.allocation, error=exception_words(message.error))
         self.core.handle_allocation_failed(message.allocation, self._clock.now())
 
     def _forget_closed(self, message: AllocationClosed) -> None:

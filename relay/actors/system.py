@@ -39,6 +39,7 @@ from relay.net.udp import UdpSocket, discard_waiting
 from relay.offload.datapath import Datapath
 from relay.ops.core_log import CoreLog
 from relay.ops.kernel_settings import findings, read_machine
+from relay.ops.log_lines import exception_words
 from relay.ops.logs import Log
 from relay.ops.machine import (
     bind_hosts,
@@ -212,7 +213,7 @@ class System:
                 _log.critical(
                     "an actor failed and the relay can't go on",
                     actor=event.actor,
-                    error=f"{type(event.error).__name__}: {event.error}",
+                    error=exception_words(event.error),
                     exc_info=event.error,
                 )
                 return 1

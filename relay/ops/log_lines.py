@@ -8,7 +8,7 @@ or ``\u202e``. Only the text of an exception has lines, and none of them can be 
 import datetime as dt
 import json
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import NamedTuple, TypeAlias
 
@@ -26,6 +26,9 @@ MOST_PARTS = 100
 
 _EVENT_WIDTH, _TARGET_WIDTH = 24, 18
 _BEFORE_EXCEPTION = "    | "
+
+_QUOTING = (KeyError, ValueError)
+"""Exceptions whose text has the value in it that was not found, or could not be read."""
 
 _RESET, _DIM, _BOLD = "\x1b[0m", "\x1b[2m", "\x1b[1m"
 _NAMES = {
@@ -93,10 +96,19 @@ def neutral(text: str, longest: int = LONGEST_TEXT) -> str:
     return text if text.isprintable() else "".join(map(_escaped, text))
 
 
+def exception_words(error: BaseException) -> str:
+    """Give the kind of an exception and what it says, unless that quotes what it is about: a username, a packet."""
+    name = type(error).__name__
+    return f"{name} (its text is left out)" if isinstance(error, _QUOTING) else f"{name}: {error}"
+
+
 def exception_text(error: BaseException) -> str:
     """Give an exception with its stack: lines of printable characters. No value of any variable is among them."""
     try:
         text = "".join(traceback.format_exception(error))
+        for each in _chain(error):
+            if isinstance(each, _QUOTING):
+                text = text.replace("".join(traceback.format_exception_only(each)), f"{exception_words(each)}\n")
     except Exception as another:  # noqa: BLE001 - whatever its text is made of, that it happened has to be told
         text = f"{type(error).__name__}, of which the text failed with {type(another).__name__}"
     if len(text) > LONGEST_EXCEPTION:
@@ -107,6 +119,18 @@ def exception_text(error: BaseException) -> str:
 def short(target: str) -> str:
     """Give a target as a filter may name it."""
     return target.removeprefix(f"{ROOT}.")
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Give an exception and those that it followed, each once."""
+    waiting, seen = [error], set[int]()
+    while waiting:
+        each = waiting.pop()
+        if id(each) not in seen:
+            seen.add(id(each))
+            yield each
+            waiting += [earlier for earlier in (each.__cause__, each.__context__) if earlier is not None]
+            waiting += each.exceptions if isinstance(each, BaseExceptionGroup) else ()
 
 
 class _Human:
