@@ -24,6 +24,9 @@ MESSAGE_TYPES: Final = {
 NO_ERROR: Final = ""
 CODES: Final = tuple(int(code) for code in ErrorCode)
 
+UNPROVEN_CODES: Final = (None, 400, 401, 420, 438)
+"""Of answers to who has proven nothing; None is a success."""
+
 STANDALONE: Final = "standalone"
 STATES: Final = (STANDALONE, *(state.value for state in State))
 
@@ -37,11 +40,10 @@ def _responses(look: Look) -> Iterator[Point]:
 
 
 def _withheld(look: Look) -> Iterator[Point]:
-    counts = dict.fromkeys(MESSAGE_TYPES, 0)
-    for (method, _), count in look.sources.counters.withheld.copy().items():
-        counts[method] += count
-    for method, count in counts.items():
-        yield (MESSAGE_TYPES[method],), count
+    counts = look.sources.counters.withheld.copy()
+    for method, message_type in MESSAGE_TYPES.items():
+        for code in UNPROVEN_CODES:
+            yield (message_type, NO_ERROR if code is None else code), counts.get((method, code), 0)
 
 
 def _keep_alives(look: Look) -> Iterator[Point]:
@@ -137,7 +139,7 @@ REQUESTS: Final = (
         Kind.COUNTER,
         "Answers that were not given, since an address that has proven nothing had had enough of them.",
         _withheld,
-        {"message_type": tuple(MESSAGE_TYPES.values())},
+        {"message_type": tuple(MESSAGE_TYPES.values()), "error_code": (NO_ERROR, *UNPROVEN_CODES[1:])},
     ),
     Metric("relay.binding_indications", "{indication}", Kind.COUNTER, "Keep-alives, which get no answer.", _keep_alives),
     Metric(

@@ -153,12 +153,16 @@ def test_requests_are_counted_by_what_was_asked_and_answered(measured: Measured)
     assert nonzero("relay.allocations.freed", measured.sources) == {("deleted",): 1}
 
 
-def test_answers_that_were_withheld_are_counted_by_what_was_asked(measured: Measured) -> None:
+def test_answers_that_were_withheld_are_counted_by_method_and_code(measured: Measured) -> None:
     counted = measured.relay.counters
     counted.count_withheld(Method.BINDING, None)
     counted.count_withheld(Method.ALLOCATE, 401)
     counted.count_withheld(Method.ALLOCATE, 438)
-    assert nonzero("relay.responses.withheld", measured.sources) == {("binding",): 1, ("allocate",): 2}
+    assert nonzero("relay.responses.withheld", measured.sources) == {
+        ("binding", ""): 1,
+        ("allocate", 401): 1,
+        ("allocate", 438): 1,
+    }
 
 
 def test_an_error_without_a_name_of_its_own_is_counted_as_another(measured: Measured) -> None:
