@@ -6,7 +6,7 @@ from typing import Final
 from benchmarks.offload.cases import Case
 from benchmarks.offload.network import RELAY_HOSTS
 from benchmarks.packets import Metrics
-from relay.config import HIGHEST_PORT, LOWEST_PORT, SERVICE_PORT
+from relay.config import HIGHEST_PORT, LOWEST_PORT
 from relay.core.addresses import ChannelNumber, ClientAddress, Family, PeerAddress, RelayedPort
 from relay.core.commands import ExtendAllocation, InstallChannel, OffloadCommand, RemoveChannel
 from relay.offload.channels import Channels
@@ -28,7 +28,7 @@ def measure_bindings(case: Case, count: int) -> Metrics:
     """
     program = XdpProgram(bindings_for(count))
     try:
-        channels = Channels(program, SERVICE_PORT, range(LOWEST_PORT, HIGHEST_PORT + 1), RELAY_HOSTS[:1])
+        channels = Channels(program, range(LOWEST_PORT, HIGHEST_PORT + 1), RELAY_HOSTS[:1])
         extending, installing, removing = _commands(count, shared=case.name == "bindings-shared")
         _carry_out(channels, extending)
         metrics = {

@@ -1,23 +1,37 @@
 """Which channels the kernel relays: carries out the core's commands on the tables of the XDP program.
 
-Both directions of a channel are installed and removed together, many channels in one system call: commands are carried out
-in their order, run by run, where a run is either what lets the kernel relay more, or what lets it relay less. What ends an
-allocation is a store to `ends`, which stops its channels before their entries are removed; and its time is not extended
+Both directions of a channel are installed and removed together, and all commands are carried out in their order. What ends
+an allocation is a store to `ends`, which stops its channels before their entries are removed; and its time is not extended
 before the entries of whoever had its port are gone.
 
 A client may come with thousands of neighbours, and packets wait meanwhile: so this makes no objects that it can do without.
 """
 
 import array
+import gc
 import itertools
 import re
-from collections.abc import Iterable
-from typing import Final, NamedTuple, Protocol, TypeAlias
+from collections.abc import Callable, Iterable
+from socket import inet_aton
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 from relay.core.addresses import ChannelNumber, ClientAddress, Family, SocketAddress
 from relay.core.commands import ExtendAllocation, InstallChannel, OffloadCommand, RemoveChannel, StopAllocation
 from relay.offload import layout
-from relay.offload.layout import BINDING, END, HAIRPIN, packed_address
+from relay.offload.channel_tables import (
+    BOTH_HALVES,
+    EXPIRES,
+    FLAGS,
+    LOWER_HALF,
+    MIX,
+    UPPER_HALF,
+    VERSION,
+    WORDS,
+    ChannelTable,
+    EndTable,
+    HashKeys,
+)
+from relay.offload.layout import CHANNEL, CHANNEL_SIZE, HAIRPIN, PLACES, V4_MAPPED, packed_address
 from relay.offload.ticks import Ticks
 
 _SPREAD: Final = 2654435761
@@ -29,15 +43,9 @@ IPV4: Final = 2
 _NOT_AS_IN_PACKETS: Final = re.compile("::ffff:|fe[89ab][0-9a-f]:|.*%")
 """IPv6 hosts that packets don't have as they are, or that aren't the same host everywhere: IPv4 in disguise; link-local."""
 
-_LESS: Final = (RemoveChannel, StopAllocation)
-"""Commands to relay less."""
-
-_pack_end, _pack_binding = END.pack, BINDING.pack
+_pack_into = CHANNEL.pack_into
 # As calling the class does, in half the time.
 _new = tuple.__new__
-
-Entries: TypeAlias = tuple[list[bytes], list[bytes]]
-"""Keys, and the value of each."""
 
 
 class ChannelTables(Protocol):
@@ -49,14 +57,15 @@ class ChannelTables(Protocol):
     """How many destinations there is room for."""
     ticks: Ticks
     """How they count time."""
+    channels: ChannelTable
+    clients: EndTable
+    """Channels by client and channel number."""
+    peers: EndTable
+    """Channels by peer and relayed port."""
+    hash_keys: HashKeys
+    """Of the two."""
 
-    def install(self, channels: Entries, peers: Entries) -> None:
-        """Put keys and values into the two tables; `OSError` if the kernel won't, and then there may be some of them."""
-
-    def remove(self, channels: list[bytes], peers: list[bytes]) -> None:
-        """Remove keys from the two tables, as far as they are there; `OSError` if the kernel won't."""
-
-    def clear(self, slots: list[int]) -> None:
+    def clear(self, indices: list[int]) -> None:
         """Have the usage of channels begin at 0; `OSError` if the kernel won't."""
 
     def set_end(self, index: int, tick: int) -> None:
@@ -68,6 +77,10 @@ class Follow(NamedTuple):
 
     entry: int
     host: str
+    address: bytes
+    """As the tables have it."""
+    sum: int
+    """What it adds to a hash."""
 
 
 class Unfollow(NamedTuple):
@@ -77,71 +90,81 @@ class Unfollow(NamedTuple):
     host: str
 
 
-class _Slots:
+class _Indices:
     """Numbers from 0 up, given out and taken back; there are only as many as were ever needed at once."""
 
     def __init__(self, count: int) -> None:
-        self.fresh = 0
+        self.free: list[int] = []
+        self.used: list[int] = []
+        """Those taken back, whose usage is another channel's."""
+        self._fresh = 0
         """All from this one up were never given out."""
         self._count = count
-        self._free: list[int] = []
 
     def take(self) -> int | None:
-        """Give a number, or None if all are taken."""
-        if self._free:
-            return self._free.pop()
-        if self.fresh == self._count:
+        """Give a number, or None if all are taken or used."""
+        if self.free:
+            return self.free.pop()
+        if self._fresh == self._count:
             return None
-        self.fresh += 1
-        return self.fresh - 1
+        self._fresh += 1
+        return self._fresh - 1
 
-    def give_back(self, number: int) -> None:
-        """Take one back."""
-        self._free.append(number)
-
-
-_End: TypeAlias = tuple[int, bytes, str]
-"""A host that channels lead to: its entry in `next_hops`, and its address as the tables have it and as text."""
+    def cleared(self) -> None:
+        """Let those that were used be given out again."""
+        self.free += self.used
+        self.used.clear()
 
 
 class _Hosts:
     """Those that channels lead to."""
 
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._ends: dict[str, _End] = {}
-        self._channels: list[int] = []
+    def __init__(self, count: int, hash_keys: HashKeys) -> None:
+        self.ends: dict[str, Follow] = {}
+        self.channels: list[int] = []
         """How many lead there, by entry."""
+        self._count = count
+        self._hash_keys = hash_keys
         self._free: list[int] = []
         """Entries that were used before."""
         self._news: list[Follow | Unfollow] = []
 
-    def follow(self, host: str) -> _End | None:
-        """Count one more channel to a host; None if there is no room for it."""
-        end = self._ends.get(host)
-        if end is not None:
-            self._channels[end[0]] += 1
-            return end
+    def follow(self, host: str) -> Follow | None:
+        """Enter a host to which no channel leads yet; None if there is no room for it."""
         if self._free:
             entry = self._free.pop()
-            self._channels[entry] = 1
         else:
-            entry = len(self._channels)
+            entry = len(self.channels)
             if entry == self._count:
                 return None
-            self._channels.append(1)
-        end = self._ends[host] = (entry, packed_address(host), host)
-        self._news.append(_new(Follow, (entry, host)))
+            self.channels.append(0)
+        if ":" in host:
+            address = packed_address(host)
+            sum_ = self._hash_keys.of_host(address)
+        else:
+            ipv4 = inet_aton(host)
+            address, sum_ = V4_MAPPED + ipv4, self._hash_keys.of_ipv4(ipv4)
+        end = self.ends[host] = _new(Follow, (entry, host, address, sum_))
+        self._news.append(end)
         return end
 
-    def unfollow(self, end: _End) -> None:
+    def unfollow(self, end: Follow) -> None:
         """Count one channel less."""
-        entry, _, host = end
-        self._channels[entry] -= 1
-        if not self._channels[entry]:
-            del self._ends[host]
-            self._free.append(entry)
-            self._news.append(_new(Unfollow, (entry, host)))
+        entry = end[0]
+        self.channels[entry] -= 1
+        if not self.channels[entry]:
+            self._leave(end)
+
+    def unfollow_unused(self, end: Follow) -> None:
+        """Leave a host to which no channel leads."""
+        if not self.channels[end.entry] and end.host in self.ends:
+            self._leave(end)
+
+    def _leave(self, end: Follow) -> None:
+        entry, host, _, _ = end
+        del self.ends[host]
+        self._free.append(entry)
+        self._news.append(_new(Unfollow, (entry, host)))
 
     def news(self) -> list[Follow | Unfollow]:
         """Give what has changed since the last time."""
@@ -149,26 +172,9 @@ class _Hosts:
         return news
 
 
-_Installed: TypeAlias = tuple[int, _End, _End]
-"""The slot of a channel that the kernel relays, whose usage is at slot * 2 (to the peer) and slot * 2 + 1 (to the client);
-and its two ends, the client's first."""
-
-_Key: TypeAlias = tuple[ClientAddress, ChannelNumber]
-
-
-class _Batch:
-    """What the next system calls are to put: keys and values as the kernel reads them."""
-
-    __slots__ = ("channels", "keys", "peers", "to_clients", "to_peers", "used_before")
-
-    def __init__(self) -> None:
-        self.channels: list[bytes] = []
-        self.to_peers: list[bytes] = []
-        self.peers: list[bytes] = []
-        self.to_clients: list[bytes] = []
-        self.keys: list[_Key] = []
-        self.used_before: list[int] = []
-        """Slots whose usage is another channel's."""
+_Installed: TypeAlias = tuple[int, Follow, Follow, int, int]
+"""A channel that the kernel relays: its index, with its usage at index * 2 (to the peer) and index * 2 + 1 (to the client);
+the hosts of its client and its peer; and where those are in their tables."""
 
 
 class Channels:
@@ -178,117 +184,174 @@ class Channels:
 
     Args:
         tables: the program's.
-        service_port: where clients send to.
         relayed_ports: of allocations.
         public_hosts: of relayed addresses.
     """
 
-    def __init__(self, tables: ChannelTables, service_port: int, relayed_ports: range, public_hosts: Iterable[str]) -> None:
+    def __init__(self, tables: ChannelTables, relayed_ports: range, public_hosts: Iterable[str]) -> None:
         self.installed: dict[tuple[ClientAddress, ChannelNumber], _Installed] = {}
         self.own_hosts: frozenset[str] = frozenset()
         """This machine's addresses, as they are now; any thread may set it."""
         self.refused = 0
         """Channels that the kernel's tables had no room for: userspace relays them."""
         self.failures = 0
-        """Batches that the kernel did not take."""
-        self.is_broken = False
-        """Whether there are channels in the tables that should not be: then the program is not to be trusted any more."""
+        """How often the kernel did not let counters begin at 0: what they belong to isn't used until it does."""
         self._tables = tables
-        self._service_port = layout.in_packet(service_port)
         self._relayed_ports = relayed_ports
         self._public_hosts = frozenset(public_hosts)
         # A look-up takes a third of the time of a call.
         self._in_packet = array.array("H", map(layout.in_packet, range(1 << 16)))
         self._ticks = tables.ticks
-        # Ticks.at, without the call.
-        self._epoch, self._per_second = tables.ticks
-        self._slots = _Slots(tables.bindings)
-        self._hosts = _Hosts(tables.next_hops)
+        self._indices = _Indices(tables.bindings)
+        self._hosts = _Hosts(tables.next_hops, tables.hash_keys)
+        self._act: dict[type, Callable[[Iterable[Any]], None]] = {
+            InstallChannel: self._install,
+            RemoveChannel: self._remove,
+            ExtendAllocation: self._extend,
+            StopAllocation: self._stop,
+        }
 
     def carry_out(self, commands: Iterable[OffloadCommand]) -> list[Follow | Unfollow]:
         """Do what the core commands; give the destinations that are needed from now on, and those that no longer are."""
-        for is_less, run in itertools.groupby(commands, _is_less):
-            if is_less:
-                self._relay_less(run)
-            else:
-                self._relay_more(run)
+        # Nothing here is garbage, and to look for some among thousands of new entries would take a fifth of the time.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            for kind, run in itertools.groupby(commands, type):
+                self._act[kind](run)
+        finally:
+            if collects:
+                gc.enable()
+        if self._indices.used:
+            self._clear()
         return self._hosts.news()
 
-    def _relay_more(self, commands: Iterable[OffloadCommand]) -> None:
-        batch = _Batch()
-        find, enter, put = self.installed.get, self._enter, self._put
-        for command in commands:
-            if isinstance(command, InstallChannel):
-                client, number, _, peer, _ = command
-                key = (client, number)
-                installed = find(key) or enter(key, peer, batch)
-                if installed is not None:
-                    batch.keys.append(key)
-                    put(command, installed, batch)
-            elif isinstance(command, ExtendAllocation):
-                self._set_ends(command.port, command.families, self._ticks.at(command.until))
-        if batch.keys:
-            self._flush(batch)
+    def _install(self, commands: Iterable[InstallChannel]) -> None:  # noqa: PLR0915 - see there
+        """Install channels, or refresh them.
 
-    def _put(self, command: InstallChannel, installed: _Installed, batch: _Batch) -> None:
-        client, number, port, peer, until = command
-        in_packet = self._in_packet
-        slot, (client_entry, client_host, _), (peer_entry, peer_host, _) = installed
-        client_port, peer_port = client[1], peer[1]
-        expires = int((until - self._epoch) * self._per_second)
-        end = port * 2 + (len(peer) != IPV4)
-        # Any number but 0 does as a flow label, if it is one flow's only (RFC 6437 §3).
-        label = (slot + 1) * _SPREAD & _FLOW_LABEL
-        sent_from, sent_to = in_packet[port], in_packet[peer_port]
-        hairpin = HAIRPIN if peer[0] in self._public_hosts and self._is_relayed(peer) else 0
-        batch.channels.append(_pack_end(client_host, client_port, number))
-        batch.to_peers.append(
-            _pack_binding(peer_host, expires, peer_entry, slot * 2, end, label, sent_to, sent_from, 0, hairpin)
-        )
-        sent_from, sent_to = self._service_port, in_packet[client_port]
-        batch.peers.append(_pack_end(peer_host, peer_port, port))
-        batch.to_clients.append(
-            _pack_binding(
-                client_host, expires, client_entry, slot * 2 + 1, end, label, sent_to, sent_from, in_packet[number], 0
+        As long as it is, without a call for the common case: a call takes as long as three or four of these lines.
+        """
+        installed, in_packet, public = self.installed, self._in_packet, self._public_hosts
+        memory, words = self._tables.channels.memory, self._tables.channels.words
+        clients, peers = self._tables.clients, self._tables.peers
+        client_places, peer_places, mask, last = clients.places, peers.places, clients.mask, self._tables.hash_keys.last
+        ends, follow, leading_to = self._hosts.ends.get, self._hosts.follow, self._hosts.channels
+        free, take = self._indices.free, self._take_index
+        epoch, per_second = self._ticks
+        for client, number, port, peer, until in commands:
+            expires = int((until - epoch) * per_second) & LOWER_HALF
+            flags = HAIRPIN if peer[0] in public and self._is_relayed(peer) else 0
+            key = (client, number)
+            known = installed.get(key)
+            if known is not None:
+                word = known[0] * WORDS
+                words[word + EXPIRES], words[word + FLAGS] = expires, flags
+                continue
+            if (len(client) != IPV4 and not _is_plain(client)) or (len(peer) != IPV4 and not _is_plain(peer)):
+                continue
+            to_client, to_peer = ends(client[0]) or follow(client[0]), ends(peer[0]) or follow(peer[0])
+            index = free.pop() if free else take()
+            if index is None or to_client is None or to_peer is None:
+                self._refuse(index, to_client, to_peer)
+                continue
+            client_hop, _, client_host, client_sum = to_client
+            peer_hop, _, peer_host, peer_sum = to_peer
+            leading_to[client_hop] += 1
+            leading_to[peer_hop] += 1
+            client_port, tag = in_packet[client[1]], in_packet[number]
+            peer_port, relayed_port = in_packet[peer[1]], in_packet[port]
+            # Any number but 0 does as a flow label, if it is one flow's only (RFC 6437 §3).
+            label = (index + 1) * _SPREAD & _FLOW_LABEL
+            # Without the stars that would have these in fewer lines: they make lists.
+            _pack_into(
+                memory,
+                index * CHANNEL_SIZE,
+                client_host,
+                client_port,
+                tag,
+                peer_host,
+                peer_port,
+                relayed_port,
+                client_hop,
+                peer_hop,
+                expires,
+                label,
+                flags,
             )
-        )
+            version = index * WORDS + VERSION
+            words[version] = words[version] + 1 & LOWER_HALF
+            low = client_sum + last * (tag << 16 | client_port) & BOTH_HALVES
+            hash_ = (low >> 32 ^ low) * MIX
+            entry = hash_ & UPPER_HALF | index + 1
+            at_client = (hash_ >> 16 & mask) * PLACES
+            if client_places[at_client]:
+                at_client = clients.beside(at_client, entry)
+            low = peer_sum + last * (relayed_port << 16 | peer_port) & BOTH_HALVES
+            hash_ = (low >> 32 ^ low) * MIX
+            other_entry = hash_ & UPPER_HALF | index + 1
+            at_peer = (hash_ >> 16 & mask) * PLACES
+            if peer_places[at_peer]:
+                at_peer = peers.beside(at_peer, other_entry)
+            installed[key] = (index, to_client, to_peer, at_client, at_peer)
+            if at_client < 0 or at_peer < 0:
+                self.refused += 1
+                self._remove([RemoveChannel(client, number, port, peer)])
+                continue
+            client_places[at_client], peer_places[at_peer] = entry, other_entry
 
-    def _flush(self, batch: _Batch) -> None:
+    def _take_index(self) -> int | None:
+        """Give the index of no channel, or None if there is none."""
+        index = self._indices.take()
+        if index is None and self._indices.used:
+            self._clear()
+            index = self._indices.take()
+        return index
+
+    def _refuse(self, index: int | None, *ends: Follow | None) -> None:
+        """Give back what was taken for a channel that there is no room for."""
+        self.refused += 1
+        if index is not None:
+            self._indices.free.append(index)
+        for end in ends:
+            if end is not None:
+                self._hosts.unfollow_unused(end)
+
+    def _remove(self, commands: Iterable[RemoveChannel]) -> None:
+        words = self._tables.channels.words
+        client_places, peer_places = self._tables.clients.places, self._tables.peers.places
+        take, used, unfollow = self.installed.pop, self._indices.used.append, self._hosts.unfollow
+        for client, number, _, _ in commands:
+            known = take((client, number), None)
+            if known is None:
+                # There was no room for it.
+                continue
+            index, to_client, to_peer, at_client, at_peer = known
+            version = index * WORDS + VERSION
+            words[version] = words[version] + 1 & LOWER_HALF
+            if at_client >= 0:
+                client_places[at_client] = 0
+            if at_peer >= 0:
+                peer_places[at_peer] = 0
+            used(index)
+            unfollow(to_client)
+            unfollow(to_peer)
+
+    def _extend(self, commands: Iterable[ExtendAllocation]) -> None:
+        for port, families, until in commands:
+            self._set_ends(port, families, self._ticks.at(until))
+
+    def _stop(self, commands: Iterable[StopAllocation]) -> None:
+        for port, families in commands:
+            self._set_ends(port, families, 0)
+
+    def _clear(self) -> None:
+        """Have the usage of indices that were used begin at 0, and let other channels have them."""
         try:
-            if batch.used_before:
-                self._tables.clear(batch.used_before)
-            self._tables.install((batch.channels, batch.to_peers), (batch.peers, batch.to_clients))
+            self._tables.clear(self._indices.used)
         except OSError:
-            # What is not in the kernel's tables is relayed by the sockets: nothing is lost but speed.
             self.failures += 1
-            try:
-                self._tables.remove(batch.channels, batch.peers)
-            except OSError:
-                self.is_broken = True
-            for key in dict.fromkeys(batch.keys):
-                self._forget(self.installed.pop(key))
-
-    def _relay_less(self, commands: Iterable[OffloadCommand]) -> None:
-        channels: list[bytes] = []
-        peers: list[bytes] = []
-        take, forget = self.installed.pop, self._forget
-        for command in commands:
-            if isinstance(command, RemoveChannel):
-                client, number, port, peer = command
-                installed = take((client, number), None)
-                # None: there was no room for it.
-                if installed is not None:
-                    forget(installed)
-                    channels.append(_pack_end(installed[1][1], client[1], number))
-                    peers.append(_pack_end(installed[2][1], peer[1], port))
-            elif isinstance(command, StopAllocation):
-                self._set_ends(command.port, command.families, 0)
-        if channels:
-            try:
-                self._tables.remove(channels, peers)
-            except OSError:
-                self.failures += 1
-                self.is_broken = True
+        else:
+            self._indices.cleared()
 
     def _set_ends(self, port: int, families: Iterable[Family], until: int) -> None:
         for family in families:
@@ -298,39 +361,7 @@ class Channels:
         """Tell whether a peer at a public host is a relayed address of this relay: the other end is its client, too."""
         return peer[1] in self._relayed_ports and peer[0] in self.own_hosts
 
-    def _enter(self, key: _Key, peer: SocketAddress, batch: _Batch) -> _Installed | None:
-        client = key[0]
-        if not (_is_plain(client) and _is_plain(peer)):
-            return None
-        fresh = self._slots.fresh
-        slot = self._slots.take()
-        if slot is None:
-            self.refused += 1
-            return None
-        client_end = self._hosts.follow(client[0])
-        peer_end = None if client_end is None else self._hosts.follow(peer[0])
-        if client_end is None or peer_end is None:
-            if client_end is not None:
-                self._hosts.unfollow(client_end)
-            self._slots.give_back(slot)
-            self.refused += 1
-            return None
-        if slot < fresh:
-            batch.used_before.append(slot)
-        installed = self.installed[key] = (slot, client_end, peer_end)
-        return installed
-
-    def _forget(self, installed: _Installed) -> None:
-        slot, client_end, peer_end = installed
-        self._slots.give_back(slot)
-        self._hosts.unfollow(client_end)
-        self._hosts.unfollow(peer_end)
-
-
-def _is_less(command: OffloadCommand) -> bool:
-    return isinstance(command, _LESS)
-
 
 def _is_plain(address: SocketAddress) -> bool:
-    """Tell whether packets have an address's host as it is, and whether there is only one such host."""
-    return len(address) == IPV4 or _NOT_AS_IN_PACKETS.match(address[0]) is None
+    """Tell whether packets have an IPv6 address's host as it is, and whether there is only one such host."""
+    return _NOT_AS_IN_PACKETS.match(address[0]) is None

@@ -77,7 +77,7 @@ class Datapath:
 
     def usage(self) -> Iterator[list[ChannelUsage]]:
         """Give what each channel relayed, in portions: let others run between them."""
-        by_slot = {slot: key for key, (slot, _, _) in self.channels.installed.copy().items()}
+        by_slot = {slot: key for key, (slot, *_) in self.channels.installed.copy().items()}
         for first in range(0, max(by_slot, default=-1) + 1, _PORTION):
             read = enumerate(self.program.usage(first, _PORTION), first)
             yield [ChannelUsage(*by_slot[slot], *both) for slot, both in read if slot in by_slot]
@@ -103,7 +103,7 @@ def open_datapath(config: Config, offload: OffloadConfig) -> Datapath:
         )
     program = _load(config)
     try:
-        channels = Channels(program, config.service_port, config.ports, config.public_hosts.values())
+        channels = Channels(program, config.ports, config.public_hosts.values())
         attached = Devices(program, offload)
         notes = _attach(attached, links)
         capabilities.drop()

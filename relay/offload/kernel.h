@@ -17,7 +17,7 @@ typedef unsigned long uptr;
 // What becomes of a packet. Dropping it (1) is not among what this program does; ABORTED can't be reached.
 enum { XDP_ABORTED = 0, XDP_PASS = 2, XDP_TX = 3 };
 
-enum map_type { HASH = 1, ARRAY = 2, PERCPU_ARRAY = 6 };
+enum map_type { ARRAY = 2, PERCPU_ARRAY = 6 };
 enum { MMAPABLE = 1 << 10 };
 
 // A table that the kernel keeps, and that the relay reads and writes. The loader takes max_entries for the least there are.
@@ -33,6 +33,7 @@ struct map {
 
 // A loop whose first round is its last, most often, is best left one.
 #define ROLLED _Pragma("clang loop unroll(disable)")
+#define UNROLLED _Pragma("clang loop unroll(full)")
 
 struct xdp_md {
     u32 data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex;
@@ -47,6 +48,7 @@ static u64 (*bpf_jiffies64)(void) = (void *)118;
 
 #define IN_PACKET(alignment) __attribute__((packed))
 #define ROLLED
+#define UNROLLED
 
 struct xdp_md {
     uptr data, data_end;

@@ -7,20 +7,28 @@ from enum import IntEnum
 from typing import Final, NamedTuple
 
 _LARGEST_MTU: Final = 0xFFFF
-_V4_MAPPED: Final = bytes(10) + b"\xff\xff"
+V4_MAPPED: Final = bytes(10) + b"\xff\xff"
+"""In front of an IPv4 address."""
 
-END: Final = struct.Struct(">16sHH")
-"""A key of `channels` and `peers`: address, port and channel number or relayed port, as they stand in packets."""
+CHANNEL: Final = struct.Struct("=16sHH16sHHIIIII")
+"""An entry of `channels`, before its version: address and port of the client, channel number; address and port of the peer,
+relayed port; indices into next_hops, for the client and for the peer; expiry (tick, its lower half); flow label; flags. What
+packets have too (ports, numbers, label) as it stands there: see `in_packet`."""
 
-BINDING: Final = struct.Struct("=16sQIIIIHHHH")
-"""A value of them: destination; expiry (tick); indices into next_hops, usage and ends; flow label; port to send to and from;
-channel number; flags. What packets have too (label, ports, number) as it stands there: see `in_packet`."""
+CHANNEL_SIZE: Final = 64
+"""With its version behind."""
+
+PLACES: Final = 8
+"""In a bucket of `clients` and `peers`, the hash tables of the ends of channels."""
+
+PLACE_SIZE: Final = 8
+"""Its lower half is the index of a channel, + 1; the upper one is of the hash. 0 if it is empty."""
 
 in_packet = socket.htons
 """Turns a port or a channel number into the number that has its bytes in the order that packets have them in."""
 
 HAIRPIN: Final = 1
-"""A flag of `BINDING`: the destination is a relayed address of this relay."""
+"""A flag of `CHANNEL`: the peer is a relayed address of this relay."""
 
 NEXT_HOP: Final = struct.Struct("=I16s16s6s6s2sHHxx")
 """An entry of `next_hops`, after its version: interface, destination, source, MAC addresses to and from, VLAN tag, MTU,
@@ -36,9 +44,12 @@ OWN_ADDRESSES: Final = 16
 DEVICES: Final = 8
 """How many of each there is room for in `SETTINGS`."""
 
-SETTINGS: Final = struct.Struct(f"=HHHH{20 * OWN_ADDRESSES}sII{12 * DEVICES}s")
-"""The service port, the lowest and the highest relayed port; own addresses and devices, each with its count; ticks a second,
-in front of the devices."""
+HASH_KEYS: Final = 6
+"""Numbers that keys are hashed with."""
+
+SETTINGS: Final = struct.Struct(f"=HHHH{HASH_KEYS}QII{20 * OWN_ADDRESSES}s4xI{12 * DEVICES}s")
+"""The service port, the lowest and the highest relayed port, the count of own addresses; keys of the hash; buckets less one;
+ticks a second; own addresses; the count of devices, and they."""
 
 OWN: Final = struct.Struct("=16s2sxx")
 """An own address in `SETTINGS`: address, and the VLAN tag by which packets for it come."""
@@ -136,4 +147,4 @@ def packed_address(host: str) -> bytes:
     """Give an address as the tables have it: 16 bytes, IPv4 ones mapped (RFC 4291 §2.5.5.2)."""
     if ":" in host:
         return socket.inet_pton(socket.AF_INET6, host)
-    return _V4_MAPPED + socket.inet_aton(host)
+    return V4_MAPPED + socket.inet_aton(host)

@@ -235,7 +235,7 @@ class Map(Owned):
             OSError: it wasn't made so.
         """
         try:
-            return mmap.mmap(self.fd, self.stride * self.definition.max_entries)
+            return mmap.mmap(self.fd, self.stride * self.definition.max_entries, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except OSError as error:
             raise syscall.described(error.errno or 0, f"mmap of {self._subject}") from None
 

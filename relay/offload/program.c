@@ -3,8 +3,8 @@
 // The kernel runs `relay` (at the end) for each packet that an interface receives. In an order that a reader can follow:
 //
 //   read    take the packet apart: Ethernet, perhaps one VLAN tag, IPv4 or IPv6, UDP
-//   find    look up the channel binding: by (client, channel number) for what clients send, by (peer, relayed port) for
-//           what peers send; and by both if the two ends of a conversation are clients of this relay (a hairpin)
+//   find    look up the channel: by (client, channel number) for what clients send, by (peer, relayed port) for what peers
+//           send; and a second one if the two ends of a conversation are clients of this relay (a hairpin)
 //   route   take the next hop that the relay has found for the destination: interface, MAC addresses, source address
 //   sum     work out the new UDP checksum from the old one
 //   rewrite move the start of the packet, and write its new headers in front of the payload, which stays where it is
@@ -57,31 +57,34 @@ struct address {
     u32 word[4];
 };
 
-struct end {  // a key: where a packet comes from, and what it is for
+struct end {  // of a channel: where its packets come from, or go to
     struct address address;
     u16 port;
-    u16 tag;  // channels: the channel number; peers: the relayed port
+    u16 tag;  // of a client: the channel number; of a peer: the relayed port
 };
 
-struct binding {  // a value: what becomes of it
-    struct address destination;
-    u64 expires;      // tick
-    u32 next_hop;     // index into next_hops
-    u32 usage;        // index into usage
-    u32 end;          // index into ends
-    u32 flow_label;   // of IPv6, 20 bits
-    u16 destination_port;
-    u16 source_port;
-    u16 number;       // to be written in front, if it goes to a client
-    u16 flags;
+struct __attribute__((aligned(8))) channel {  // as large as a line of the cache, since with many flows it is waited for
+    struct end client, peer;
+    u32 client_hop, peer_hop;  // indices into next_hops
+    u32 expires;               // tick, its lower half
+    u32 flow_label;            // of IPv6, 20 bits
+    u32 flags;
+    u32 version;  // odd while there is a channel here, and another one for each that comes
 };
-enum { HAIRPIN = 1 };  // its destination is a relayed address of this relay
+enum { HAIRPIN = 1 };  // its peer is a relayed address of this relay
+
+// Of a hash table: where channels are. Most places are empty (0); the others have the index of a channel, + 1, in their lower
+// half, and the upper half of the hash of its end.
+enum { PLACES = 8 };
+struct bucket {
+    u64 place[PLACES];
+};
 
 struct mac {
     u16 part[3];
 };
 
-struct next_hop {  // as large as a line of the cache, since with many flows it is waited for
+struct __attribute__((aligned(8))) next_hop {  // a line of the cache, likewise
     u32 version;   // odd while it is being written
     u32 ifindex;   // 0: not known
     struct address destination;  // whom it is for: an index may have been given to another since
@@ -108,12 +111,18 @@ struct device {
 };
 enum { SEND_BACK = 1 };  // the driver is known to send from where it receives (XDP_TX) without losing packets
 
+enum { HASH_KEYS = 6 };
+#define MIX 0x9e3779b97f4a7c15ULL
+
 struct settings {
     u16 service_port, lowest_port, highest_port;  // in this machine's byte order
     u16 own_count;
+    u64 hash_keys[HASH_KEYS];
+    u32 bucket_mask;  // buckets of each hash table, which are a power of two, less one
+    u32 second;       // ticks
     struct own own[OWN_ADDRESSES];
+    u32 unused;
     u32 device_count;
-    u32 second;  // ticks
     struct device devices[DEVICES];
 };
 
@@ -129,15 +138,18 @@ struct totals {
 
 // The sizes are Python's too: layout.py is checked against these by a test.
 _Static_assert(sizeof(struct end) == 20, "end");
-_Static_assert(sizeof(struct binding) == 48, "binding");
+_Static_assert(sizeof(struct channel) == 64, "channel");
 _Static_assert(sizeof(struct next_hop) == 64, "next_hop");
-_Static_assert(sizeof(struct settings) == 432, "settings");
+_Static_assert(sizeof(struct settings) == 488, "settings");
 _Static_assert(sizeof(struct usage) == 32, "usage");
 _Static_assert(sizeof(struct totals) == 384, "totals");
 
 // How many entries those have that are here with one, the relay says when it loads the program.
-SECTION("maps") struct map channels = {HASH, sizeof(struct end), sizeof(struct binding), 1, 0};
-SECTION("maps") struct map peers = {HASH, sizeof(struct end), sizeof(struct binding), 1, 0};
+SECTION("maps") struct map channels = {ARRAY, sizeof(u32), sizeof(struct channel), 1, MMAPABLE};
+// Hash tables of channels, by their two ends. The kernel's own take twice as long to be looked up in, and a system call to be
+// written to.
+SECTION("maps") struct map clients = {ARRAY, sizeof(u32), sizeof(struct bucket), 1, MMAPABLE};
+SECTION("maps") struct map peers = {ARRAY, sizeof(u32), sizeof(struct bucket), 1, MMAPABLE};
 SECTION("maps") struct map next_hops = {ARRAY, sizeof(u32), sizeof(struct next_hop), 1, MMAPABLE};
 SECTION("maps") struct map usage = {PERCPU_ARRAY, sizeof(u32), sizeof(struct usage), 1, 0};
 // Until which tick anything is relayed for a relayed address, by its port * 2, + 1 for IPv6. Whoever frees an allocation
@@ -207,13 +219,17 @@ struct packet {
 // A packet, as it shall be, and what that rests on.
 struct plan {
     const struct settings *set;
-    u64 now;                  // tick
-    struct binding *binding;  // where it goes
-    struct binding *first;    // the channel of its sender, if it is a hairpin
-    u32 payload;              // bytes
-    u16 strip;                // bytes of a ChannelData header to be taken off
-    u16 put;                  // bytes of a ChannelData header to be put in front
-    u32 stripped;             // that header, as it stood
+    u64 now;         // tick
+    struct end to;   // of a channel; its tag is the channel number if a client is there
+    u32 next_hop;    // index into next_hops
+    u32 flow_label;
+    u32 sent;        // index into usage, + 1, if a client sent it
+    u32 received;    // likewise, if a client gets it
+    u32 payload;     // bytes
+    u32 stripped;    // a ChannelData header to be taken off, as it stood
+    u16 source_port;
+    u16 strip;       // its bytes
+    u16 put;         // bytes of a ChannelData header to be put in front
 };
 
 // -------------------------------------------------------------------------------------------------------------- read
@@ -356,66 +372,133 @@ INLINE const struct udp *read(const u8 *data, const u8 *end, struct packet *pack
 
 // -------------------------------------------------------------------------------------------------------------- find
 
-INLINE int is_over(const struct binding *binding, u64 now)
+// Whoever doesn't know the keys can't choose addresses and ports that meet in one bucket; binding_table.py has the same.
+INLINE u64 hash_of(const u64 *keys, const struct end *end)
 {
-    const u64 *allocation_ends = bpf_map_lookup_elem(&ends, &binding->end);
+    const u32 *words = (const void *)end;
+    u64 sum = keys[0];
 
-    return !allocation_ends || now >= *allocation_ends || now >= binding->expires;
+    for (u32 i = 0; i < sizeof(*end) / sizeof(*words); i++)
+        sum += keys[i + 1] * words[i];
+    return (sum >> 32 ^ sum) * MIX;
+}
+
+INLINE int is_same_end(const struct end *one, const struct end *other)
+{
+    return one->port == other->port && one->tag == other->tag && same(&one->address, &other->address);
+}
+
+// Find a channel by an end, and give its index. One that is replaced while it is read is none: see `is_still`.
+INLINE const struct channel *find(struct map *table, const struct settings *set, const struct end *end, u32 *found, u32 *version)
+{
+    u64 hash = hash_of(set->hash_keys, end), place = 0;
+    u32 at = (u32)(hash >> 16) & set->bucket_mask, index;
+    const struct bucket *bucket = bpf_map_lookup_elem(table, &at);
+    const struct channel *channel;
+
+    if (!bucket)
+        return 0;
+    UNROLLED for (u32 i = 0; i < PLACES; i++) {
+        place = *(volatile const u64 *)&bucket->place[i];
+        if (place >> 32 == hash >> 32)
+            break;
+    }
+    // An empty one may seem to be it; its index is none.
+    if (place >> 32 != hash >> 32)
+        return 0;
+    index = (u32)place - 1;
+    channel = bpf_map_lookup_elem(&channels, &index);
+    if (!channel)
+        return 0;
+    *found = index;
+    *version = *(volatile const u32 *)&channel->version;
+    IN_ORDER();
+    return *version & 1 && is_same_end(table == &peers ? &channel->peer : &channel->client, end) ? channel : 0;
+}
+
+INLINE int is_still(const struct channel *channel, u32 version)
+{
+    IN_ORDER();
+    return *(volatile const u32 *)&channel->version == version;
+}
+
+// An allocation's end is found by the relayed port and by the peer's family.
+INLINE int is_over(const struct channel *channel, u64 now)
+{
+    u32 index = BE16(channel->peer.tag) * 2 + !is_ipv4(&channel->peer.address);
+    const u64 *allocation_ends = bpf_map_lookup_elem(&ends, &index);
+
+    return !allocation_ends || now >= *allocation_ends || (int)((u32)now - channel->expires) >= 0;
+}
+
+// By the channel of a peer's end, to its client.
+INLINE enum reason find_client(const struct end *end, struct plan *plan)
+{
+    u32 index, version;
+    const struct channel *channel = find(&peers, plan->set, end, &index, &version);
+
+    if (!channel)
+        return UNBOUND;
+    if (is_over(channel, plan->now))
+        return EXPIRED;
+    plan->to = channel->client;
+    plan->next_hop = channel->client_hop;
+    plan->flow_label = channel->flow_label;
+    plan->received = index * DIRECTIONS + TO_CLIENT + 1;
+    plan->source_port = BE16(plan->set->service_port);
+    plan->put = sizeof(struct channel_data);
+    return is_still(channel, version) ? REASONS : UNBOUND;
 }
 
 INLINE enum reason find_for_client(struct packet *packet, struct plan *plan)
 {
     packet->from.tag = packet->destination_port;
-    plan->binding = bpf_map_lookup_elem(&peers, &packet->from);
-    if (!plan->binding)
-        return UNBOUND;
-    if (is_over(plan->binding, plan->now))
-        return EXPIRED;
     plan->payload = packet->udp_length - sizeof(struct udp);
-    plan->put = sizeof(struct channel_data);
-    return REASONS;
+    return find_client(&packet->from, plan);
 }
 
 INLINE enum reason find_for_peer(struct packet *packet, const struct channel_data *header, const u8 *end, struct plan *plan)
 {
-    u32 payload = packet->udp_length - sizeof(struct udp) - sizeof(*header);
+    const struct channel *channel;
+    u32 index, version, flags;
 
     // 0x4000 to 0x7fff: the first two bits of what is no ChannelData differ (RFC 8656 §12).
     if ((const u8 *)(header + 1) > end || packet->udp_length < sizeof(struct udp) + sizeof(*header) ||
         (BE16(header->number) >> 14) != 1)
         return NO_CHANNEL_DATA;
-    if (BE16(header->length) != payload)
+    plan->payload = packet->udp_length - sizeof(struct udp) - sizeof(*header);
+    if (BE16(header->length) != plan->payload)
         return ODD_LENGTH;
     packet->from.tag = header->number;
-    plan->binding = bpf_map_lookup_elem(&channels, &packet->from);
-    if (!plan->binding)
+    channel = find(&clients, plan->set, &packet->from, &index, &version);
+    if (!channel)
         return UNBOUND;
-    if (is_over(plan->binding, plan->now))
+    if (is_over(channel, plan->now))
         return EXPIRED;
-    plan->payload = payload;
+    plan->sent = index * DIRECTIONS + TO_PEER + 1;
     plan->strip = sizeof(*header);
     __builtin_memcpy(&plan->stripped, header, sizeof(*header));
-    if (plan->binding->flags & HAIRPIN) {
+    plan->to = channel->peer;
+    plan->next_hop = channel->peer_hop;
+    plan->flow_label = channel->flow_label;
+    plan->source_port = channel->peer.tag;
+    flags = channel->flags;
+    if (!is_still(channel, version))
+        return UNBOUND;
+    if (flags & HAIRPIN) {
         // To the other allocation it comes from the relayed address of this one, which has the same host.
-        const struct binding *first = plan->first = plan->binding;
-        const struct end from = {first->destination, first->source_port, first->destination_port};
-        plan->binding = bpf_map_lookup_elem(&peers, &from);
-        if (!plan->binding)
-            return UNBOUND;
-        if (is_over(plan->binding, plan->now))
-            return EXPIRED;
-        plan->put = sizeof(*header);
+        const struct end from = {plan->to.address, plan->to.tag, plan->to.port};
+        return find_client(&from, plan);
     }
     return REASONS;
 }
 
 // ------------------------------------------------------------------------------------------------------------- route
 
-// Take the next hop of a plan's binding. An entry that is being written, or was written for another, is none.
+// Take the next hop of a plan. An entry that is being written, or was written for another destination, is none.
 INLINE enum reason route(const struct plan *plan, struct next_hop *hop)
 {
-    const struct binding *binding = plan->binding;
-    struct next_hop *entry = bpf_map_lookup_elem(&next_hops, &binding->next_hop);
+    struct next_hop *entry = bpf_map_lookup_elem(&next_hops, &plan->next_hop);
     u32 version;
 
     if (!entry)
@@ -425,7 +508,7 @@ INLINE enum reason route(const struct plan *plan, struct next_hop *hop)
     *hop = *entry;
     IN_ORDER();
     if (version & 1 || *(volatile u32 *)&entry->version != version || !hop->ifindex ||
-        !same(&hop->destination, &binding->destination))
+        !same(&hop->destination, &plan->to.address))
         return NO_NEXT_HOP;
     if (hop->flags & STALE && (u32)plan->now - hop->nudged >= plan->set->second) {
         entry->nudged = (u32)plan->now;
@@ -453,13 +536,11 @@ INLINE u16 without(u64 sum)
 }
 
 // Work out the UDP checksum from the old one by what changes (RFC 1624): a wrong one stays wrong, for the receiver to see.
-INLINE u16 new_checksum(const struct packet *packet, const struct plan *plan, const struct next_hop *hop, u16 source_port,
-                        u16 length, u32 put)
+INLINE u16 new_checksum(const struct packet *packet, const struct plan *plan, const struct next_hop *hop, u16 length, u32 put)
 {
     u64 old = pseudo_header(&packet->from.address, &packet->destination, packet->udp_length) + packet->from.port +
               packet->destination_port + BE16(packet->udp_length) + plan->stripped;
-    u64 new = pseudo_header(&hop->source, &plan->binding->destination, length) + source_port +
-              plan->binding->destination_port + BE16(length) + put;
+    u64 new = pseudo_header(&hop->source, &plan->to.address, length) + plan->source_port + plan->to.port + BE16(length) + put;
     u16 sum = (u16)~folded((u64)(u16)~packet->checksum + without(old) + new);
 
     // 0 would say that there is none (RFC 768).
@@ -484,15 +565,15 @@ INLINE void write_ipv4(struct ipv4 *ip, const struct packet *packet, const struc
     ip->words[4] = destination;
 }
 
-INLINE void write_ipv6(struct ipv6 *ip, const struct packet *packet, const struct next_hop *hop,
-                       const struct binding *binding, u16 length)
+INLINE void write_ipv6(struct ipv6 *ip, const struct packet *packet, const struct next_hop *hop, const struct plan *plan,
+                       u16 length)
 {
-    ip->version_class_label = BE32(0x60000000 | (u32)packet->traffic_class << 20) | binding->flow_label;
+    ip->version_class_label = BE32(0x60000000 | (u32)packet->traffic_class << 20) | plan->flow_label;
     ip->payload_length = BE16(length);
     ip->next_header = UDP;
     ip->hop_limit = (u8)(packet->hop_limit - 1);
     ip->source = hop->source;
-    ip->destination = binding->destination;
+    ip->destination = plan->to.address;
 }
 
 // Write all headers in front of the payload. There is room: the start of the packet was moved to fit. Give where the next
@@ -518,36 +599,33 @@ INLINE void *write_link(u8 *data, const u8 *end, const struct next_hop *hop, u16
 
 INLINE int rewrite(struct xdp_md *context, const struct packet *packet, const struct plan *plan, const struct next_hop *hop)
 {
-    const struct binding *binding = plan->binding;
     u16 length = (u16)(sizeof(struct udp) + plan->put + plan->payload);
-    // What came for the service goes on from a relayed port, and the other way round; with a hairpin, from the service.
-    u16 source_port = binding->source_port;
     // The new ChannelData header, or 0.
-    u32 put = plan->put ? (u32)binding->number | (u32)BE16((u16)plan->payload) << 16 : 0;
+    u32 put = plan->put ? (u32)plan->to.tag | (u32)BE16((u16)plan->payload) << 16 : 0;
     u16 checksum;
     const u8 *end;
     struct udp *udp;
     void *next;
 
-    checksum = new_checksum(packet, plan, hop, source_port, length, put);
+    checksum = new_checksum(packet, plan, hop, length, put);
     end = (const u8 *)(uptr)context->data_end;
-    if (is_ipv4(&binding->destination)) {
+    if (is_ipv4(&plan->to.address)) {
         struct ipv4 *ip = next = write_link((u8 *)(uptr)context->data, end, hop, IPV4);
         if (!next || (u8 *)(ip + 1) > end)
             return 0;
-        write_ipv4(ip, packet, hop, binding->destination.word[3], length);
+        write_ipv4(ip, packet, hop, plan->to.address.word[3], length);
         udp = (void *)(ip + 1);
     } else {
         struct ipv6 *ip = next = write_link((u8 *)(uptr)context->data, end, hop, IPV6);
         if (!next || (u8 *)(ip + 1) > end)
             return 0;
-        write_ipv6(ip, packet, hop, binding, length);
+        write_ipv6(ip, packet, hop, plan, length);
         udp = (void *)(ip + 1);
     }
     if ((u8 *)(udp + 1) > end)
         return 0;
-    udp->source = source_port;
-    udp->destination = binding->destination_port;
+    udp->source = plan->source_port;
+    udp->destination = plan->to.port;
     udp->length = BE16(length);
     udp->checksum = checksum;
     if (plan->put) {
@@ -560,9 +638,9 @@ INLINE int rewrite(struct xdp_md *context, const struct packet *packet, const st
 
 // ------------------------------------------------------------------------------------------------------------- count
 
-INLINE void count_one(struct totals *all, const struct binding *binding, enum direction direction, u32 payload, u64 now)
+INLINE void count_one(struct totals *all, u32 index, enum direction direction, u32 payload, u64 now)
 {
-    struct usage *use = bpf_map_lookup_elem(&usage, &binding->usage);
+    struct usage *use = bpf_map_lookup_elem(&usage, &index);
     u32 size = payload >> SIZE_SHIFT;
 
     COMPARED(size);
@@ -578,9 +656,10 @@ INLINE void count_one(struct totals *all, const struct binding *binding, enum di
 
 INLINE void count(struct totals *all, const struct plan *plan)
 {
-    if (plan->first)
-        count_one(all, plan->first, TO_PEER, plan->payload, plan->now);
-    count_one(all, plan->binding, plan->put ? TO_CLIENT : TO_PEER, plan->payload, plan->now);
+    if (plan->sent)
+        count_one(all, plan->sent - 1, TO_PEER, plan->payload, plan->now);
+    if (plan->received)
+        count_one(all, plan->received - 1, TO_CLIENT, plan->payload, plan->now);
 }
 
 // --------------------------------------------------------------------------------------------------- all of it, in order
@@ -605,7 +684,7 @@ INLINE enum reason decide(struct packet *packet, const struct udp *udp, const u8
     against = route(plan, hop);
     if (against != REASONS)
         return against;
-    length = (is_ipv4(&plan->binding->destination) ? sizeof(struct ipv4) : sizeof(struct ipv6)) + sizeof(struct udp) +
+    length = (is_ipv4(&plan->to.address) ? sizeof(struct ipv4) : sizeof(struct ipv6)) + sizeof(struct udp) +
              plan->put + plan->payload;
     if (length > hop->mtu)
         return TOO_LONG;
@@ -650,7 +729,7 @@ SECTION("xdp") int relay(struct xdp_md *context)
     against = decide(&packet, udp, end, direction, &plan, &hop);
     if (against == REASONS) {
         headers = sizeof(struct ethernet) + (hop.vlan ? sizeof(struct vlan_tag) : 0) +
-                  (is_ipv4(&plan.binding->destination) ? sizeof(struct ipv4) : sizeof(struct ipv6)) + plan.put;
+                  (is_ipv4(&plan.to.address) ? sizeof(struct ipv4) : sizeof(struct ipv6)) + plan.put;
         if (bpf_xdp_adjust_head(context, packet.headers + plan.strip - headers))
             against = NO_ROOM;
     }

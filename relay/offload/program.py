@@ -1,22 +1,24 @@
 """The XDP program, loaded, and its tables: the one place that reads and writes them."""
 
 import contextlib
-import errno
 import math
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from relay.offload import elf, ticks
-from relay.offload.bpf import BatchError, Link, Map, Program, XdpMode
-from relay.offload.channels import Entries
+from relay.offload.bpf import Link, Map, Program, XdpMode
+from relay.offload.channel_tables import ChannelTable, EndTable, HashKeys
 from relay.offload.layout import (
     DEVICE,
     DEVICES,
     DIRECTIONS,
+    HASH_KEYS,
     NEXT_HOP_SIZE,
     OWN,
     OWN_ADDRESSES,
+    PLACES,
     SEND_BACK,
     SETTINGS,
     SIZES,
@@ -28,11 +30,14 @@ from relay.offload.layout import (
 )
 
 MOST_BINDINGS: Final = 1 << 16
-"""Channels that the kernel relays at once; further ones are relayed by the sockets. They take 23 MB of the kernel's memory,
-and 3 MB for each CPU there may be."""
+"""Channels that the kernel relays at once; further ones are relayed by the sockets. They take 16 MB of the kernel's memory,
+and 4 MB for each CPU there may be."""
 
 CHANNELS_EACH: Final = 4
 """Channels there is room for, for each allocation there may be; most clients have two or three."""
+
+PLACES_EACH: Final = 4
+"""Places in each hash table for each channel there is room for: so that a bucket is hardly ever full."""
 
 _VERSION: Final = 4
 """Bytes in front of an entry of `next_hops`: a number that is odd while the entry is being written."""
@@ -84,9 +89,11 @@ class XdpProgram:
         self.bindings = bindings
         self.next_hops = 2 * bindings
         entries = {
-            **dict.fromkeys(("channels", "peers"), bindings),
+            "channels": bindings,
+            **dict.fromkeys(("clients", "peers"), max(1, PLACES_EACH * bindings // PLACES)),
             **dict.fromkeys(("next_hops", "usage"), 2 * bindings),
         }
+        self.hash_keys = HashKeys([secrets.randbits(64) for _ in range(HASH_KEYS)])
         parsed = elf.parse(elf.packaged())
         with contextlib.ExitStack() as stack:
             maps = {
@@ -95,15 +102,15 @@ class XdpProgram:
             }
             instructions = parsed.linked({name: each.fd for name, each in maps.items()})
             self._program = stack.enter_context(Program(instructions, license=parsed.license, name="firezone_relay"))
-            self._channels, self._peers, self._usage, self._totals = (
-                maps[name] for name in ("channels", "peers", "usage", "totals")
-            )
+            self._usage, self._totals = maps["usage"], maps["totals"]
             self.ticks = ticks.measure()
             # Written by plain stores: no system call, and none of these 8 bytes is ever seen half written.
-            ends, self._next_hops, self._settings = (
+            ends, self._next_hops, self._settings, channels, clients, peers = (
                 stack.enter_context(memoryview(stack.enter_context(contextlib.closing(maps[name].mapped()))))
-                for name in ("ends", "next_hops", "settings")
+                for name in ("ends", "next_hops", "settings", "channels", "clients", "peers")
             )
+            self.channels = stack.enter_context(contextlib.closing(ChannelTable(channels)))
+            self.clients, self.peers = (stack.enter_context(contextlib.closing(EndTable(each))) for each in (clients, peers))
             self._ends = stack.enter_context(ends.cast("Q"))
             self._versions = stack.enter_context(self._next_hops.cast("I"))
             self._opened = stack.pop_all()
@@ -120,16 +127,6 @@ class XdpProgram:
             OSError: the kernel or the driver won't.
         """
         return Link(self._program, ifindex, mode)
-
-    def install(self, channels: Entries, peers: Entries) -> None:
-        """Put channels into the tables that are looked up, both directions."""
-        self._channels.update_batch(*channels)
-        self._peers.update_batch(*peers)
-
-    def remove(self, channels: list[bytes], peers: list[bytes]) -> None:
-        """Remove channels from them, as far as they are there."""
-        for table, keys in ((self._channels, channels), (self._peers, peers)):
-            _delete(table, keys)
 
     def clear(self, slots: list[int]) -> None:
         """Have the usage of channels begin at 0."""
@@ -169,7 +166,10 @@ class XdpProgram:
         packed = b"".join(DEVICE.pack(each.ifindex, each.mac, SEND_BACK * each.send_back) for each in devices)
         # The counts last, so that none is looked at that is half written.
         for own_count, device_count in ((0, 0), (len(own), len(devices))):
-            self._settings[: SETTINGS.size] = SETTINGS.pack(*ports, own_count, addresses, device_count, second, packed)
+            self._settings[: SETTINGS.size] = SETTINGS.pack(
+                *(*ports, own_count, *self.hash_keys.numbers, self.clients.mask, second),
+                *(addresses, device_count, packed),
+            )
 
     def totals(self) -> Totals:
         """Read what was counted."""
@@ -206,16 +206,3 @@ class XdpProgram:
 def bindings_for(capacity: int) -> int:
     """Give how many channels to make room for: a power of two, as the kernel rounds up to one."""
     return min(MOST_BINDINGS, 1 << math.ceil(math.log2(max(1024, CHANNELS_EACH * capacity))))
-
-
-def _delete(table: Map, keys: list[bytes]) -> None:
-    """Delete what is there of some keys."""
-    while keys:
-        try:
-            table.delete_batch(keys)
-        except BatchError as error:
-            if error.errno != errno.ENOENT:
-                raise
-            keys = keys[error.done + 1 :]
-        else:
-            return

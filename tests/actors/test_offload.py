@@ -201,17 +201,6 @@ def test_an_actor_that_can_not_ask_the_kernel_any_more_leaves_everything_to_the_
         check_it_goes_on_without(offloading, log)
 
 
-def test_channels_that_the_kernel_does_not_remove_leave_everything_to_the_sockets(offloading: Relay) -> None:
-    client = offloading.client()
-    client.allocate()
-    assert relays(client)
-    assert offloading.system._offloading is not None
-    with structlog.testing.capture_logs() as log:
-        offloading.system._offloading.datapath.program._channels.close()
-        assert client.refresh(0) is None
-        check_it_goes_on_without(offloading, log)
-
-
 def test_all_routes_are_asked_for_at_once_and_then_only_so_often(offloading: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
     look_up = Network.look_up

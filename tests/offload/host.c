@@ -20,7 +20,7 @@ _Static_assert(_Alignof(struct ethernet) == 1 && _Alignof(struct vlan_tag) == 1,
 _Static_assert(_Alignof(struct ipv4) == 1 && _Alignof(struct ipv6) == 1, "IP");
 _Static_assert(_Alignof(struct udp) == 1 && _Alignof(struct channel_data) == 1 && sizeof(struct channel_data) == 4, "UDP");
 
-enum { HASHED = 256, INDEXED = 64, FILL = 0xa5 };  // entries; what memory holds that nobody has written
+enum { INDEXED = 64, FILL = 0xa5 };  // entries; what memory holds that nobody has written
 
 static void refuse(const char *format, ...)
 {
@@ -54,39 +54,37 @@ static void *copy_of(const void *bytes, size_t size)
 
 struct table {
     struct map *map;
-    int is_programs;  // the program may write to it
+    int is_programs;      // the program may write to it
     u32 count;
-    u8 *keys[HASHED];                   // of a hash
-    u8 *values[HASHED];                 // likewise; also of an array, by index
-    u8 *before[HASHED];                 // what they were before the packet
-    u8 *flat;                           // of `ends`, which has too many for that
+    u8 *values[INDEXED];  // by index
+    u8 *before[INDEXED];  // what they were before the packet
+    u8 *flat;             // of `ends`, which has too many for that
 };
 
 static struct table tables[] = {
-    {.map = &channels}, {.map = &peers},    {.map = &next_hops},
-    {.map = &usage, .is_programs = 1},      {.map = &ends},
+    {.map = &channels}, {.map = &clients}, {.map = &peers}, {.map = &next_hops},
+    {.map = &usage, .is_programs = 1},     {.map = &ends},
     {.map = &settings}, {.map = &totals, .is_programs = 1},
 };
 enum { TABLES = sizeof(tables) / sizeof(tables[0]) };
 
 static u32 entries(const struct table *table)
 {
-    return table->map->max_entries > 1 ? table->map->max_entries : table->map == &next_hops || table->map == &usage ? INDEXED : 1;
+    if (table->map == &settings || table->map == &totals)
+        return 1;
+    return table->map->max_entries > 1 ? table->map->max_entries : INDEXED;
 }
 
 static void empty(struct table *table)
 {
     for (u32 i = 0; i < table->count; i++) {
-        free(table->keys[i]);
         free(table->values[i]);
         free(table->before[i]);
-        table->keys[i] = table->values[i] = table->before[i] = NULL;
+        table->values[i] = table->before[i] = NULL;
     }
     free(table->flat);
     table->flat = NULL;
     table->count = 0;
-    if (table->map->type == HASH)
-        return;
     if (entries(table) > INDEXED) {
         table->flat = copy_of(NULL, (size_t)entries(table) * table->map->value_size);
         return;
@@ -110,12 +108,6 @@ static void *find_in(struct table *table, const void *key)
 {
     u32 index;
 
-    if (table->map->type == HASH) {
-        for (u32 i = 0; i < table->count; i++)
-            if (!memcmp(table->keys[i], key, table->map->key_size))
-                return table->values[i];
-        return NULL;
-    }
     memcpy(&index, key, sizeof(index));
     if (index >= entries(table))
         return NULL;
@@ -126,14 +118,8 @@ static void store(struct table *table, const u8 *key, const u8 *value)
 {
     void *there = find_in(table, key);
 
-    if (!there) {
-        if (table->map->type != HASH || table->count == HASHED)
-            refuse("no place for this key");
-        table->keys[table->count] = copy_of(key, table->map->key_size);
-        there = table->values[table->count] = copy_of(value, table->map->value_size);
-        table->before[table->count] = copy_of(value, table->map->value_size);
-        table->count++;
-    }
+    if (!there)
+        refuse("no place for this key");
     memcpy(there, value, table->map->value_size);
 }
 
@@ -251,16 +237,18 @@ static void run(u32 ifindex, const u8 *frame, u32 length)
 static void tell_layout(void)
 {
     SIZE(end), FIELD(end, address), FIELD(end, port), FIELD(end, tag);
-    SIZE(binding), FIELD(binding, destination), FIELD(binding, expires), FIELD(binding, next_hop), FIELD(binding, usage);
-    FIELD(binding, end), FIELD(binding, flow_label), FIELD(binding, destination_port), FIELD(binding, source_port);
-    FIELD(binding, number), FIELD(binding, flags);
+    SIZE(channel), FIELD(channel, client.address), FIELD(channel, client.port), FIELD(channel, client.tag);
+    FIELD(channel, peer.address), FIELD(channel, peer.port), FIELD(channel, peer.tag), FIELD(channel, client_hop);
+    FIELD(channel, peer_hop), FIELD(channel, expires), FIELD(channel, flow_label), FIELD(channel, flags), FIELD(channel, version);
+    SIZE(bucket), NUMBER(PLACES), NUMBER(HASH_KEYS);
     SIZE(next_hop), FIELD(next_hop, version), FIELD(next_hop, ifindex), FIELD(next_hop, destination);
     FIELD(next_hop, source), FIELD(next_hop, to), FIELD(next_hop, from), FIELD(next_hop, vlan), FIELD(next_hop, mtu);
     FIELD(next_hop, flags), FIELD(next_hop, nudged);
     SIZE(own), FIELD(own, address), FIELD(own, vlan);
     SIZE(device), FIELD(device, ifindex), FIELD(device, mac), FIELD(device, flags);
     SIZE(settings), FIELD(settings, service_port), FIELD(settings, lowest_port), FIELD(settings, highest_port);
-    FIELD(settings, own_count), FIELD(settings, own), FIELD(settings, device_count), FIELD(settings, second), FIELD(settings, devices);
+    FIELD(settings, own_count), FIELD(settings, hash_keys), FIELD(settings, bucket_mask), FIELD(settings, second);
+    FIELD(settings, own), FIELD(settings, device_count), FIELD(settings, devices);
     SIZE(usage), FIELD(usage, packets), FIELD(usage, bytes), FIELD(usage, last_used);
     SIZE(totals), FIELD(totals, packets), FIELD(totals, bytes), FIELD(totals, sizes), FIELD(totals, passed);
     NUMBER(OWN_ADDRESSES), NUMBER(DEVICES), NUMBER(SIZES), NUMBER(SIZE_SHIFT), NUMBER(TO_PEER), NUMBER(TO_CLIENT);
@@ -327,7 +315,7 @@ int main(void)
     }
     for (u32 i = 0; i < TABLES; i++) {
         for (u32 j = 0; j < tables[i].count; j++)
-            free(tables[i].keys[j]), free(tables[i].values[j]), free(tables[i].before[j]);
+            free(tables[i].values[j]), free(tables[i].before[j]);
         free(tables[i].flat);
     }
     return 0;

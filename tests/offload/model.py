@@ -6,20 +6,21 @@ a wrong checksum was wrong by stays.
 
 import struct
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Final, NamedTuple
 
 from relay.offload.layout import (
-    BINDING,
+    CHANNEL,
     DEVICE,
     DEVICES,
     DIRECTIONS,
-    END,
-    ENDS,
     HAIRPIN,
+    HASH_KEYS,
     OWN,
     OWN_ADDRESSES,
+    PLACES,
     SEND_BACK,
     SETTINGS,
     SIZE_STEP,
@@ -54,7 +55,17 @@ SHORTEST: Final = 60
 LONGEST_PADDED: Final = 64
 TO_PEER, TO_CLIENT = range(len(DIRECTIONS))
 
+LONG_TIME: Final = 1 << 30
+"""Ticks, within what a channel's 32 bits can tell."""
+
+KEYS: Final = tuple(0x9FB21C651E98DF25 * (each + 3) % (1 << 64) for each in range(HASH_KEYS))
+"""Of the hash. Any numbers do."""
+BUCKETS: Final = 8
+"""So few that some are shared."""
+
 Endpoint = tuple[bytes, int]
+End = tuple[bytes, int, int]
+"""Of a channel: address, port, and channel number or relayed port."""
 
 
 def tick_of(now: int) -> int:
@@ -70,34 +81,42 @@ class Verdict(IntEnum):
     REDIRECT = 4
 
 
-class Binding(NamedTuple):
-    """An entry of `channels` or `peers`."""
+class Channel(NamedTuple):
+    """An entry of `channels`. None is an expiry that is far away."""
 
-    destination: bytes
-    destination_port: int
-    source_port: int
-    next_hop: int = 0
-    usage: int = 0
-    end: int = 0
-    number: int = 0
+    client: End
+    peer: End
+    client_hop: int = 0
+    peer_hop: int = 0
     flow_label: int = 0
-    expires: int = NEVER
+    expires: int | None = None
     is_hairpin: bool = False
+    version: int = 1
 
-    def packed(self) -> bytes:
+    def packed(self, now: int) -> bytes:
+        client, peer = ((address, in_packet(port), in_packet(tag)) for address, port, tag in (self.client, self.peer))
         label = int.from_bytes(self.flow_label.to_bytes(4, "big"), "little")
-        return BINDING.pack(
-            self.destination,
-            self.expires,
-            self.next_hop,
-            self.usage,
-            self.end,
-            label,
-            in_packet(self.destination_port),
-            in_packet(self.source_port),
-            in_packet(self.number),
-            HAIRPIN if self.is_hairpin else 0,
-        )
+        expires = tick_of(now + LONG_TIME if self.expires is None else self.expires)
+        flags = HAIRPIN if self.is_hairpin else 0
+        fields = CHANNEL.pack(*client, *peer, self.client_hop, self.peer_hop, expires, label, flags)
+        return fields + struct.pack("=I", self.version)
+
+
+def hash_of(end: End, keys: Sequence[int] = KEYS) -> int:
+    """The 64 bits that an end is hashed to."""
+    total = keys[0] + sum(key * word for key, word in zip(keys[1:], struct.unpack("<5I", key_of(end)), strict=True))
+    total %= 1 << 64
+    mixed: int = (total ^ total >> 32) * 0x9E3779B97F4A7C15 % (1 << 64)
+    return mixed
+
+
+def buckets(ends: dict[End, int]) -> list[bytes]:
+    """A hash table, as the program has it."""
+    places: list[list[int]] = [[] for _ in range(BUCKETS)]
+    for end, index in ends.items():
+        hash_ = hash_of(end)
+        places[(hash_ >> 16) % BUCKETS].append(hash_ >> 32 << 32 | index + 1)
+    return [struct.pack(f"={PLACES}Q", *(each + [0] * (PLACES - len(each)))) for each in places]
 
 
 class Hop(NamedTuple):
@@ -135,9 +154,11 @@ class Settings(NamedTuple):
             self.lowest_port,
             self.highest_port,
             min(len(self.own), OWN_ADDRESSES),
+            *KEYS,
+            BUCKETS - 1,
+            SECOND,
             b"".join(OWN.pack(each.address, each.vlan.to_bytes(2, "big")) for each in self.own),
             min(len(self.devices), DEVICES),
-            SECOND,
             devices,
         )
 
@@ -151,20 +172,31 @@ class Settings(NamedTuple):
 
 @dataclass(frozen=True)
 class Tables:
-    """All that the relay writes for the program. Keys of `channels` and `peers`: address, port; channel or relayed port."""
+    """All that the relay writes for the program. What it makes of channels' ends is said by whoever wants it wrong."""
 
     settings: Settings
-    channels: dict[tuple[bytes, int, int], Binding]
-    peers: dict[tuple[bytes, int, int], Binding]
+    channels: dict[int, Channel]
     next_hops: dict[int, Hop]
     ends: dict[int, int]
+    clients: dict[End, int]
+    peers: dict[End, int]
 
-    def with_channels(self, **changes: object) -> "Tables":
-        """The same with all channels changed in some fields."""
-        return replace(self, channels={key: each._replace(**changes) for key, each in self.channels.items()})  # type: ignore[arg-type]
+    @classmethod
+    def of(
+        cls, settings: Settings, channels: dict[int, Channel], next_hops: dict[int, Hop], ends: dict[int, int]
+    ) -> "Tables":
+        """Those in which all channels are found."""
+        clients = {each.client: index for index, each in channels.items()}
+        peers = {each.peer: index for index, each in channels.items()}
+        return cls(settings, channels, next_hops, ends, clients, peers)
 
-    def with_peers(self, **changes: object) -> "Tables":
-        return replace(self, peers={key: each._replace(**changes) for key, each in self.peers.items()})  # type: ignore[arg-type]
+    def with_channels(self, *indices: int, **changes: object) -> "Tables":
+        """The same with some channels changed in some fields; without any named, all."""
+        changed = {
+            index: each._replace(**changes) if not indices or index in indices else each  # type: ignore[arg-type]
+            for index, each in self.channels.items()
+        }
+        return Tables.of(self.settings, changed, self.next_hops, self.ends)
 
     def with_next_hops(self, **changes: object) -> "Tables":
         """The same with all next hops changed, in fields of either part."""
@@ -181,9 +213,9 @@ class Tables:
         return self.with_settings(own=tuple(each._replace(vlan=vlan) for each in self.settings.own))
 
 
-def key_of(key: tuple[bytes, int, int]) -> bytes:
-    """A key as the program has it."""
-    return END.pack(*key)
+def key_of(end: End) -> bytes:
+    """An end as packets have it."""
+    return struct.pack(">16sHH", *end)
 
 
 class Usage(NamedTuple):
@@ -237,10 +269,14 @@ class _Packet(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    binding: Binding
+    source_port: int
+    destination: Endpoint
+    next_hop: int
+    flow_label: int
     payload: bytes
     put: bytes
-    counted: tuple[tuple[int, Binding], ...]
+    counted: tuple[tuple[int, int], ...]
+    """Direction, and index into usage."""
 
 
 class Model:
@@ -282,7 +318,7 @@ class Model:
         _check_sum(packet)
         if packet.hop_limit < 2:
             raise _Passed(PassReason.LAST_HOP)
-        hop = self._route(plan.binding, now)
+        hop = self._route(plan, now)
         relayed = _built(packet, plan, hop)
         if len(relayed) - len(frame) > self._headroom:
             raise _Passed(PassReason.NO_ROOM)
@@ -298,42 +334,52 @@ class Model:
         number, length = struct.unpack(">HH", message[:4])
         if length != len(message) - 4:
             raise _Passed(PassReason.ODD_LENGTH)
-        channel = self._standing(self._tables.channels.get((*packet.source, number)), now)
-        if not channel.is_hairpin:
-            return _Plan(channel, message[4:], b"", ((TO_PEER, channel),))
-        key = (channel.destination, channel.source_port, channel.destination_port)
-        peer = self._standing(self._tables.peers.get(key), now)
-        return _Plan(peer, message[4:], channel_data(peer.number, b"", length), ((TO_PEER, channel), (TO_CLIENT, peer)))
+        index, channel = self._standing(self._tables.clients, (*packet.source, number), now)
+        counted = (TO_PEER, 2 * index + TO_PEER)
+        if channel.is_hairpin:
+            address, port, relayed = channel.peer
+            return self._to_client((address, relayed, port), message[4:], now, counted)
+        destination, source_port = channel.peer[:2], channel.peer[2]
+        return _Plan(source_port, destination, channel.peer_hop, channel.flow_label, message[4:], b"", (counted,))
 
     def _from_peer(self, packet: _Packet, now: int) -> _Plan:
-        peer = self._standing(self._tables.peers.get((*packet.source, packet.destination[1])), now)
-        return _Plan(peer, packet.payload, channel_data(peer.number, b"", len(packet.payload)), ((TO_CLIENT, peer),))
+        return self._to_client((*packet.source, packet.destination[1]), packet.payload, now)
 
-    def _standing(self, binding: Binding | None, now: int) -> Binding:
-        if binding is None:
+    def _to_client(self, end: End, payload: bytes, now: int, *counted: tuple[int, int]) -> _Plan:
+        index, channel = self._standing(self._tables.peers, end, now)
+        put = channel_data(channel.client[2], b"", len(payload))
+        service, counted = self._tables.settings.service_port, (*counted, (TO_CLIENT, 2 * index + TO_CLIENT))
+        return _Plan(service, channel.client[:2], channel.client_hop, channel.flow_label, payload, put, counted)
+
+    def _standing(self, table: dict[End, int], end: End, now: int) -> tuple[int, Channel]:
+        index = table.get(end, -1)
+        channel = self._tables.channels.get(index)
+        mine = None if channel is None else channel.client if table is self._tables.clients else channel.peer
+        if channel is None or channel.version % 2 == 0 or mine != end:
             raise _Passed(PassReason.UNBOUND)
-        ends = self._tables.ends.get(binding.end, 0) if binding.end < ENDS else 0
-        if now >= min(ends, binding.expires):
+        address, _, relayed = channel.peer
+        allocation_end = self._tables.ends.get(2 * relayed + (not is_ipv4(address)), 0)
+        if now >= allocation_end or (channel.expires is not None and (now - channel.expires) % TICKS < TICKS // 2):
             raise _Passed(PassReason.EXPIRED)
-        return binding
+        return index, channel
 
-    def _route(self, binding: Binding, now: int) -> NextHop:
-        entry = self.next_hops.get(binding.next_hop)
-        if entry is None or entry.version % 2 or not entry.hop.ifindex or entry.hop.destination != binding.destination:
+    def _route(self, plan: _Plan, now: int) -> NextHop:
+        entry = self.next_hops.get(plan.next_hop)
+        if entry is None or entry.version % 2 or not entry.hop.ifindex or entry.hop.destination != plan.destination[0]:
             raise _Passed(PassReason.NO_NEXT_HOP)
         if entry.hop.stale and (tick_of(now) - entry.nudged) % TICKS >= SECOND:
-            self.next_hops[binding.next_hop] = entry._replace(nudged=tick_of(now))
+            self.next_hops[plan.next_hop] = entry._replace(nudged=tick_of(now))
             raise _Passed(PassReason.STALE_NEIGHBOUR)
         return entry.hop
 
     def _count(self, plan: _Plan, now: int) -> None:
         length = len(plan.payload)
-        for direction, binding in plan.counted:
+        for direction, index in plan.counted:
             self.totals.packets[direction] += 1
             self.totals.octets[direction] += length
             self.totals.sizes[direction][min(length // SIZE_STEP, SIZES - 1)] += 1
-            before = self.usage[binding.usage]
-            self.usage[binding.usage] = Usage(before.packets + 1, before.octets + length, now)
+            before = self.usage[index]
+            self.usage[index] = Usage(before.packets + 1, before.octets + length, now)
 
 
 def _read(frame: bytes) -> tuple[int, _Packet]:
@@ -391,16 +437,15 @@ def _check_sum(packet: _Packet) -> None:
 
 
 def _built(packet: _Packet, plan: _Plan, hop: NextHop) -> bytes:
-    binding = plan.binding
-    source, destination = (hop.source, binding.source_port), (binding.destination, binding.destination_port)
+    source, destination = (hop.source, plan.source_port), plan.destination
     datagram = udp(source, destination, plan.put + plan.payload)
     right = int.from_bytes(datagram[6:8], "big")
     datagram = datagram[:6] + ((right + packet.wrong_by) % 0xFFFF or 0xFFFF).to_bytes(2, "big") + datagram[8:]
     marks, hop_limit = packet.traffic_class, packet.hop_limit - 1
-    if is_ipv4(binding.destination):
+    if is_ipv4(destination[0]):
         kind, inner = IPV4, ipv4(source[0], destination[0], datagram, traffic_class=marks, hop_limit=hop_limit)
     else:
-        fields = {"traffic_class": marks, "hop_limit": hop_limit, "flow_label": binding.flow_label}
+        fields = {"traffic_class": marks, "hop_limit": hop_limit, "flow_label": plan.flow_label}
         kind, inner = IPV6, ipv6(source[0], destination[0], datagram, **fields)
     if len(inner) > hop.mtu:
         raise _Passed(PassReason.TOO_LONG)

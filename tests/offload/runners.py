@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import IO, Final, Protocol, Self
 
 from relay.offload import bpf, elf, layout, ticks
-from tests.offload.model import SECOND, Hop, Outcome, Tables, Totals, Usage, Verdict, key_of
+from tests.offload.model import SECOND, Hop, Outcome, Tables, Totals, Usage, Verdict, buckets
 
 HEADROOM: Final = 256
 """Bytes in front of a packet, as most drivers have them."""
 ENTRIES: Final = 64
-"""Of `next_hops` and `usage`; indices beyond have none."""
+"""Of `channels`, `next_hops` and `usage`, which has two for each channel; indices beyond have none."""
 
 _HERE: Final = Path(__file__).parent
 _SOURCES: Final = Path(layout.__file__).parent
 _SANITIZERS: Final = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 _WARNINGS: Final = ("-Wall", "-Wextra", "-Werror")
 
-_CHANNELS, _PEERS, _NEXT_HOPS, _USAGE, _ENDS, _SETTINGS, _TOTALS = range(7)
+_CHANNELS, _CLIENTS, _PEERS, _NEXT_HOPS, _USAGE, _ENDS, _SETTINGS, _TOTALS = range(8)
 """Tables, as host.c numbers them."""
 _ZERO: Final = bytes(4)
 
@@ -93,9 +93,11 @@ class HostRunner:
         self._tell("e")
         self.set_clock(self._clock)
         self.set_headroom(HEADROOM)
-        for table, entries in ((_CHANNELS, tables.channels), (_PEERS, tables.peers)):
-            for key, binding in entries.items():
-                self._tell("s", key_of(key) + binding.packed(), table)
+        for index, channel in tables.channels.items():
+            self._tell("s", struct.pack("=I", index) + channel.packed(self._clock), _CHANNELS)
+        for table, ends in ((_CLIENTS, tables.clients), (_PEERS, tables.peers)):
+            for index, bucket in enumerate(buckets(ends)):
+                self._tell("s", struct.pack("=I", index) + bucket, table)
         for index, hop in tables.next_hops.items():
             self._tell("s", struct.pack("=I", index) + hop.packed(), _NEXT_HOPS)
         for index, end in tables.ends.items():
@@ -199,7 +201,6 @@ class KernelRunner:
         except OSError:
             self._close_maps()
             raise
-        self._keys: dict[str, set[bytes]] = {"channels": set(), "peers": set()}
 
     def __enter__(self) -> Self:
         return self
@@ -209,14 +210,14 @@ class KernelRunner:
         self._close_maps()
 
     def load(self, tables: Tables) -> None:
-        for name, entries in (("channels", tables.channels), ("peers", tables.peers)):
-            for old in self._keys[name]:
-                self._maps[name].delete(old)
-            self._keys[name] = {key_of(key) for key in entries}
-            for key, binding in entries.items():
-                self._maps[name].update(key_of(key), binding.packed())
+        for name, ends in (("clients", tables.clients), ("peers", tables.peers)):
+            for index, bucket in enumerate(buckets(ends)):
+                self._maps[name].update(struct.pack("=I", index), bucket)
         empty = bytes(layout.NEXT_HOP_SIZE)
         for index in range(ENTRIES):
+            channel = tables.channels.get(index)
+            packed = channel.packed(self.now()) if channel else bytes(layout.CHANNEL_SIZE)
+            self._maps["channels"].update(struct.pack("=I", index), packed)
             hop: Hop | None = tables.next_hops.get(index)
             self._maps["next_hops"].update(struct.pack("=I", index), hop.packed() if hop else empty)
             self._maps["usage"].update(struct.pack("=I", index), bytes(self._maps["usage"].size))

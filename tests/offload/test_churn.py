@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import itertools
+import mmap
 import os
 import re
 import socket
@@ -16,12 +17,14 @@ from typing import Any, Final, NamedTuple, Self
 import pytest
 
 from relay.core.addresses import Family, SocketAddress, socket_address
-from relay.offload import syscall
-from relay.offload.layout import END, packed_address
+from relay.offload import layout, syscall
+from relay.offload.layout import packed_address
 from tests.conftest import needs_ipv6
 from tests.offload.conftest import needs_bpf
+from tests.offload.model import End
 from tests.offload.relays import MODES, Running, Talk, running
 from tests.offload.stream import Stream
+from tests.offload.tables import read
 from tests.offload.topology import PEER, Row, row
 from tests.turn_client import TIMEOUT, TurnClient
 
@@ -36,8 +39,10 @@ PORTS: Final = ("--lowest-port", "50000", "--highest-port", "50015")
 LATE: Final = b"late"
 TRIES, PATIENCE = 20, 0.3
 
-_HASH: Final = 1
-_GET_NEXT_KEY, _GET_FD_BY_ID = 4, 14
+_ARRAY: Final = 2
+_VALUE_SIZES: Final = ("64", str(layout.SETTINGS.size))
+"""Of channels, both hash tables and next hops; of settings."""
+_GET_FD_BY_ID: Final = 14
 
 
 class Lab(NamedTuple):
@@ -53,40 +58,38 @@ def lab(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lab]:
             yield Lab(network, relay)
 
 
-def keys_of(map_id: int) -> Iterator[bytes]:
-    """Give all keys of a table of another process."""
+def memory_of(map_id: int, size: int) -> bytes:
+    """Give what is in a table of another process, which can be mapped."""
     libc = ctypes.CDLL(None, use_errno=True)
     argument = ctypes.create_string_buffer(struct.pack("=III", map_id, 0, 0), 64)
     fd = libc.syscall(syscall.NUMBER, _GET_FD_BY_ID, argument, 64)
     assert fd >= 0, os.strerror(ctypes.get_errno())
-    key, following = None, ctypes.create_string_buffer(END.size)
     try:
-        while True:
-            at = ctypes.addressof(key) if key else 0
-            argument = ctypes.create_string_buffer(struct.pack("=I4xQQ", fd, at, ctypes.addressof(following)), 64)
-            if libc.syscall(syscall.NUMBER, _GET_NEXT_KEY, argument, 64):
-                return
-            yield following.raw[: END.size]
-            key = ctypes.create_string_buffer(following.raw[: END.size], END.size)
+        with mmap.mmap(fd, size, prot=mmap.PROT_READ) as mapped:
+            return mapped[:]
     finally:
         os.close(fd)
 
 
 class Tables:
-    """Those that the kernel looks up clients' packets in, and peers'."""
+    """Those in which the kernel finds channels."""
 
     def __init__(self, relay: Running) -> None:
-        found = {}
+        found: dict[int, tuple[int, int]] = {}
         for each in Path(f"/proc/{relay.program.process.pid}/fdinfo").iterdir():
             with contextlib.suppress(FileNotFoundError):
-                facts = dict(re.findall(r"(map_type|key_size|map_id):\s+(\d+)", each.read_text()))
-                if facts.get("map_type") == str(_HASH) and facts["key_size"] == str(END.size):
-                    found[int(each.name)] = int(facts["map_id"])
-        # In the order in which program.c has them.
-        self._channels, self._peers = (found[fd] for fd in sorted(found))
+                facts = dict(re.findall(r"(map_type|value_size|max_entries|map_id):\s+(\d+)", each.read_text()))
+                if facts.get("map_type") == str(_ARRAY) and facts["value_size"] in _VALUE_SIZES:
+                    found[int(each.name)] = int(facts["map_id"]), int(facts["value_size"]) * int(facts["max_entries"])
+        # In the order in which program.c has them; memory that is mapped has a descriptor of its own.
+        each_once = dict.fromkeys(found[fd] for fd in sorted(found))
+        self._channels, self._clients, self._peers, _, self._settings = each_once
 
-    def keys(self) -> tuple[set[bytes], set[bytes]]:
-        return set(keys_of(self._channels)), set(keys_of(self._peers))
+    def ends(self) -> set[tuple[End, End]]:
+        """Give the two ends of each channel."""
+        keys = layout.SETTINGS.unpack(memory_of(*self._settings)[: layout.SETTINGS.size])[4 : 4 + layout.HASH_KEYS]
+        channels = read(memory_of(*self._channels), (memory_of(*self._clients), memory_of(*self._peers)), keys)
+        return {(each.client, each.peer) for each in channels.values()}
 
 
 class Bound(NamedTuple):
@@ -98,11 +101,11 @@ class Bound(NamedTuple):
     relayed: SocketAddress
 
     @property
-    def entries(self) -> tuple[bytes, bytes]:
-        """Its keys in the two tables."""
+    def ends(self) -> tuple[End, End]:
+        """As the tables have them."""
         return (
-            END.pack(packed_address(self.client[0]), self.client[1], self.number),
-            END.pack(packed_address(self.peer[0]), self.peer[1], self.relayed[1]),
+            (packed_address(self.client[0]), self.client[1], self.number),
+            (packed_address(self.peer[0]), self.peer[1], self.relayed[1]),
         )
 
 
@@ -264,7 +267,6 @@ def test_steady_channels_lose_nothing_and_the_tables_are_right_in_the_end(lab: L
 
 def check_tables(relay: Running, tables: Tables, expected: list[Bound]) -> None:
     """See that the kernel has these channels, and no others."""
-    entries = [each.entries for each in expected]
-    assert tables.keys() == ({one for one, _ in entries}, {other for _, other in entries})
+    assert tables.ends() == {each.ends for each in expected}
     state = relay.state()
     assert (state["xdp_channels"], state["xdp_table_failures"], state["xdp_channels_refused"]) == (len(expected), 0, 0)

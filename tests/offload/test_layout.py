@@ -32,17 +32,23 @@ def offsets_of(packed: struct.Struct, start: int = 0) -> list[int]:
 @pytest.mark.parametrize(
     ("structure", "packed", "start", "fields"),
     [
-        ("end", layout.END, 0, "address port tag"),
         (
-            "binding",
-            layout.BINDING,
+            "channel",
+            layout.CHANNEL,
             0,
-            "destination expires next_hop usage end flow_label destination_port source_port number flags",
+            """client.address client.port client.tag peer.address peer.port peer.tag client_hop peer_hop expires flow_label
+            flags""",
         ),
         ("next_hop", layout.NEXT_HOP, 4, "ifindex destination source to from vlan mtu flags"),
         ("own", layout.OWN, 0, "address vlan"),
         ("device", layout.DEVICE, 0, "ifindex mac flags"),
-        ("settings", layout.SETTINGS, 0, "service_port lowest_port highest_port own_count own device_count second devices"),
+        (
+            "settings",
+            layout.SETTINGS,
+            0,
+            """service_port lowest_port highest_port own_count hash_keys k k k k k bucket_mask second own device_count
+            devices""",
+        ),
         ("usage", layout.USAGE, 0, "packets bytes last_used"),
     ],
 )
@@ -51,15 +57,15 @@ def test_fields_are_where_the_program_has_them(
 ) -> None:
     in_program = host.layout()
     expected = dict(zip(fields.split(), offsets_of(packed, start), strict=True))
-    expected.pop("_", None)
+    expected.pop("k", None)
     assert {name: in_program[f"{structure}.{name}"] for name in expected} == expected
 
 
 def test_structures_are_as_large_as_the_program_has_them(host: HostRunner) -> None:
     in_program = host.layout()
     sizes = {
-        "end": layout.END.size,
-        "binding": layout.BINDING.size,
+        "channel": layout.CHANNEL_SIZE,
+        "bucket": layout.PLACES * layout.PLACE_SIZE,
         "next_hop": layout.NEXT_HOP_SIZE,
         "own": layout.OWN.size,
         "device": layout.DEVICE.size,
@@ -68,20 +74,24 @@ def test_structures_are_as_large_as_the_program_has_them(host: HostRunner) -> No
         "totals": layout.TOTALS.size,
     }
     assert {name: in_program[name] for name in sizes} == sizes
+    assert in_program["channel.version"] == layout.CHANNEL.size == layout.CHANNEL_SIZE - 4
     assert in_program["next_hop.nudged"] == 4 + layout.NEXT_HOP.size == layout.NEXT_HOP_SIZE - 4
 
 
 def test_what_is_waited_for_lies_in_one_line_of_the_cache(host: HostRunner) -> None:
     in_program = host.layout()
     line = 64
-    assert in_program["next_hop"] == line
+    assert in_program["next_hop"] == in_program["channel"] == in_program["bucket"] == line
     assert line % in_program["usage"] == 0
 
 
 def test_numbers_lie_where_the_kernel_reads_them_whole(host: HostRunner) -> None:
     in_program = host.layout()
-    eight = "binding.expires usage.packets usage.bytes usage.last_used totals.packets binding usage totals settings"
-    four = """binding.next_hop binding.usage binding.end binding.flow_label next_hop next_hop.version next_hop.ifindex
+    eight = (
+        "channel bucket usage.packets usage.bytes usage.last_used totals.packets usage totals settings settings.hash_keys"
+    )
+    four = """channel.client_hop channel.peer_hop channel.expires channel.flow_label channel.flags channel.version
+        channel.client.address channel.peer.address next_hop next_hop.version next_hop.ifindex
         next_hop.destination next_hop.source next_hop.nudged own own.address device device.ifindex
         settings.own settings.device_count settings.devices end"""
     two = "next_hop.to next_hop.from next_hop.vlan next_hop.mtu next_hop.flags own.vlan device.mac device.flags"
@@ -108,6 +118,8 @@ def test_numbers_are_the_programs(host: HostRunner) -> None:
     assert in_program["= SIZES"] == layout.SIZES
     assert 1 << in_program["= SIZE_SHIFT"] == layout.SIZE_STEP
     assert in_program["= ENDS"] == layout.ENDS
+    assert in_program["= PLACES"] == layout.PLACES
+    assert in_program["= HASH_KEYS"] == layout.HASH_KEYS
     assert in_program["= HAIRPIN"] == layout.HAIRPIN
     assert in_program["= STALE"] == layout.STALE
     assert in_program["= SEND_BACK"] == layout.SEND_BACK
@@ -121,7 +133,8 @@ def test_an_mtu_beyond_all_packets_is_the_largest(mtu: int, packed: int) -> None
 
 def test_what_packets_have_is_packed_as_it_stands_there() -> None:
     address = layout.packed_address("192.0.2.1")
-    assert layout.END.pack(address, 0x0102, 0x4003) == bytes(10) + b"\xff\xff\xc0\0\2\1\1\2\x40\3"
+    ports = map(layout.in_packet, (0x0102, 0x4003))
+    assert layout.CHANNEL.pack(address, *ports, bytes(16), *[0] * 7)[:20] == bytes(10) + b"\xff\xff\xc0\0\2\1\1\2\x40\3"
     hop = NextHop(1, address, vlan=0x0FFE).packed()
     assert hop[4 + 16 + 16 + 12 :].startswith(b"\x0f\xfe")
     assert layout.OWN.pack(address, b"\x0f\xfe") == address + b"\x0f\xfe\0\0"

@@ -10,8 +10,8 @@ from typing import Final
 
 import pytest
 
-from relay.offload.layout import NextHop, Own, PassReason, packed_address
-from tests.offload.model import NEVER, SECOND, TICKS, Device, Hop, Tables, Verdict, tick_of
+from relay.offload.layout import PLACES, NextHop, Own, PassReason, packed_address
+from tests.offload.model import BUCKETS, NEVER, SECOND, TICKS, Channel, Device, End, Hop, Tables, Verdict, hash_of, tick_of
 from tests.offload.packets import (
     IPV4,
     IPV6,
@@ -26,17 +26,18 @@ from tests.offload.packets import (
     udp,
     with_right_header,
 )
-from tests.offload.runners import HostRunner, Runner
+from tests.offload.runners import ENTRIES, HostRunner, Runner
 from tests.offload.world import (
     BACK_MAC,
+    CHANNEL,
     CLIENT,
     CLIENT_PORT,
     ELSEWHERE,
-    FIRST_OF_HAIRPIN,
     FRONT_MAC,
     HERE,
     NUMBER,
     OTHER,
+    OTHER_CHANNEL,
     OTHER_NUMBER,
     OTHER_PORT,
     OTHER_RELAYED,
@@ -110,7 +111,7 @@ def test_a_peers_datagram_becomes_channel_data_from_the_service(runner: Runner, 
     (outcome,) = agreed(runner, world(client, peer), from_peer(peer))
     source, destination = (OWN[client], SERVICE), (CLIENT[client], CLIENT_PORT)
     message = channel_data(NUMBER, PAYLOAD)
-    assert outcome == (Verdict.TX, expected_frame(source, destination, message, FRONT_MAC, 0x12345), 0, None)
+    assert outcome == (Verdict.TX, expected_frame(source, destination, message, FRONT_MAC, 0xABCDE), 0, None)
 
 
 @clients
@@ -123,7 +124,7 @@ def test_from_client_to_client_a_packet_takes_both_steps_at_once(
     source, destination = (OWN[other], SERVICE), (OTHER[other], OTHER_PORT)
     message = channel_data(OTHER_NUMBER, PAYLOAD)
     assert outcome == (Verdict.TX, expected_frame(source, destination, message, FRONT_MAC, 0x54321), 0, None)
-    assert runner.usage(FIRST_OF_HAIRPIN)[:2] == runner.usage(TO_OTHER)[:2] == (1, len(PAYLOAD))
+    assert runner.usage(2 * CHANNEL)[:2] == runner.usage(2 * OTHER_CHANNEL + 1)[:2] == (1, len(PAYLOAD))
     assert runner.totals().packets == [1, 1]
 
 
@@ -218,12 +219,9 @@ def test_an_empty_payload_goes_to_an_ipv6_peer(runner: Runner, client: int) -> N
 )
 def test_an_ipv6_address_that_looks_like_a_mapped_one_is_none(runner: Runner, like: str) -> None:
     peer = packed_address(like)
-    tables = world(4, 6)
-    (channel,), (back,) = tables.channels.values(), tables.peers.values()
+    tables = world(4, 6).with_channels(peer=(peer, PEER_PORT, RELAYED))
     tables = replace(
         tables,
-        channels={(CLIENT[4], CLIENT_PORT, NUMBER): channel._replace(destination=peer)},
-        peers={(peer, PEER_PORT, RELAYED): back},
         next_hops={
             **tables.next_hops,
             TO_PEER: next_hop(PEER[6], BACK_MAC)._replace(hop=NextHop(HERE, peer, OWN[6], mtu=1500)),
@@ -236,28 +234,20 @@ def test_an_ipv6_address_that_looks_like_a_mapped_one_is_none(runner: Runner, li
 
 @pytest.mark.parametrize("client_port", [1, SERVICE, 49152, 65535])
 def test_any_port_can_be_a_clients(runner: Runner, client_port: int) -> None:
-    tables = world()
-    (channel,) = tables.channels.values()
-    tables = replace(tables, channels={(CLIENT[4], client_port, NUMBER): channel})
+    tables = world().with_channels(client=(CLIENT[4], client_port, NUMBER))
     (outcome,) = agreed(runner, tables, datagram((CLIENT[4], client_port), (OWN[4], SERVICE), channel_data(NUMBER, PAYLOAD)))
     assert outcome.verdict is Verdict.TX
 
 
 @pytest.mark.parametrize("number", [0x4000, 0x4FFF, 0x5000, 0x7FFF])
 def test_channel_numbers_are_those_of_old_clients_too(runner: Runner, number: int) -> None:
-    tables = world()
-    (channel,) = tables.channels.values()
-    tables = replace(tables, channels={(CLIENT[4], CLIENT_PORT, number): channel})
+    tables = world().with_channels(client=(CLIENT[4], CLIENT_PORT, number))
     assert agreed(runner, tables, from_client(number=number))[0].verdict is Verdict.TX
 
 
 @pytest.mark.parametrize("port", [49152, 49153, 65534, 65535])
 def test_relayed_ports_are_those_from_the_lowest_to_the_highest(runner: Runner, port: int) -> None:
-    tables = world()
-    (back,) = tables.peers.values()
-    tables = replace(
-        tables, peers={(PEER[4], PEER_PORT, port): back._replace(end=end_of(port, 4))}, ends={end_of(port, 4): NEVER}
-    )
+    tables = replace(world().with_channels(peer=(PEER[4], PEER_PORT, port)), ends={end_of(port, 4): NEVER})
     frame = datagram((PEER[4], PEER_PORT), (OWN[4], port), PAYLOAD)
     outside = tables.with_settings(
         lowest_port=port + 1 if port < 65535 else 1, highest_port=65535 if port < 65535 else 65534
@@ -280,15 +270,68 @@ def test_only_the_allocations_of_the_peers_family_need_to_stand(runner: Runner, 
 
 def test_channels_of_a_client_are_told_apart(runner: Runner) -> None:
     tables = world()
-    ((key, channel),) = tables.channels.items()
-    more = channel._replace(
-        destination=PEER[6], next_hop=TO_OTHER, usage=TO_OTHER, destination_port=7, source_port=OTHER_RELAYED
-    )
+    (channel,) = tables.channels.values()
+    more = Channel((CLIENT[4], CLIENT_PORT, OTHER_NUMBER), (PEER[6], 7, RELAYED), TO_CLIENT, TO_OTHER)
     hops = {**tables.next_hops, TO_OTHER: next_hop(PEER[6], FRONT_MAC)}
-    tables = replace(tables, channels={key: channel, (*key[:2], OTHER_NUMBER): more}, next_hops=hops)
+    ends = {end_of(RELAYED, family): NEVER for family in (4, 6)}
+    tables = Tables.of(tables.settings, {CHANNEL: channel, OTHER_CHANNEL: more}, hops, ends)
     agreed(runner, tables, from_client(), from_client(number=OTHER_NUMBER), from_client(number=OTHER_NUMBER))
-    assert runner.usage(TO_PEER).packets == 1
-    assert runner.usage(TO_OTHER).packets == 2
+    assert runner.usage(2 * CHANNEL).packets == 1
+    assert runner.usage(2 * OTHER_CHANNEL).packets == 2
+
+
+@clients
+@peers
+def test_a_bucket_is_searched_to_its_last_place(runner: Runner, client: int, peer: int) -> None:
+    """Other channels whose ends are in the same buckets, before those of this one."""
+    tables = world(client, peer)
+    (channel,) = tables.channels.values()
+    before: dict[int, Channel] = {}
+    tags = iter(range(1 << 16))
+    while len(before) < PLACES - 1:
+        tag = next(tags)
+        other = channel._replace(client=(*channel.client[:2], tag), peer=(*channel.peer[:2], tag))
+        if bucket_of(other.client) == bucket_of(channel.client) and bucket_of(other.peer) == bucket_of(channel.peer):
+            before[OTHER_CHANNEL + len(before)] = other
+    tables = Tables.of(tables.settings, {**before, CHANNEL: channel}, tables.next_hops, tables.ends)
+    assert {each.verdict for each in agreed(runner, tables, from_client(client), from_peer(peer))} == {Verdict.TX}
+
+
+def bucket_of(end: End) -> int:
+    return (hash_of(end) >> 16) % BUCKETS
+
+
+def test_a_channel_that_is_gone_or_another_by_now_is_none(runner: Runner) -> None:
+    """A place in a hash table may be read before a channel goes, and its entry after another has come there."""
+    tables = world()
+    (channel,) = tables.channels.values()
+    other = channel._replace(client=(OTHER[4], CLIENT_PORT, NUMBER), peer=(OTHER[4], PEER_PORT, RELAYED))
+    for there in ({CHANNEL: channel._replace(version=2)}, {CHANNEL: other}, {}):
+        assert both_ways(runner, replace(tables, channels=there)) == [PassReason.UNBOUND] * 2
+    beyond = dict.fromkeys(tables.clients, 1 << 20), dict.fromkeys(tables.peers, (1 << 32) - 2)
+    assert both_ways(runner, replace(tables, clients=beyond[0], peers=beyond[1])) == [PassReason.UNBOUND] * 2
+    for version in (3, (1 << 32) - 1):
+        assert both_ways(runner, tables.with_channels(version=version)) == [None, None]
+
+
+@pytest.mark.parametrize("word", range(4))
+def test_every_word_of_an_end_counts(runner: Runner, word: int) -> None:
+    """Also if the place says otherwise: its 32 bits of a hash may be another's."""
+    tables = world(6, 6)
+    (channel,) = tables.channels.values()
+    changed = bytearray(CLIENT[6])
+    changed[4 * word] ^= 1
+    there = channel._replace(client=(bytes(changed), *channel.client[1:]))
+    (outcome,) = agreed(runner, replace(tables, channels={CHANNEL: there}), from_client(6))
+    assert outcome.reason is PassReason.UNBOUND
+
+
+@pytest.mark.parametrize("change", [(CLIENT[4], CLIENT_PORT + 1, NUMBER), (CLIENT[4], CLIENT_PORT, OTHER_NUMBER)])
+def test_port_and_number_of_an_end_count(runner: Runner, change: tuple[bytes, int, int]) -> None:
+    tables = world()
+    (channel,) = tables.channels.values()
+    tables = replace(tables, channels={CHANNEL: channel._replace(client=change)})
+    assert agreed(runner, tables, from_client())[0].reason is PassReason.UNBOUND
 
 
 # ------------------------------------------------------------------------------------------------- where it is sent
@@ -509,9 +552,9 @@ def both_ways(runner: Runner, tables: Tables) -> list[PassReason | None]:
 def test_a_channel_whose_time_is_over_is_none(runner: Runner) -> None:
     now = runner.now()
     expired = PassReason.EXPIRED
-    assert both_ways(runner, world().with_channels(expires=now - SECOND)) == [expired, None]
-    assert both_ways(runner, world().with_peers(expires=now - SECOND)) == [None, expired]
-    assert both_ways(runner, world().with_channels(expires=now + 60 * SECOND).with_peers(expires=0)) == [None, expired]
+    assert both_ways(runner, world().with_channels(expires=now - SECOND)) == [expired] * 2
+    assert both_ways(runner, world().with_channels(expires=now - 3600 * SECOND)) == [expired] * 2
+    assert both_ways(runner, world().with_channels(expires=now + 60 * SECOND)) == [None] * 2
 
 
 def test_all_channels_end_with_their_allocation(runner: Runner) -> None:
@@ -519,13 +562,12 @@ def test_all_channels_end_with_their_allocation(runner: Runner) -> None:
     for ends in ({end_of(RELAYED, 4): now - SECOND}, {end_of(RELAYED, 4): 0}, {end_of(RELAYED, 6): NEVER}, {}):
         assert both_ways(runner, replace(world(), ends=ends)) == [PassReason.EXPIRED] * 2
     assert both_ways(runner, replace(world(), ends={end_of(RELAYED, 4): now + 60 * SECOND})) == [None, None]
-    assert both_ways(runner, world().with_channels(end=1 << 17)) == [PassReason.EXPIRED, None]
 
 
 def test_a_channel_stands_until_its_last_nanosecond(host: HostRunner) -> None:
     now = host.now()
     for until, reason in ((now, PassReason.EXPIRED), (now + 1, None)):
-        assert both_ways(host, world().with_channels(expires=until).with_peers(expires=until)) == [reason] * 2
+        assert both_ways(host, world().with_channels(expires=until)) == [reason] * 2
         assert both_ways(host, replace(world(), ends={end_of(RELAYED, 4): until})) == [reason] * 2
 
 
@@ -533,14 +575,15 @@ def test_between_clients_both_channels_have_to_stand(runner: Runner) -> None:
     past = runner.now() - SECOND
     tables = hairpin()
     for broken, reason in (
-        (tables.with_channels(expires=past), PassReason.EXPIRED),
-        (tables.with_peers(expires=past), PassReason.EXPIRED),
+        (tables.with_channels(CHANNEL, expires=past), PassReason.EXPIRED),
+        (tables.with_channels(OTHER_CHANNEL, expires=past), PassReason.EXPIRED),
         (replace(tables, ends={end_of(RELAYED, 4): NEVER}), PassReason.EXPIRED),
         (replace(tables, ends={end_of(OTHER_RELAYED, 4): NEVER}), PassReason.EXPIRED),
         (replace(tables, peers={}), PassReason.UNBOUND),
-        (tables.with_channels(source_port=RELAYED + 1), PassReason.UNBOUND),
-        (tables.with_channels(destination_port=OTHER_RELAYED + 1), PassReason.UNBOUND),
-        (tables.with_channels(destination=OWN[6]), PassReason.UNBOUND),
+        (tables.with_channels(CHANNEL, peer=(OWN[4], OTHER_RELAYED + 1, RELAYED)), PassReason.UNBOUND),
+        (tables.with_channels(OTHER_CHANNEL, peer=(OWN[4], RELAYED + 1, OTHER_RELAYED)), PassReason.UNBOUND),
+        (tables.with_channels(OTHER_CHANNEL, peer=(OWN[4], RELAYED, OTHER_RELAYED + 1)), PassReason.UNBOUND),
+        (tables.with_channels(OTHER_CHANNEL, peer=(OWN[6], RELAYED, OTHER_RELAYED)), PassReason.UNBOUND),
     ):
         assert agreed(runner, broken, from_client())[0].reason is reason
 
@@ -569,12 +612,15 @@ def test_a_next_hop_that_is_not_known_for_sure_is_not_taken(runner: Runner, chan
 
 def test_without_an_entry_there_is_no_next_hop(runner: Runner) -> None:
     assert both_ways(runner, replace(world(), next_hops={})) == [PassReason.NO_NEXT_HOP] * 2
-    assert both_ways(runner, world().with_channels(next_hop=1 << 20)) == [PassReason.NO_NEXT_HOP, None]
-    assert both_ways(runner, world().with_channels(next_hop=TO_CLIENT)) == [PassReason.NO_NEXT_HOP, None]
+    assert both_ways(runner, world().with_channels(peer_hop=1 << 20)) == [PassReason.NO_NEXT_HOP, None]
+    assert both_ways(runner, world().with_channels(peer_hop=TO_CLIENT)) == [PassReason.NO_NEXT_HOP, None]
+    assert both_ways(runner, world().with_channels(client_hop=TO_PEER)) == [None, PassReason.NO_NEXT_HOP]
 
 
 def test_usage_without_an_entry_is_not_counted(runner: Runner) -> None:
-    agreed(runner, world().with_channels(usage=1 << 20), from_client())
+    tables = world()
+    (channel,) = tables.channels.values()
+    agreed(runner, Tables.of(tables.settings, {ENTRIES // 2: channel}, tables.next_hops, tables.ends), from_client())
     assert runner.totals().packets == [1, 0]
 
 
@@ -838,8 +884,8 @@ def test_packets_and_bytes_are_counted_by_direction_and_channel(runner: Runner) 
     totals = runner.totals()
     assert totals.packets == [4, 1]
     assert totals.octets == [sum(sizes) + 20, 64]
-    assert runner.usage(TO_PEER)[:2] == (4, sum(sizes) + 20)
-    assert runner.usage(TO_CLIENT)[:2] == (1, 64)
+    assert runner.usage(2 * CHANNEL)[:2] == (4, sum(sizes) + 20)
+    assert runner.usage(2 * CHANNEL + 1)[:2] == (1, 64)
 
 
 def test_when_a_channel_was_used_is_known(host: HostRunner) -> None:
@@ -849,5 +895,5 @@ def test_when_a_channel_was_used_is_known(host: HostRunner) -> None:
     host.set_clock(start + 5)
     host.run(from_peer())
     host.run(from_client(ip={"hop_limit": 1}))
-    assert host.usage(TO_PEER).last_used == start
-    assert host.usage(TO_CLIENT).last_used == start + 5
+    assert host.usage(2 * CHANNEL).last_used == start
+    assert host.usage(2 * CHANNEL + 1).last_used == start + 5

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay.offload.layout import NextHop, Own
-from tests.offload.model import NEVER, SECOND, TICKS, Binding, Device, Hop, Model, Settings, Tables, tick_of
+from tests.offload.model import NEVER, SECOND, TICKS, Channel, Device, Hop, Model, Settings, Tables, tick_of
 from tests.offload.packets import channel_data, is_ipv4, pseudo_header, sum_of, with_right_header
 from tests.offload.runners import ENTRIES, HostRunner
 from tests.offload.world import (
     BACK_MAC,
+    CHANNEL,
     CLIENT,
     CLIENT_PORT,
     ELSEWHERE,
@@ -23,6 +24,7 @@ from tests.offload.world import (
     HERE,
     NUMBER,
     OTHER,
+    OTHER_CHANNEL,
     OTHER_NUMBER,
     OTHER_PORT,
     OTHER_RELAYED,
@@ -90,11 +92,15 @@ class Source:
         one, other, third = (self.one(FAMILIES) for _ in range(3))
         tables = hairpin(one, other, third) if self.happens(3) else world(one, other, self.one((0, 0, 1, 0xFFFF)))
         changes: list[Callable[[Tables], Tables]] = [
-            lambda it: it.with_channels(expires=self.one(TIMES)),
-            lambda it: it.with_peers(expires=self.one(TIMES), number=self.one(NUMBERS), flow_label=self.bits(20)),
-            lambda it: it.with_channels(next_hop=self.one(INDICES), usage=self.one(INDICES)),
-            lambda it: it.with_channels(is_hairpin=bool(self.bits(1)), end=self.one((*ENDS, 1 << 17))),
-            lambda it: it.with_channels(flow_label=self.bits(20), destination_port=self.bits(16), source_port=self.bits(16)),
+            lambda it: it.with_channels(self._index(it), expires=self.one((*TIMES, None))),
+            lambda it: it.with_channels(self._index(it), flow_label=self.bits(20), is_hairpin=bool(self.bits(1))),
+            lambda it: it.with_channels(client_hop=self.one(INDICES), peer_hop=self.one(INDICES)),
+            lambda it: it.with_channels(self._index(it), client=self._end(NUMBERS)),
+            lambda it: it.with_channels(self._index(it), peer=self._end(PORTS)),
+            lambda it: it.with_channels(self._index(it), version=self.bits(2)),
+            lambda it: replace(it, clients={end: self.one(INDICES) for end in it.clients}),
+            lambda it: replace(it, peers={end: self.one((CHANNEL, OTHER_CHANNEL)) for end in it.peers}),
+            lambda it: replace(it, channels={self.one((*range(6), ENTRIES - 1)): each for each in it.channels.values()}),
             lambda it: it.with_next_hops(mtu=self.one(MTUS), ifindex=self.one((0, HERE, ELSEWHERE))),
             lambda it: it.with_next_hops(version=self.bits(2), stale=bool(self.bits(1)), nudged=self.one(NUDGED)),
             lambda it: it.with_next_hops(vlan=self.bits(16), to_mac=self.octets(6), from_mac=self.octets(6)),
@@ -114,19 +120,22 @@ class Source:
         return Settings(own, devices, *(self.one(PORTS) for _ in range(3)))
 
     def _any_tables(self) -> Tables:
-        return Tables(
+        return Tables.of(
             self._settings(),
-            {(self.one(ADDRESSES), self.one(PORTS), self.one(NUMBERS)): self._binding() for _ in range(self.below(9))},
-            {(self.one(ADDRESSES), self.one(PORTS), self.one(PORTS)): self._binding() for _ in range(self.below(9))},
+            {self.one((*range(10), ENTRIES - 1)): self._channel() for _ in range(self.below(9))},
             {index: self._hop() for index in range(4)},
             {each: self.one(TIMES) for each in ENDS},
         )
 
-    def _binding(self) -> Binding:
-        indices = self.one(INDICES), self.one(INDICES), self.one(ENDS)
-        ports = self.one(PORTS), self.one(PORTS)
-        rest = self.one(NUMBERS), self.bits(20), self.one(TIMES)
-        return Binding(self.one(ADDRESSES), *ports, *indices, *rest, is_hairpin=self.happens(3))
+    def _index(self, tables: Tables) -> int:
+        return int(self.one(list(tables.channels) or [0]))
+
+    def _end(self, tags: Sequence[int]) -> tuple[bytes, int, int]:
+        return self.one(ADDRESSES), self.one(PORTS), self.one(tags)
+
+    def _channel(self) -> Channel:
+        ends, hops = (self._end(NUMBERS), self._end(PORTS)), (self.one(INDICES), self.one(INDICES))
+        return Channel(*ends, *hops, self.bits(20), self.one(TIMES), self.happens(3), self.one((1, 1, 1, 2, 3)))
 
     def _hop(self) -> Hop:
         family = self.one(FAMILIES)
@@ -137,8 +146,8 @@ class Source:
 
     def frame(self, tables: Tables) -> bytes:
         """Mostly one that finds its channel, sometimes damaged."""
-        if tables.channels and self.happens(2):
-            address, port, number = self.one(list(tables.channels))
+        if tables.clients and self.happens(2):
+            address, port, number = self.one(list(tables.clients))
             payload = channel_data(number, self.octets(self.one(SIZES)))
             target = tables.settings.service_port
         elif tables.peers:

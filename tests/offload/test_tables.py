@@ -1,5 +1,6 @@
 """The program's tables, as the relay writes and reads them, with the kernel itself."""
 
+import contextlib
 import gc
 import struct
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from relay.offload.program import MOST_BINDINGS, Device, Usage, XdpProgram, bind
 from tests.offload.conftest import needs_bpf
 
 ROOM = 8
+BUCKETS = 4
+"""Of the hash tables, as that many take."""
 HOP = NextHop(7, packed_address("192.0.2.1"), packed_address("192.0.2.2"), b"\2abcde", b"\2fghij", 5, 1500, stale=True)
 
 
@@ -96,6 +99,15 @@ def test_clearing_slots_clears_both_directions_on_all_cpus_and_no_neighbour(prog
 
 
 @needs_bpf
+def test_no_two_programs_hash_alike(program: XdpProgram) -> None:
+    with contextlib.closing(XdpProgram(ROOM)) as other:
+        keys = {*program.hash_keys.numbers, *other.hash_keys.numbers}
+    assert len(keys) == 2 * layout.HASH_KEYS
+    assert all(0 <= each < 1 << 64 for each in keys)
+    assert sum(each.bit_count() for each in keys) > 200, "of 768 bits"
+
+
+@needs_bpf
 def test_an_end_is_in_the_kernels_table_at_once(program: XdpProgram) -> None:
     program.set_end(2 * 65535 + 1, 1 << 60)
     program.set_end(2 * 65535, 5)
@@ -167,8 +179,9 @@ def test_settings_name_ports_addresses_and_interfaces(program: XdpProgram) -> No
     program.write_settings(own, [Device(3, b"abcdef", send_back=True), Device(4, b"ghijkl", send_back=False)])
     assert SETTINGS.unpack(bytes(program._settings[: SETTINGS.size])) == (
         *(3478, 50000, 50009, 2),
+        *(*program.hash_keys.numbers, BUCKETS - 1, round(program.ticks.per_second)),
         b"".join((own[0].address, bytes(4), own[1].address, b"\0\x64\0\0")).ljust(320, b"\0"),
-        *(2, round(program.ticks.per_second)),
+        2,
         (struct.pack("=I6sH", 3, b"abcdef", 1) + struct.pack("=I6sH", 4, b"ghijkl", 0)).ljust(96, b"\0"),
     )
 
@@ -180,8 +193,9 @@ def test_settings_of_nobody_leave_no_address_and_no_interface(program: XdpProgra
     program.write_settings((), ())
     assert SETTINGS.unpack(bytes(program._settings[: SETTINGS.size])) == (
         *(3478, 50000, 50009, 0),
+        *(*program.hash_keys.numbers, BUCKETS - 1, round(program.ticks.per_second)),
         bytes(320),
-        *(0, round(program.ticks.per_second)),
+        0,
         bytes(96),
     )
 
@@ -192,7 +206,7 @@ def test_more_addresses_and_interfaces_than_there_is_room_for_are_left_out(progr
     own = [Own(bytes([i]) * 16) for i in range(17)]
     program.write_settings(own, [Device(i, b"abcdef", send_back=False) for i in range(9)])
     written = SETTINGS.unpack(bytes(program._settings[: SETTINGS.size]))
-    assert (written[3], written[4], written[5]) == (16, b"".join(each.address + bytes(4) for each in own[:16]), 8)
+    assert (written[3], written[12], written[13]) == (16, b"".join(each.address + bytes(4) for each in own[:16]), 8)
 
 
 def descriptors() -> int:

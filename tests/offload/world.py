@@ -6,7 +6,7 @@ from relay.offload.layout import NextHop, Own, packed_address
 from tests.offload.model import (
     NEVER,
     TICKS,
-    Binding,
+    Channel,
     Device,
     Hop,
     Model,
@@ -16,7 +16,7 @@ from tests.offload.model import (
     Verdict,
 )
 from tests.offload.packets import IPV4, IPV6, channel_data, ethernet, ipv4, ipv6, is_ipv4, udp
-from tests.offload.runners import Runner
+from tests.offload.runners import ENTRIES, Runner
 
 OWN: Final = {4: packed_address("203.0.113.1"), 6: packed_address("2001:db8::1")}
 CLIENT: Final = {4: packed_address("198.51.100.7"), 6: packed_address("2001:db8:1:f:e:d:c:7")}
@@ -37,9 +37,9 @@ BACK_MAC: Final = bytes.fromhex("02c1c2c3c4c5")
 """Of the router to the peers."""
 
 TO_PEER, TO_CLIENT, TO_OTHER = 1, 2, 3
-"""Indices of next hops and of usage."""
-FIRST_OF_HAIRPIN: Final = 4
-"""Likewise."""
+"""Indices of next hops."""
+CHANNEL, OTHER_CHANNEL = 3, 4
+"""Indices of channels."""
 
 PAYLOAD: Final = bytes(range(100))
 SETTINGS: Final = Settings((Own(OWN[4]), Own(OWN[6])), (Device(HERE, OUR_MAC, sends_back=True),), SERVICE)
@@ -58,29 +58,28 @@ def next_hop(destination: bytes, mac: bytes, vlan: int = 0) -> Hop:
 
 def world(client: int = 4, peer: int = 4, vlan: int = 0) -> Tables:
     """A client with one channel to one peer, of families 4 or 6, both behind a VLAN tag if told so."""
-    end = end_of(RELAYED, peer)
-    channel = Binding(PEER[peer], PEER_PORT, RELAYED, TO_PEER, TO_PEER, end, flow_label=0xABCDE)
-    back = Binding(CLIENT[client], CLIENT_PORT, SERVICE, TO_CLIENT, TO_CLIENT, end, NUMBER, flow_label=0x12345)
-    return Tables(
+    ends = (CLIENT[client], CLIENT_PORT, NUMBER), (PEER[peer], PEER_PORT, RELAYED)
+    return Tables.of(
         SETTINGS,
-        {(CLIENT[client], CLIENT_PORT, NUMBER): channel},
-        {(PEER[peer], PEER_PORT, RELAYED): back},
+        {CHANNEL: Channel(*ends, TO_CLIENT, TO_PEER, flow_label=0xABCDE)},
         {TO_PEER: next_hop(PEER[peer], BACK_MAC, vlan), TO_CLIENT: next_hop(CLIENT[client], FRONT_MAC, vlan)},
-        {end: NEVER},
+        {end_of(RELAYED, peer): NEVER},
     )
 
 
 def hairpin(client: int = 4, other: int = 4, relayed: int = 4) -> Tables:
     """Two clients with a channel to each other's relayed address, which are of a family of their own."""
-    ends = end_of(RELAYED, relayed), end_of(OTHER_RELAYED, relayed)
-    channel = Binding(OWN[relayed], OTHER_RELAYED, RELAYED, 0, FIRST_OF_HAIRPIN, ends[0], is_hairpin=True)
-    to_other = Binding(OTHER[other], OTHER_PORT, SERVICE, TO_OTHER, TO_OTHER, ends[1], OTHER_NUMBER, flow_label=0x54321)
-    return Tables(
+    mine, others = (OWN[relayed], OTHER_RELAYED, RELAYED), (OWN[relayed], RELAYED, OTHER_RELAYED)
+    return Tables.of(
         SETTINGS,
-        {(CLIENT[client], CLIENT_PORT, NUMBER): channel},
-        {(OWN[relayed], RELAYED, OTHER_RELAYED): to_other},
+        {
+            CHANNEL: Channel((CLIENT[client], CLIENT_PORT, NUMBER), mine, is_hairpin=True),
+            OTHER_CHANNEL: Channel(
+                (OTHER[other], OTHER_PORT, OTHER_NUMBER), others, TO_OTHER, flow_label=0x54321, is_hairpin=True
+            ),
+        },
         {TO_OTHER: next_hop(OTHER[other], FRONT_MAC)},
-        dict.fromkeys(ends, NEVER),
+        dict.fromkeys((end_of(RELAYED, relayed), end_of(OTHER_RELAYED, relayed)), NEVER),
     )
 
 
@@ -148,7 +147,7 @@ def check(outcome: Outcome, expected: Outcome) -> None:
 def check_counters(runner: Runner, model: Model) -> None:
     """Compare all counts, and who was asked for."""
     assert runner.totals() == model.totals
-    for index in (0, TO_PEER, TO_CLIENT, TO_OTHER, FIRST_OF_HAIRPIN):
+    for index in {*range(2 * OTHER_CHANNEL + 2), *model.usage} & set(range(ENTRIES)):
         counted, expected = runner.usage(index), model.usage[index]
         assert counted[:2] == expected[:2]
         assert abs(counted.last_used - expected.last_used) <= runner.slack
