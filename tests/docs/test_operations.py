@@ -14,6 +14,7 @@ import pytest
 
 from relay.config import HIGHEST_PORT, LOWEST_PORT
 from relay.core.addresses import Family
+from relay.ops.metrics.table import TABLE
 from tests.interop.conftest import Program
 from tests.machine import Machine
 
@@ -90,3 +91,9 @@ def test_all_forms_name_the_ports_that_the_relay_has() -> None:
     ranges = re.findall(r"\b3478, ?(\d+)[-:](\d+)", PAGE.read_text())
     assert len(ranges) == 6
     assert set(ranges) == {(str(LOWEST_PORT), str(HIGHEST_PORT))}
+
+
+def test_the_metrics_to_watch_exist() -> None:
+    named = set(re.findall(r"`(relay\.[a-z_.]+)`", PAGE.read_text()))
+    assert len(named) > 5
+    assert named <= {metric.name for metric in TABLE}
