@@ -29,14 +29,16 @@ def ask(at: object, *options: str) -> Result:
 
 
 @contextlib.contextmanager
-def answering(*pieces: bytes, host: str = "127.0.0.1", pause: float = 0) -> Iterator[Endpoint]:
+def answering(
+    *pieces: bytes, host: str = "127.0.0.1", pause: float = 0, asked: list[bytes] | None = None
+) -> Iterator[Endpoint]:
     """Something that answers whatever it is asked with the same bytes, a pause before each piece."""
 
     def serve() -> None:
         with contextlib.suppress(OSError):
             connection, _ = listening.accept()
             with connection:
-                connection.recv(4096)
+                (asked if asked is not None else []).append(connection.recv(4096))
                 for piece in pieces:
                     if stopped.wait(pause):
                         break
@@ -64,8 +66,10 @@ def test_the_exit_code_says_whether_it_is_well(status: bytes, code: int) -> None
 @needs_ipv6
 def test_a_relay_that_listens_at_all_addresses_is_asked_at_loopback() -> None:
     for host, loopback in (("0.0.0.0", "127.0.0.1"), ("::", "::1")):
-        with answering(b"HTTP/1.1 200 OK\r\n\r\n", host=loopback) as at:
+        asked: list[bytes] = []
+        with answering(b"HTTP/1.1 200 OK\r\n\r\n", host=loopback, asked=asked) as at:
             assert ask(Endpoint(host, at.port)).exit_code == 0
+        assert f"\r\nHost: {at}\r\n".encode() in asked[0], "all addresses are the name of none"
 
 
 def test_a_relay_that_does_not_run_is_not_well() -> None:

@@ -1,7 +1,10 @@
 """Settings of the machine that would bite are said at the start, with a command that mends them; no others are."""
 
 import json
+import os
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -83,6 +86,13 @@ def test_a_units_limit_on_threads_is_mended_by_systemd() -> None:
     found = finding(task_limit=TaskLimit(file, 4915, 3))
     assert (found.setting, found.has) == (file, "4915")
     assert found.mend == "systemctl set-property firezone-relay.service TasksMax=20000"
+
+
+def test_threads_that_the_control_group_has_already_count() -> None:
+    needed = 16_384 + 64
+    file = "/sys/fs/cgroup/pids.max"
+    assert findings(FULL, replace(COMMON, task_limit=TaskLimit(file, needed + 10, 10))) == []
+    assert finding(task_limit=TaskLimit(file, needed + 10, 11)).needs == f"{needed + 11}"
 
 
 def test_a_containers_limit_on_threads_is_mended_from_outside() -> None:
@@ -214,6 +224,20 @@ def test_the_limit_that_counts_is_that_of_the_control_group_with_the_least_room(
     assert found is not None
     assert Path(found.file).parent.name == tightest
     assert (found.limit, found.used) == (limit, 7)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="who is no root can't become another user")
+def test_a_users_limit_on_threads_counts_unless_that_user_is_root() -> None:
+    code = """
+import os, resource
+from relay.ops.kernel_settings import read_machine
+resource.setrlimit(resource.RLIMIT_NPROC, (4096, 8192))
+print(read_machine(1).user_threads)
+os.seteuid(65534)
+print(read_machine(1).user_threads)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["None", "4096"]
 
 
 def test_no_file_that_is_missing_is_missed(tmp_path: Path) -> None:
