@@ -9,11 +9,10 @@ from enum import IntEnum
 from typing import Final, NamedTuple
 
 from relay.offload import syscall
-from relay.offload.maps import BatchError, Map, MapFlag, MapType, UpdateFlag, possible_cpus
+from relay.offload.maps import Map, MapFlag, MapType, UpdateFlag, possible_cpus
 from relay.offload.syscall import NAME_LENGTH, Command, Owned
 
 __all__ = [
-    "BatchError",
     "Link",
     "LinkInfo",
     "Map",

@@ -47,16 +47,6 @@ class UpdateFlag(IntEnum):
     EXIST = 2
 
 
-class BatchError(OSError):
-    """A batch has ended before its end.
-
-    Attributes:
-        done: how many elements, from the first, were done. The one after them is the one that failed.
-    """
-
-    done: int = 0
-
-
 @cache
 def possible_cpus() -> int:
     """How many CPUs there can ever be: a value of a per-CPU map has as many parts.
@@ -161,36 +151,14 @@ class Map(Owned):
 
         Raises:
             ValueError: keys or values aren't as long as this map's, or as many as each other.
-            BatchError: one couldn't be put, E2BIG if the map is full; those before it have been.
+            OSError: one couldn't be put, E2BIG if the map is full; those before it have been.
         """
         count = len(keys)
-        joined = b"".join(values)
-        if len(values) != count or len(joined) != count * self.size:
+        joined_keys, joined = b"".join(keys), b"".join(values)
+        if len(joined_keys) != count * self._key_size or len(values) != count or len(joined) != count * self.size:
             raise ValueError(f"{self._subject}: {len(values)} values of {len(joined)} bytes for {count} keys")
-        self._batch(Command.MAP_UPDATE_BATCH, keys, joined)
-
-    def delete_batch(self, keys: Sequence[bytes]) -> None:
-        """Remove elements.
-
-        Raises:
-            ValueError: keys aren't as long as this map's.
-            BatchError: one couldn't be removed, ENOENT if it isn't there; those before it have been.
-        """
-        self._batch(Command.MAP_DELETE_BATCH, keys, None)
-
-    def _batch(self, command: Command, keys: Sequence[bytes], values: bytes | None) -> None:
-        count = len(keys)
-        joined = b"".join(keys)
-        if len(joined) != count * self._key_size:
-            raise ValueError(f"{self._subject}: {count} keys of {len(joined)} bytes")
-        batch = syscall.Batch(keys=joined, values=values, count=count, map=self.fd)
-        try:
-            syscall.call(command, batch, self._subject)
-        except OSError as error:
-            # A batch that fails before its first element leaves the count as it was; one that fails later has done fewer.
-            failed = BatchError(error.errno, error.strerror)
-            failed.done = batch.count if batch.count < count else 0
-            raise failed from None
+        batch = syscall.Batch(keys=joined_keys, values=joined, count=count, map=self.fd)
+        syscall.call(Command.MAP_UPDATE_BATCH, batch, self._subject)
 
     def lookup_array(self, first: int = 0, count: int | None = None) -> bytes:
         """Tell the values of an array's elements, each `size` bytes: with all their parts, one after the other.

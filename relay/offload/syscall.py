@@ -33,7 +33,6 @@ class Command(IntEnum):
     OBJ_GET_INFO_BY_FD = 15
     MAP_LOOKUP_BATCH = 24
     MAP_UPDATE_BATCH = 26
-    MAP_DELETE_BATCH = 27
     LINK_CREATE = 28
     LINK_UPDATE = 29
     LINK_DETACH = 34
@@ -78,7 +77,7 @@ class Lookup(ctypes.Structure):
 
 
 class Batch(ctypes.Structure):
-    """BPF_MAP_UPDATE_BATCH and BPF_MAP_DELETE_BATCH."""
+    """BPF_MAP_UPDATE_BATCH."""
 
     _fields_ = (
         ("after", ctypes.c_void_p),
