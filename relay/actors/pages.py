@@ -88,9 +88,9 @@ def serving(config: Config, sources: Sources) -> Iterator[dict[str, Endpoint]]:
             at[name] = Endpoint(asked.host, http.port)
         if not config.control.is_loopback:
             _log.warning(
-                "the control address is not loopback: whoever reaches it sees clients, peers and settings, and changes what "
-                "is logged and what the kernel relays; give --control-address 127.0.0.1:9999, or see to the firewall",
+                "the control address is not loopback: whoever reaches it sees and changes what operators may",
                 control=str(at["control"]),
+                mend="--control-address 127.0.0.1:9999, or a firewall",
             )
         yield at
 

@@ -82,8 +82,6 @@ STOP_TIMEOUT = LEAVE_TIMEOUT + PORTAL_STOP_TIMEOUT + SERVER_STOP_TIMEOUT + 5.0
 _log = structlog.get_logger("relay.actors.system")
 
 
-_DONE = {Left: "left the portal", Drained: "no allocation is left"}
-
 Awaited: TypeAlias = dict[type[Left | Drained], float]
 """What is still waited for before the end, and the monotonic time at which it no longer is."""
 
@@ -241,7 +239,10 @@ class System:
     def _note_done(self, event: Left | Drained) -> int | None:
         if self._awaited is None or self._awaited.pop(type(event), None) is None:
             return None
-        _log.info(_DONE[type(event)])
+        if isinstance(event, Left):
+            _log.info("left the portal")
+        else:
+            _log.info("no allocation is left")
         return None if self._awaited else 0
 
     def _stop_waiting(self) -> int | None:

@@ -133,13 +133,13 @@ class Log:
         log_filter: LogFilter | None = None,
         *,
         is_watched: bool = False,
-        clock: Callable[[], float] = time.time,
-        monotonic: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
+        monotonic: Callable[[], float] | None = None,
     ) -> None:
         self.stream = stream
         self._render = renderer(log_format, is_watched=is_watched)
-        self._clock = clock
-        self._repeats = Repeats(monotonic)
+        self._clock = clock or time.time
+        self._repeats = Repeats(monotonic or time.monotonic)
         self._filter = log_filter or LogFilter()
         self._thresholds: dict[str, Level] = {}
         self._listeners: list[Callable[[], None]] = []

@@ -134,12 +134,12 @@ class StatsLine:
         try:
             self._also()
             after, at = self._read(), self._clock()
+            fields = report(self._before, after, at - self._at)
         except Exception:  # noqa: BLE001 - a line less is no reason to have none any more
             self.faults += 1
             if self.faults == 1:
                 _log.exception("what flows can't be read: please report this; further times are only counted")
             return
-        fields = report(self._before, after, at - self._at)
         if fields is not None:
             _log.info("relayed", **fields)
         self._before, self._at = after, at

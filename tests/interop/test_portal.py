@@ -34,6 +34,7 @@ from tests.conftest import HAS_IPV6, wait_until
 from tests.connect_proxy import ConnectProxy
 from tests.interop.conftest import Program
 from tests.interop.ice import converse
+from tests.log_lines import valid
 from tests.raw_server import PATIENCE, Peer, RawServer, Recital
 from tests.scripted_portal import Authority, Connection, Refusal, Script, ScriptedPortal
 from tests.turn_client import UDP, TurnClient, code_of, udp_socket
@@ -730,6 +731,28 @@ def test_a_refused_join_ends_it_with_1_and_a_line_that_says_what_to_do(
         assert "refused this relay (invalid_stamp_secret)" in words
         assert "check its public addresses" in words
     assert len(portal.connections) == 2, "it is not tried again"
+
+
+EVIL = 'x\n2026-11-23T20:25:16.250Z FATAL core forged\n{"level": "critical", "event": "forged"}\r\x1b[31m\x9b\u202e\u2028'
+
+
+def test_what_a_portal_writes_can_not_pass_for_a_line_of_the_log_or_reach_a_terminal(
+    portal: ScriptedPortal, start_member: ProgramStarter
+) -> None:
+    programs = [(start_member("--log-format", each, "--log-filter", "trace"), each) for each in FORMATS]
+    portal.wait_until_joined(2)
+    for connection in portal.connections:
+        connection.send(EVIL, {"reason": EVIL})
+        connection.send("phx_reply", {"status": "error", "response": {"reason": EVIL}}, ref=99)
+        connection.send("disconnect", {"reason": EVIL})
+        connection.send("disconnect", {"reason": "token_expired"})
+    for program, log_format in programs:
+        assert "the token has expired" in last_words(program, log_format)
+        assert program.log.count("forged") >= 2, "it was told of, and concealed nothing"
+        assert program.log.replace("\n", "").isprintable()
+        if log_format == "json":
+            entries = [valid(line) for line in program.log.splitlines()]
+            assert not [entry for entry in entries if entry["event"] == "forged"]
 
 
 def test_an_expired_token_ends_it_with_1_and_a_line_that_says_what_to_do(

@@ -25,6 +25,7 @@ from relay import __version__
 from relay.core.credentials import RelaySecret, mint
 from tests.conftest import HAS_IPV6, needs_ipv6
 from tests.interop.conftest import Program, ProgramStarter
+from tests.log_lines import valid
 from tests.turn_client import TurnClient, udp_socket
 
 HOST = "127.82.0.1"
@@ -149,9 +150,30 @@ def seeded_secret(seed: int) -> RelaySecret:
 def test_the_log_in_json_is_one_object_a_line(start_program: ProgramStarter) -> None:
     program = start_program("--log-format", "json")
     assert program.stop() == 0
-    events = [json.loads(line) for line in program.log.splitlines()]
-    assert events[0]["event"] == "ready"
-    assert all({"timestamp", "level"} <= event.keys() for event in events)
+    events = [valid(line) for line in program.log.splitlines()]
+    assert "ready" in [event["event"] for event in events]
+
+
+@pytest.mark.parametrize("log_format", ["json", "human"])
+def test_a_username_with_escape_codes_and_lines_of_its_own_is_nowhere_in_the_log(
+    start_program: ProgramStarter, tmp_path: Path, log_format: str
+) -> None:
+    path = tmp_path / "secret"
+    path.write_text("secret")
+    program = start_program("--relay-secret-file", str(path), "--log-format", log_format, "--log-filter", "trace")
+    credential = mint(RelaySecret("secret"), 1 << 33, 'evil\n{"level": "critical", "event": "forged"}\n\x1b[31m\u202e')
+    with TurnClient((program.host, 3478), credential, "127.0.0.1") as client:
+        client.allocate()
+        assert client.bind_channel(0x4000, ("127.0.0.1", 9)) == 403
+        assert client.refresh(0) is None
+    assert program.stop() == 0
+    assert "allocation freed" in program.log
+    assert "peer refused" in program.log
+    assert str(1 << 33) not in program.log
+    for foreign in ("evil", "forged", "\x1b", "\u202e"):
+        assert foreign not in program.log
+    if log_format == "json":
+        assert {valid(line)["level"] for line in program.log.splitlines()} <= {"debug", "info", "warning"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

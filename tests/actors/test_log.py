@@ -1,0 +1,183 @@
+"""What a running relay writes to its log, and how operators change what that is."""
+
+import contextlib
+import json
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
+from typing import Any, NamedTuple
+
+import pytest
+
+from relay.actors.system import System
+from relay.core.addresses import Family
+from relay.core.stun import MessageClass, Method, encode
+from relay.ops.log_repeats import USUAL
+from relay.ops.logs import events_to
+from tests.actors.conftest import CONFIG, JumpingClock, Relay
+from tests.conftest import wait_until
+from tests.log_lines import KeptLog
+from tests.turn_client import udp_socket
+
+BINDING = encode(MessageClass.REQUEST, Method.BINDING, bytes(12), [])
+
+
+class Logging(NamedTuple):
+    """A relay, and its log."""
+
+    relay: Relay
+    log: KeptLog
+
+    def ask(self, method: str, directives: str | None = None, *, at: str = "control") -> tuple[int, dict[str, Any]]:
+        """Ask for the log's filter, or to change it."""
+        query = "" if directives is None else "?" + urllib.parse.urlencode({"directives": directives})
+        url = f"http://{self.relay.system._http[at]}/log_filter{query}"
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=10) as answer:
+                return answer.status, json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.loads(error.read())
+
+    def events(self, *without: str) -> list[dict[str, Any]]:
+        return [entry for entry in self.log.take() if entry["event"] not in without]
+
+    def names(self) -> list[str]:
+        return [entry["event"] for entry in self.events()]
+
+
+Starter = Callable[[str], Logging]
+
+
+@pytest.fixture
+def start() -> Iterator[Starter]:
+    """Start a relay with a filter; it has said that it is ready."""
+    with contextlib.ExitStack() as stack:
+
+        def started(directives: str) -> Logging:
+            log, clock = KeptLog(directives=directives), JumpingClock()
+            stack.enter_context(events_to(log))
+            system = stack.enter_context(System(CONFIG, clock, log=log))
+            log.take()
+            return Logging(Relay(system, clock, stack), log)
+
+        yield started
+
+
+def test_by_default_an_allocation_is_logged_from_its_beginning_to_its_end_and_nothing_in_between(start: Starter) -> None:
+    logging = start("info")
+    client = logging.relay.client()
+    (relayed, *_) = client.allocate()
+    with udp_socket("127.0.0.1") as peer:
+        assert client.bind_channel(0x4000, peer.getsockname()) is None
+        client.send(0x4000, b"hello")
+        assert peer.recv(100) == b"hello"
+    assert client.refresh(600) is None
+    assert client.refresh(0) is None
+    created, freed = logging.events()
+    host, port = client.socket.getsockname()[:2]
+    assert created["event"] == "allocation created"
+    assert created["client"] == freed["client"] == f"{host}:{port}"
+    assert f"{relayed[0]}:{relayed[1]}" in created["relayed"]
+    assert (freed["event"], freed["reason"], freed["to_peer_bytes"]) == ("allocation freed", "deleted", 5)
+
+
+def test_at_debug_every_request_has_a_line_and_no_packet_has(start: Starter) -> None:
+    logging = start("debug")
+    client = logging.relay.client()
+    (relayed, *_) = client.allocate()
+    with udp_socket("127.0.0.1") as peer:
+        assert client.bind_channel(0x4000, peer.getsockname()) is None
+        client.send(0x4000, b"hello")
+        assert peer.recv(100) == b"hello"
+        assert "channel bound" in logging.names()
+        for _ in range(50):
+            client.send(0x4000, b"hello")
+            assert peer.recv(100) == b"hello"
+            peer.sendto(b"and back", relayed)
+            assert client.receive() == (0x4000, b"and back")
+    assert logging.events() == []
+
+
+def test_a_peer_that_is_never_relayed_to_is_logged_with_its_client(start: Starter) -> None:
+    logging = start("info")
+    client = logging.relay.client()
+    client.allocate()
+    assert client.bind_channel(0x4000, ("169.254.169.254", 80)) == 403
+    (entry,) = logging.events("allocation created")
+    assert (entry["event"], entry["peer"], entry["request"]) == ("peer refused", "169.254.169.254:80", "channel_bind")
+
+
+def test_the_filter_is_told_changed_and_in_force_at_once(start: Starter) -> None:
+    logging = start("info")
+    assert logging.ask("GET") == (HTTPStatus.OK, {"directives": "info"})
+    with udp_socket("127.0.0.1") as stranger:
+        at = logging.relay.system.address_of(Family.IPV4)
+
+        def names_after_a_binding() -> list[str]:
+            stranger.sendto(BINDING, (at.host, at.port))
+            assert stranger.recv(1500)
+            # The line follows the answer, in the thread that gave it.
+            logging.relay.client().allocate()
+            return [name for name in logging.names() if name == "answered"]
+
+        assert names_after_a_binding() == []
+        status, told = logging.ask("POST", "info,relay.core=debug,portal=trace")
+        assert (status, told) == (HTTPStatus.OK, {"directives": "info,relay.core=debug,portal=trace"})
+        assert logging.ask("GET")[1] == told
+        assert "answered" in names_after_a_binding()
+        assert logging.ask("POST", "relay::core=warn")[0] == HTTPStatus.OK
+        logging.log.take()
+        assert names_after_a_binding() == []
+
+
+def test_that_the_filter_was_changed_is_in_the_log_itself(start: Starter) -> None:
+    logging = start("info")
+    logging.ask("POST", "debug")
+    (entry,) = logging.events()
+    assert (entry["event"], entry["before"], entry["directives"]) == ("log filter changed", "info", "debug")
+
+
+@pytest.mark.parametrize("directives", [None, "", "loud", "relay=", "x" * 2000, "\x1b[31m=info", "relay\u202e=off"])
+def test_what_is_no_filter_is_answered_with_400_and_the_reason_and_changes_nothing(
+    start: Starter, directives: str | None
+) -> None:
+    logging = start("warn,core=debug")
+    status, told = logging.ask("POST", directives)
+    assert status == HTTPStatus.BAD_REQUEST
+    assert told["error"]
+    assert told["error"].isprintable()
+    assert told["directives"] == "warn,core=debug"
+    assert logging.ask("GET")[1] == {"directives": "warn,core=debug"}
+    assert logging.events() == []
+
+
+def test_the_filter_is_none_of_the_business_of_who_asks_for_health(start: Starter) -> None:
+    logging = start("info")
+    for method in ("GET", "POST"):
+        assert logging.ask(method, "debug", at="health")[0] == HTTPStatus.NOT_FOUND
+    assert logging.ask("GET")[1] == {"directives": "info"}
+
+
+def test_a_client_that_repeats_itself_without_end_does_not_fill_the_log(start: Starter) -> None:
+    logging = start("info")
+    client = logging.relay.client()
+    client.allocate()
+    for number in range(2 * USUAL.burst):
+        assert client.bind_channel(0x4000 + number, ("169.254.169.254", 80)) == 403
+    refused = [entry for entry in logging.events() if entry["event"] == "peer refused"]
+    assert len(refused) == USUAL.burst
+    logging.log.tell_left_out()
+    assert sum(entry["left_out"] for entry in logging.events()) >= USUAL.burst
+
+
+def test_a_relay_that_has_ended_tells_nobody_of_anything(start: Starter) -> None:
+    logging = start("debug")
+    system = logging.relay.system
+    system.__exit__()
+    wait_until(lambda: not logging.log._listeners)
+    assert system.core.drain() == []
+    assert "stats" not in {thread.name for thread in threading.enumerate()}
