@@ -62,7 +62,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         (("--standalone", *PUBLIC, "--otlp-grpc-endpoint", "https://user:password@host:1"), "no address of a collector"),
         (
             ("--standalone", *PUBLIC, "--log-filter", "loud"),
-            "'loud' is no level: one of trace, debug, info, warn, error, off",
+            "'loud' is no level: one of trace, debug, info, warn",
         ),
         (("--standalone", *PUBLIC, "--log-filter", "relay[x]=info"), "'relay[x]' is no target: write relay.core=debug"),
         (("--standalone", *PUBLIC, "--log-filter", ","), "no directive is given"),

@@ -161,7 +161,7 @@ def test_a_username_with_escape_codes_and_lines_of_its_own_is_nowhere_in_the_log
     path = tmp_path / "secret"
     path.write_text("secret")
     program = start_program("--relay-secret-file", str(path), "--log-format", log_format, "--log-filter", "trace")
-    credential = mint(RelaySecret("secret"), 1 << 33, 'evil\n{"level": "critical", "event": "forged"}\n\x1b[31m\u202e')
+    credential = mint(RelaySecret("secret"), 1 << 33, 'evil\n"}\nFATAL forged\n\x1b[31m\u202e')
     with TurnClient((program.host, 3478), credential, "127.0.0.1") as client:
         client.allocate()
         assert client.bind_channel(0x4000, ("127.0.0.1", 9)) == 403
