@@ -153,10 +153,10 @@ def test_a_field_can_not_take_the_place_of_what_every_line_has() -> None:
 
 
 def test_an_exception_is_one_field_for_programs_and_marked_lines_for_people() -> None:
-    error = raised(ValueError("first\n2026-11-23T20:25:16.250Z FATAL forged\x1b[31m\u202e"))
+    error = raised(RuntimeError("first\n2026-11-23T20:25:16.250Z FATAL forged\x1b[31m\u202e"))
     entry = valid(json_line(line(exception=error)))
     assert entry["exception"].startswith("Traceback (most recent call last):\n  File ")
-    assert entry["exception"].endswith("ValueError: first\n2026-11-23T20:25:16.250Z FATAL forged\\x1b[31m\\u202e")
+    assert entry["exception"].endswith("RuntimeError: first\n2026-11-23T20:25:16.250Z FATAL forged\\x1b[31m\\u202e")
     first, *others = human(line(exception=error)).splitlines()
     assert first.endswith(EVENT)
     assert len(others) > 3
@@ -164,7 +164,7 @@ def test_an_exception_is_one_field_for_programs_and_marked_lines_for_people() ->
 
 
 def test_the_text_of_an_exception_has_a_bounded_length_and_keeps_its_end() -> None:
-    text = exception_text(raised(ValueError("x\n" * 100_000 + "the end")))
+    text = exception_text(raised(RuntimeError("x\n" * 100_000 + "the end")))
     assert len(text) < 20_000
     assert text.endswith("the end")
 
