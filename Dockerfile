@@ -27,6 +27,8 @@ RUN apt-get update && apt-get install --yes --no-install-recommends clang && rm 
 # The build asks for these, and for nothing else.
 COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY requirements requirements
+# otlp: with what it takes to push metrics to a collector (docker build --build-arg REQUIREMENTS=otlp).
+ARG REQUIREMENTS=relay
 COPY relay relay
 # At its final place: the programs of a virtual environment have its path in them. Without a pip of its own: nothing is ever
 # installed there again. Of all that is installed, here and there, the hash is known before.
@@ -34,7 +36,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN pip install --require-hashes --requirement requirements/build.txt \
     && pip wheel --no-deps --no-index --no-build-isolation --wheel-dir dist . \
     && python -m venv --without-pip /opt/firezone-relay \
-    && pip --python /opt/firezone-relay/bin/python install --require-hashes --requirement requirements/relay.txt \
+    && pip --python /opt/firezone-relay/bin/python install --require-hashes --requirement requirements/$REQUIREMENTS.txt \
     && pip --python /opt/firezone-relay/bin/python install --no-deps --no-index dist/*.whl
 
 FROM python:3.13-slim

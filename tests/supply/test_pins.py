@@ -26,6 +26,7 @@ def declared() -> dict[str, list[Requirement]]:
     build = settings["dependency-groups"]["build"]
     wanted = {
         "relay": runtime,
+        "otlp": [*runtime, *extras["otlp"]],
         "build": build,
         "all": [*runtime, *build, *extras["test"], *extras["lint"], *extras["supply"]],
     }
@@ -46,7 +47,7 @@ def requirements_of(name: str, extras: Iterable[str]) -> list[Requirement]:
     ]
 
 
-@pytest.mark.parametrize("lock", ["relay", "build", "all"])
+@pytest.mark.parametrize("lock", ["relay", "otlp", "build", "all"])
 def test_a_lock_has_what_is_declared_and_what_that_needs_and_nothing_else(lock: str) -> None:
     pins = pinned(lock)
     needed: set[str] = set()
