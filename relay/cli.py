@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from relay import __version__
-from relay.config import HIGHEST_PORT, LOWEST_PORT, AttachMode, BadUseError, LogFormat
+from relay.config import HIGHEST_PORT, LOWEST_PORT, AttachMode, BadUseError, DiscoveryMethod, LogFormat
 from relay.core.config import MAX_CHANNELS, UNAUTHENTICATED_BURST, UNAUTHENTICATED_RATE
 from relay.core.credentials import SALT_BYTES, mint
 from relay.ops import signals
@@ -137,6 +137,13 @@ class _Commands(click.Group):
     "PUBLIC_IP6_ADDR",
     IpAddressType(6),
     "The IPv6 address, likewise; at least one of the two is needed.",
+)
+@_setting(
+    "--listen-address-discovery-method",
+    "discovery",
+    "LISTEN_ADDRESS_DISCOVERY_METHOD",
+    click.Choice([each.value for each in DiscoveryMethod]),
+    "Ask the cloud that this machine runs in for the public addresses that are not given.",
 )
 @_setting(
     "--bind-ip4-addr",

@@ -38,6 +38,14 @@ class LogFormat(StrEnum):
     JSON = "json"
 
 
+class DiscoveryMethod(StrEnum):
+    """Who is asked for the public addresses of this machine."""
+
+    GCE_METADATA = "gce_metadata"
+    AWS_EC2_METADATA = "aws_ec2_metadata"
+    AZURE_IMDS = "azure_imds"
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """An address of this machine to listen on."""
@@ -162,7 +170,9 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.public_ip4 is None and self.public_ip6 is None:
-            raise BadUseError("no public address: give --public-ip4-addr or --public-ip6-addr, or both")
+            raise BadUseError(
+                "no public address: give --public-ip4-addr or --public-ip6-addr, or --listen-address-discovery-method"
+            )
         _check_addresses("4", self.public_ip4, self.bind_ip4)
         _check_addresses("6", self.public_ip6, self.bind_ip6)
         if self.lowest_port < UNPRIVILEGED:

@@ -14,10 +14,11 @@ import click
 
 from relay.actors.news import News, Request
 from relay.actors.system import System
-from relay.config import AttachMode, BadUseError, Config, LogFormat, OffloadConfig, PortalAccess
+from relay.config import AttachMode, BadUseError, Config, DiscoveryMethod, LogFormat, OffloadConfig, PortalAccess
 from relay.core.credentials import SALT_BYTES, mint
 from relay.core.peers import Network
 from relay.core.portal.endpoint import PortalUrl
+from relay.discovery.discover import discover
 from relay.net.proxy import Proxy
 from relay.offload.datapath import open_datapath
 from relay.ops import logs, signals
@@ -51,6 +52,9 @@ def run(
             "--relay-secret-file is for --standalone: in a network, the relay makes a secret and tells the portal"
         )
     log_filter = settings.pop("log_filter")
+    discovery = settings.pop("discovery")
+    if discovery is not None:
+        settings |= discover(DiscoveryMethod(discovery), settings["public_ip4"], settings["public_ip6"])._asdict()
     interfaces, mode = settings.pop("offload"), AttachMode(settings.pop("attach_mode"))
     otlp = read_settings(settings.pop("otlp_endpoint"), os.environ)
     config = Config(
