@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import structlog
 
 from relay.actors.news import News, Request
 from relay.actors.system import System
@@ -20,7 +21,7 @@ from relay.core.peers import Network
 from relay.core.portal.endpoint import PortalUrl
 from relay.discovery.discover import discover
 from relay.net.proxy import Proxy
-from relay.offload.datapath import open_datapath
+from relay.offload.datapath import Datapath, open_datapath
 from relay.ops import logs, signals
 from relay.ops.dump import dump, register_wedged_dump
 from relay.ops.metrics.push import read_settings
@@ -29,6 +30,8 @@ from relay.ops.systemd import Systemd
 from relay.options import read_secret, read_token, read_token_file
 
 _DAY = 86400
+
+_log = structlog.get_logger("relay.process")
 
 
 def run(
@@ -79,13 +82,22 @@ def run(
         }
     )
     register_wedged_dump()
-    with (
-        logs.writing(LogFormat(log_format), log_filter, sys.stderr) as log,
-        System(config, news=news, systemd=Systemd(os.environ), datapath=datapath, log=log) as system,
-    ):
-        if config.secret is None and config.portal is None:
-            _introduce(system)
-        return system.run(lambda: dump(system.summary(), log.stream))
+    with logs.writing(LogFormat(log_format), log_filter, sys.stderr) as log:
+        return _serve(config, news, datapath, log)
+
+
+def _serve(config: Config, news: News, datapath: Datapath | None, log: logs.Log) -> int:
+    """Relay until it is over, and give the exit code. Whatever ends it is said in the log."""
+    try:
+        with System(config, news=news, systemd=Systemd(os.environ), datapath=datapath, log=log) as system:
+            if config.secret is None and config.portal is None:
+                _introduce(system)
+            return system.run(lambda: dump(system.summary(), log.stream))
+    except BadUseError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a bug; the interpreter would write it beside the log, in lines of its own
+        _log.critical("the relay failed: please report this", exc_info=error)
+        return 1
 
 
 def _portal_access(

@@ -138,7 +138,7 @@ def _write_peer_refused(event: PeerRefused) -> None:
 
 
 def _write_limit(event: LimitReached) -> None:
-    _REQUESTS.warning("allocation refused", client=show(event.client), limit=event.limit.value, code=int(event.code))
+    _REQUESTS.warning("limit reached", client=show(event.client), limit=event.limit.value, code=int(event.code))
 
 
 def _write_request_refused(event: RequestRefused) -> None:

@@ -17,6 +17,7 @@ from relay.core.addresses import Family
 from relay.core.stun import MessageClass, Method, encode
 from relay.ops.log_repeats import USUAL
 from relay.ops.logs import events_to
+from relay.ops.stats import Flow, flow_in
 from tests.actors.conftest import CONFIG, JumpingClock, Relay
 from tests.conftest import wait_until
 from tests.log_lines import KeptLog
@@ -132,6 +133,25 @@ def test_the_filter_is_told_changed_and_in_force_at_once(start: Starter) -> None
         assert logging.ask("POST", "relay::core=warn")[0] == HTTPStatus.OK
         logging.log.take()
         assert names_after_a_binding() == []
+
+
+def test_what_flows_is_read_from_the_counters_of_a_running_relay(start: Starter) -> None:
+    logging = start("info")
+    client = logging.relay.client()
+    (relayed, *_) = client.allocate()
+    before = flow_in(logging.relay.system._measured)
+    with udp_socket("127.0.0.1") as peer:
+        assert client.bind_channel(0x4000, peer.getsockname()) is None
+        client.send(0x4000, b"hello")
+        assert peer.recv(100) == b"hello"
+        peer.sendto(b"and back", relayed)
+        assert client.receive() == (0x4000, b"and back")
+        client.send(0x4001, b"not bound")
+        client.send(0x4000, b"the end")
+        assert peer.recv(100) == b"the end"
+    after = flow_in(logging.relay.system._measured)
+    assert before == Flow(0, 0, 0, 0, 0, 0, 1, 0)
+    assert after == Flow(2, 12, 1, 8, 0, 1, 1, 1)
 
 
 def test_that_the_filter_was_changed_is_in_the_log_itself(start: Starter) -> None:

@@ -101,7 +101,7 @@ def test_lines_name_client_peer_channel_addresses_and_reasons(log: KeptLog) -> N
         "peer": "127.0.0.1:5000",
         "request": "channel_bind",
     }
-    assert fields("allocation refused") == {"client": "203.0.113.6:40000", "limit": "allocations", "code": 486}
+    assert fields("limit reached") == {"client": "203.0.113.6:40000", "limit": "allocations", "code": 486}
     assert fields("request refused") == {"client": client, "request": "channel_bind", "code": 400}
     assert fields("answered") == {"client": client, "request": "refresh", "success": True}
 
