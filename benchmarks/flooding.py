@@ -1,7 +1,7 @@
 """One process that sends what nobody wants, each datagram in the name of another: ``python -m benchmarks.flooding``.
 
-Sources are addresses of 127.0.0.0/8, any of which a process of a machine may send from, without privileges (ip(7),
-IP_PKTINFO). Some of them have asked for nonces before, as an attacker with addresses of their own could.
+A process may send from any address of its machine, without privileges (ip(7), IP_PKTINFO), and all of 127.0.0.0/8 are. Some
+sources have asked for nonces before, as an attacker with addresses of their own could.
 """
 
 import contextlib
@@ -27,7 +27,6 @@ _IP_PKTINFO = 8
 """Linux (linux/in.h); the socket module has no name for it."""
 
 _PKTINFO = struct.Struct("=i4s4s")
-_FIRST = 127 << 24 | 90 << 16
 _ANSWER_SECONDS = 3.0
 
 Control: TypeAlias = list[tuple[int, int, bytes]]
@@ -37,15 +36,17 @@ class Flood(NamedTuple):
     """What to send."""
 
     to: tuple[str, int]
+    first: int
+    """The first of the IPv4 addresses that it comes from."""
     sources: int
     rate: float
     """Datagrams a second; 0 is as many as this process can."""
     seconds: float
 
 
-def control_of(number: int) -> Control:
-    """Give what has a datagram sent from the address with some number."""
-    return [(socket.IPPROTO_IP, _IP_PKTINFO, _PKTINFO.pack(0, (_FIRST + number).to_bytes(4, "big"), bytes(4)))]
+def control_of(address: int) -> Control:
+    """Give what has a datagram sent from an IPv4 address."""
+    return [(socket.IPPROTO_IP, _IP_PKTINFO, _PKTINFO.pack(0, address.to_bytes(4, "big"), bytes(4)))]
 
 
 def from_strangers() -> list[bytes]:
@@ -61,14 +62,14 @@ def from_strangers() -> list[bytes]:
     ]
 
 
-def with_nonces(sock: socket.socket, to: tuple[str, int], count: int) -> list[tuple[bytes, Control]]:
+def with_nonces(sock: socket.socket, flood: Flood) -> list[tuple[bytes, Control]]:
     """Get nonces for some sources, and give a request of each that all is right with but the password."""
     ask = encode(MessageClass.REQUEST, Method.ALLOCATE, os.urandom(12), [(REQUESTED_TRANSPORT, 17)])
     sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
     sock.settimeout(_ANSWER_SECONDS)
     written = []
-    for number in range(count):
-        sock.sendmsg([ask], control_of(number), 0, to)
+    for address in range(flood.first, flood.first + min(flood.sources, SOURCES_WITH_NONCES)):
+        sock.sendmsg([ask], control_of(address), 0, flood.to)
         with contextlib.suppress(TimeoutError):
             data, control, *_ = sock.recvmsg(2000, 64)
             answer = decode(data)
@@ -76,14 +77,14 @@ def with_nonces(sock: socket.socket, to: tuple[str, int], count: int) -> list[tu
             _, _, at = _PKTINFO.unpack(control[0][2])
             proof = ((USERNAME, f"{int(time.time()) + 600}:flood"), (REALM, FIREZONE_REALM), (NONCE, nonce or b""))
             data = encode(MessageClass.REQUEST, Method.REFRESH, os.urandom(12), proof, key=b"wrong")
-            written.append((data, control_of(int.from_bytes(at, "big") - _FIRST)))
+            written.append((data, control_of(int.from_bytes(at, "big"))))
     return written
 
 
 def datagrams(flood: Flood, sock: socket.socket) -> Iterator[tuple[bytes, Control]]:
     """Give what to send, for ever: each source sends each kind in turn, and every sixth one has a nonce."""
-    proven = itertools.cycle(with_nonces(sock, flood.to, SOURCES_WITH_NONCES))
-    strangers = [control_of(number) for number in range(flood.sources)]
+    proven = itertools.cycle(with_nonces(sock, flood))
+    strangers = [control_of(address) for address in range(flood.first, flood.first + flood.sources)]
     kinds = from_strangers()
     print("under way", flush=True)
     while True:
@@ -116,6 +117,7 @@ def run(flood: Flood) -> int:
 
 
 if __name__ == "__main__":
-    host, port, *numbers = sys.argv[1:]
+    host, port, first_host, *numbers = sys.argv[1:]
     sources, rate, seconds = (float(each) for each in numbers)
-    print(json.dumps(run(Flood((host, int(port)), int(sources), rate, seconds))), flush=True)
+    beginning = int.from_bytes(socket.inet_aton(first_host), "big")
+    print(json.dumps(run(Flood((host, int(port)), beginning, int(sources), rate, seconds))), flush=True)

@@ -34,6 +34,7 @@ from relay.core.attributes import CHANNEL_NUMBER, LIFETIME, REQUESTED_TRANSPORT,
 from relay.core.stun import Message, MessageClass, Method, decode
 
 SOURCES = 200_000
+FIRST_SOURCE = "127.90.0.0"
 PACE = 0.005
 """Seconds between two packets of the client, and two of its peer."""
 
@@ -246,7 +247,7 @@ def limited_relay(directory: Path) -> Server:
 @contextlib.contextmanager
 def flooding(to: tuple[str, int], sources: int, rate: float, seconds: float, processes: int) -> Iterator[Callable[[], int]]:
     """Have processes flood an address; what is given ends it, and tells how many datagrams were sent."""
-    arguments = (to[0], str(to[1]), str(sources), str(rate / processes), str(seconds))
+    arguments = (to[0], str(to[1]), FIRST_SOURCE, str(sources), str(rate / processes), str(seconds))
     command = [sys.executable, "-m", "benchmarks.flooding", *arguments]
     with contextlib.ExitStack() as stack:
         running = []

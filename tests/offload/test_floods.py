@@ -1,0 +1,82 @@
+"""Channels that the kernel relays are out of a flood's way."""
+
+import contextlib
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.measure import memory
+from relay.core.addresses import Family
+from tests.offload.conftest import needs_bpf
+from tests.offload.relays import SERVICE, Talk, running, talk
+from tests.offload.topology import CLIENT, RELAY, row
+
+COUNT = 400
+MIB = 1024
+
+
+def arrived(sock: socket.socket, of: str) -> int:
+    """Count packets, until no more comes."""
+    found = 0
+    sock.settimeout(0.5)
+    with contextlib.suppress(TimeoutError):
+        while True:
+            found += sock.recv(65535).endswith(of.encode() + bytes(100))
+    sock.settimeout(5)
+    return found
+
+
+def exchanged(way: Talk) -> tuple[int, int]:
+    """Send packets both ways; give how many arrived at the peer, and at the client."""
+    for _ in range(COUNT):
+        way.client.send(way.number, b"to peer" + bytes(100))
+        way.peer.sendto(b"to client" + bytes(100), way.relayed[:2])
+    return arrived(way.peer, "to peer"), arrived(way.client.socket, "to client")
+
+
+def refreshed(way: Talk) -> bool:
+    """Refresh as clients do: more than once if no answer comes."""
+    for _ in range(7):
+        with contextlib.suppress(TimeoutError):
+            return way.client.refresh(600) is None
+    return False
+
+
+@needs_bpf
+def test_the_kernel_relays_in_a_flood_as_ever(tmp_path: Path, object_file: bytes) -> None:
+    assert object_file
+    with contextlib.ExitStack() as stack:
+        network = stack.enter_context(row())
+        network.know_all()
+        network.client.ip("addr add 10.78.0.0/16 dev lo")
+        network.relay.ip(f"route add 10.78.0.0/16 via {CLIENT[Family.IPV4]}")
+        relay = stack.enter_context(running(network.relay, tmp_path, "driver"))
+        way = stack.enter_context(talk(relay, network))
+        before = memory(relay.program.process.pid).resident
+        with network.client.entered():
+            flood = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "benchmarks.flooding", RELAY[Family.IPV4], str(SERVICE)),
+                    *("10.78.0.0", "65000", "0", "60"),
+                ],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        stack.callback(flood.wait)
+        stack.callback(flood.kill)
+        assert flood.stdout is not None
+        stack.enter_context(flood.stdout)
+        assert flood.stdout.readline() == "under way\n"
+        # Until the relay is known to be behind: then its sockets would lose some.
+        while not relay.dropped():
+            assert flood.poll() is None
+        by_kernel = way.by_kernel()
+        arrivals = exchanged(way)
+        # A link that is as busy may lose some before the program sees them.
+        assert min(arrivals) >= 0.9 * COUNT
+        relayed = [later - earlier for earlier, later in zip(by_kernel, way.by_kernel(), strict=True)]
+        assert all(least <= count <= COUNT for least, count in zip(arrivals, relayed, strict=True))
+        assert refreshed(way)
+        assert flood.poll() is None
+        assert memory(relay.program.process.pid).resident - before < 16 * MIB
