@@ -72,3 +72,15 @@ def test_variables_beside_options_are_read_by_the_program() -> None:
 def test_variables_that_pages_name_exist(path: Path) -> None:
     named = {each for each in NAME.findall(path.read_text()) if not OF_OTHERS.match(each)}
     assert named <= variables(), "what can be set in the environment is in docs/cli.md"
+
+
+def test_names_that_operators_bring_along_work_here_and_are_explained() -> None:
+    """Those of the Rust relay, whose environment files are to stay as they are."""
+    known = {
+        *("FIREZONE_TOKEN", "FIREZONE_API_URL", "FIREZONE_NAME", "PUBLIC_IP4_ADDR", "PUBLIC_IP6_ADDR", "BIND_IP4_ADDR"),
+        *("BIND_IP6_ADDR", "LOWEST_PORT", "HIGHEST_PORT", "LOG_FORMAT", "RNG_SEED", "HEALTH_CHECK_ADDR", "CONTROL_ENDPOINT"),
+        *("OTLP_GRPC_ENDPOINT", "EBPF_OFFLOADING", "EBPF_ATTACH_MODE"),
+    }
+    assert known <= variables()
+    text = PAGE.with_name("migration.md").read_text()
+    assert {each for each in known if f"`{each}`" not in text} == set()
