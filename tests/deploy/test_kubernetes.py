@@ -72,6 +72,7 @@ def test_kubernetes_takes_each_manifest(path: Path) -> None:
             manifest["spec"] |= {"selector": {}}
             for each in manifest["spec"]["template"]["spec"]["containers"]:
                 each.setdefault("image", "firezone-relay")
+                each["env"] = [variable for variable in each["env"] if variable.pop("$patch", None) != "delete"]
         check(manifest)
 
 
@@ -104,7 +105,7 @@ def test_a_broken_manifest_would_be_found(daemonset: Manifest, breaks: Callable[
 
 
 @needs_kubectl
-@pytest.mark.parametrize("components", [[], ["offload"]])
+@pytest.mark.parametrize("components", [[], ["offload"], ["discovery"], ["offload", "discovery"]])
 def test_what_kustomize_makes_of_them_is_taken_as_well(tmp_path: Path, components: list[str]) -> None:
     made = shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
     top = yaml.safe_load((made / "kustomization.yaml").read_text())
@@ -119,6 +120,10 @@ def test_what_kustomize_makes_of_them_is_taken_as_well(tmp_path: Path, component
     assert container["image"].startswith("registry.example.com/firezone-relay:")
     assert "FIREZONE_TOKEN" in settings(container)
     assert ("EBPF_OFFLOADING" in settings(container)) == ("offload" in components)
+    # Asked of the cloud, the public address is not given: a given one would win.
+    discovers = "discovery" in components
+    names = {each["name"] for each in container["env"]}
+    assert ("LISTEN_ADDRESS_DISCOVERY_METHOD" in names, "PUBLIC_IP4_ADDR" in names) == (discovers, not discovers)
 
 
 def test_its_settings_are_taken_by_the_program(container: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +133,15 @@ def test_its_settings_are_taken_by_the_program(container: Manifest, monkeypatch:
     with cli.make_context("firezone-relay", []) as context:
         assert str(context.params["public_ip4"]) == "192.0.2.7"
         assert context.params["name"] == "node-1"
+
+
+def test_the_cloud_that_is_asked_is_one_that_the_program_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    patch = yaml.safe_load((KUBERNETES / "discovery" / "daemonset.yaml").read_text())
+    (container,) = patch["spec"]["template"]["spec"]["containers"]
+    method = settings(container)["LISTEN_ADDRESS_DISCOVERY_METHOD"]
+    monkeypatch.setenv("LISTEN_ADDRESS_DISCOVERY_METHOD", method)
+    with cli.make_context("firezone-relay", []) as context:
+        assert context.params["discovery"] == method
 
 
 def test_a_relay_that_drains_is_waited_for(pod: Manifest, container: Manifest) -> None:
