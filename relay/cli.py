@@ -40,7 +40,7 @@ T = TypeVar("T", bound=Callable[..., Any])
 BAD_USE = 2
 """Exit code for what the user can mend."""
 
-_ELSEWHERE = {"healthcheck": "relay.healthcheck", "probe": "relay.probe.command"}
+_ELSEWHERE = {"healthcheck": "relay.healthcheck", "probe": "relay.probe.command", "top": "relay.top.command"}
 """Commands that are imported once they are asked for, by name, with the module that has each."""
 
 _EPILOG = """\b

@@ -5,6 +5,9 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 
 T = TypeVar("T")
 
+_TOO_LARGE = 1e18
+"""For a relay's counts and times: an exabyte, and longer than there has been a world."""
+
 
 class UnreadableError(Exception):
     """It is something else; the message says what, in a few words."""
@@ -47,4 +50,7 @@ def _of(type_: type[T], value: object, name: str) -> T:
     accepted = (int, float) if type_ is float else type_
     if not isinstance(value, accepted) or (isinstance(value, bool) and type_ is not bool):
         raise UnreadableError(f"{name} is no {type_.__name__}")
+    # Not for NaN either, which JSON in Python can be.
+    if isinstance(value, int | float) and not abs(value) < _TOO_LARGE:
+        raise UnreadableError(f"{name} is out of range")
     return cast(T, value)
