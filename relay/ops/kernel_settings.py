@@ -7,7 +7,7 @@ example, is taken to be fine: a warning that nobody can act on is noise.
 import math
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -128,16 +128,16 @@ def _raise_tasks(file: str, number: int) -> str:
 
 def _ports(config: Config, machine: Machine) -> Iterator[Finding]:
     """A port of an allocation that another program was given is skipped: it bites where the others are not enough."""
-    ports = config.ports
-    reserved = set[int]().union(*machine.reserved_ports)
-    given_out = set(machine.local_ports) - reserved
-    if config.capacity <= len(set(ports) - given_out):
+    ports, given_out = config.ports, machine.local_ports
+    reserved = tuple(_merged(machine.reserved_ports))
+    contested = _outside(reserved, _overlap(ports, given_out))
+    if config.capacity <= len(ports) - contested:
         return
     event = "other programs are given ports of allocations: not all allocations will find one"
-    setting, has = "net.ipv4.ip_local_port_range", _text(machine.local_ports, " ")
+    setting, has = "net.ipv4.ip_local_port_range", _text(given_out, " ")
     needs = f"none of {_text(ports)}"
-    if len(given_out.difference(ports)) >= _FEWEST_EPHEMERAL_PORTS:
-        ranges = ",".join(map(_text, _ranges(reserved.union(ports))))
+    if _outside(reserved, given_out) - contested >= _FEWEST_EPHEMERAL_PORTS:
+        ranges = ",".join(map(_text, _merged((*reserved, ports))))
         yield Finding(event, setting, has, needs, f"sysctl -w net.ipv4.ip_local_reserved_ports={ranges}")
     else:
         below = range(max(_FIRST_UNPRIVILEGED, ports.start - _EPHEMERAL_PORTS), ports.start)
@@ -165,11 +165,26 @@ def _text(ports: range, separator: str = "-") -> str:
     return f"{ports[0]}{separator}{ports[-1]}" if separator != "-" or len(ports) > 1 else f"{ports[0]}"
 
 
-def _ranges(ports: set[int]) -> Iterator[range]:
-    """Give runs of ports, in order."""
-    firsts = sorted(ports - {port + 1 for port in ports})
-    lasts = sorted(ports - {port - 1 for port in ports})
-    return map(range, firsts, (port + 1 for port in lasts))
+def _merged(ranges: Iterable[range]) -> Iterator[range]:
+    """Give ranges in order, those that overlap or touch as one."""
+    whole = range(0)
+    for each in sorted(ranges, key=lambda each: each.start):
+        if whole and each.start > whole.stop:
+            yield whole
+            whole = each
+        else:
+            whole = range(whole.start if whole else each.start, max(whole.stop, each.stop))
+    if whole:
+        yield whole
+
+
+def _overlap(one: range, other: range) -> range:
+    return range(max(one.start, other.start), min(one.stop, other.stop))
+
+
+def _outside(merged: Iterable[range], ports: range) -> int:
+    """Count the ports that are in none of some ranges, which don't overlap."""
+    return len(ports) - sum(len(_overlap(each, ports)) for each in merged)
 
 
 def read_machine(receive_buffer: int, root: Path = Path("/")) -> Machine:
