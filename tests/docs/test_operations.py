@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from relay.config import HIGHEST_PORT, LOWEST_PORT
 from relay.core.addresses import Family
@@ -93,7 +94,9 @@ def test_all_forms_name_the_ports_that_the_relay_has() -> None:
     assert set(ranges) == {(str(LOWEST_PORT), str(HIGHEST_PORT))}
 
 
-def test_the_metrics_to_watch_exist() -> None:
-    named = set(re.findall(r"`(relay\.[a-z_.]+)`", PAGE.read_text()))
-    assert len(named) > 5
-    assert named <= {metric.name for metric in TABLE}
+def test_the_alerts_are_those_that_there_are_and_their_metrics_exist() -> None:
+    rows = re.findall(r"^\| (Relay[^|]+) \| ([^|]+) \|", PAGE.read_text(), re.MULTILINE)
+    rules = yaml.safe_load((PAGE.parents[1] / "deploy" / "prometheus-rules.yml").read_text())
+    alerts = {rule["alert"] for group in rules["groups"] for rule in group["rules"] if "alert" in rule}
+    assert {name for names, _ in rows for name in names.split(", ")} == alerts
+    assert {name for _, metrics in rows for name in re.findall(r"`([a-z_.]+)`", metrics)} <= {each.name for each in TABLE}
