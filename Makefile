@@ -25,6 +25,9 @@ simulate: $(INSTALLED) ## whole systems in simulated time; SEEDS=1-20, DAYS=30, 
 	@$(BIN)/python -m tests.simulation $(SEEDS) $(if $(DAYS),--days $(DAYS)) $(if $(CLIENTS),--clients $(CLIENTS)) \
 		$(if $(WITHOUT),--without $(WITHOUT))
 
+fuzz: $(VENV)/.fuzzer ## decoder, server, portal frames, HTTP, log directives; TARGET=server, SECONDS=60 for each
+	@$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60) $(TARGET)
+
 debian-packages:
 	@tests/install-debian-packages
 
@@ -57,7 +60,7 @@ sbom: $(INSTALLED) ## dist/firezone-relay-*.cdx.json: what the relay is shipped 
 	@$(BIN)/python -m supply.sbom
 
 clean:
-	rm -rf $(VENV) $(PROGRAM) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PROGRAM) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis .fuzz
 
 $(BIN)/pip:
 	@./bootstrap $(VENV) $(PYTHON)
@@ -67,6 +70,10 @@ $(INSTALLED): $(BIN)/pip pyproject.toml requirements/all.txt hatch_build.py
 	@echo "installing into $(VENV)"
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements/all.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-index --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.fuzzer: $(INSTALLED) requirements/fuzz.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements/fuzz.txt
 	@touch $@
 
 # As the installation does, but for a program that has changed since, or a compiler that has come. Without one, a line says so.

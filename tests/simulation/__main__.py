@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--days", type=float, help="of simulated time")
     parser.add_argument("--clients", type=int, help="instead of as many as the seed says")
     parser.add_argument("--without", default="", help="troubles left out: " + ", ".join(Parameters.TROUBLES))
+    parser.add_argument("--as-is", action="store_true", help="look for no smaller world in which a seed fails")
     parser.add_argument("--trace", action="store_true", help="write all that goes in and out")
     options = parser.parse_args()
     print(_TABLE.format(*_HEADER), flush=True)
@@ -44,7 +45,7 @@ def main() -> int:
             print(
                 f"\nseed {seed} failed. To repeat it:\n    {command(seed, options.days, options.clients, options.without)}"
             )
-            if options.clients is None and options.days is None:
+            if not (options.as_is or options.clients or options.days):
                 print("Looking for a smaller world in which it fails ...", flush=True)
                 print(f"    {smaller(seed, parameters, failure.kind)}")
             return 1

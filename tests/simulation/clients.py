@@ -328,8 +328,8 @@ class Client:
             self._allocate()
         elif code == 401:
             self._later(1, self._want_credential)
-        elif code == 400:
-            # Its number or its peer is kept for another: that passes.
+        elif code in (400, 508):
+            # Its number or its peer is kept for another, or there are too many: that passes.
             self.channels.pop(bound.number, None)
             self._later(100 + 100 * self.random.random(), lambda: self._bind_new(bound.number))
         elif code is None:

@@ -21,6 +21,7 @@ from tests.simulation.kernel import Kernel
 from tests.simulation.network import Network, Relayed
 from tests.simulation.parties import Post
 from tests.simulation.referee import Referee, Rules
+from tests.simulation.setting import Setting
 from tests.simulation.trace import Trace
 from tests.simulation.wire import Address, channel_data
 
@@ -28,15 +29,6 @@ HOSTS = {1: "192.0.2.1", 2: "2001:db8::1"}
 UNIX_AT_ZERO = 1_700_000_000.0
 SOCKET_BUFFER = 2000
 """Datagrams that wait while nobody reads."""
-
-
-class Setting(NamedTuple):
-    """What one relay is given."""
-
-    ports: range
-    quota: int
-    offloads: bool
-    families: tuple[int, ...] = (1, 2)
 
 
 @dataclass(slots=True)
@@ -82,11 +74,13 @@ class Machine:
             ports=setting.ports,
             peers=PeerPolicy(served, frozenset((3478,)), setting.ports, served),
             max_allocations=setting.quota,
+            max_channels=setting.max_channels,
+            max_allocations_per_address=setting.per_address,
             software="relay under simulation",
             offloads=setting.offloads,
         )
         self.server = Server(self.config, Random(f"{seed} core"))
-        self.referee = Referee(Rules(secret, hosts, setting.ports, setting.quota, self._is_forbidden))
+        self.referee = Referee(Rules(secret, hosts, setting, self._is_forbidden))
         self.kernel = Kernel()
         self.sockets: dict[int, int] = {}
         """Allocations by the port that is open for them."""

@@ -7,7 +7,7 @@ from random import Random
 from typing import Any, ClassVar
 
 from tests.simulation.clients import Profile
-from tests.simulation.machine import Setting
+from tests.simulation.setting import Setting
 
 HOUR, DAY = 3600.0, 86400.0
 
@@ -57,6 +57,8 @@ class Parameters:
                 ports=range(first, first + count),
                 quota=clients * 2 if random.random() < 0.8 else clients // 3,
                 offloads=random.random() < 0.5,
+                max_channels=2 if random.random() < 0.2 else 4096,
+                per_address=max(2, clients // 40) if random.random() < 0.2 else None,
             ),
             batching=random.choice((0.0, 0.005, 0.05)),
         )
@@ -69,7 +71,7 @@ class Parameters:
     def for_days(self, days: float) -> "Parameters":
         """Give the same world for longer, with fewer events an hour: so that a month can be waited for."""
         return dataclasses.replace(
-            self, hours=days * 24, pace=6.0, weather=1800, partitions=2400, rebinds=300, machine=1200, portal=7200,
+            self, hours=days * 24, pace=24.0, weather=1800, partitions=2400, rebinds=300, machine=1200, portal=7200,
             restarts=40000, noise=60,
         )  # fmt: skip
 

@@ -13,6 +13,9 @@ from tests.simulation.wire import channel_data
 SHARE = 0.2
 """Of channels whose end is looked at."""
 
+LOOKS = 0.05
+"""Of those, at whose tables: that takes a while."""
+
 TICK = 2**-10
 
 
@@ -33,7 +36,7 @@ class Probes:
         ends = min(channel.bound + CHANNEL_LIVES, allocation.ends)
         for moment in (ends - TICK, ends, ends + TICK):
             self._scheduler.at(moment, self._probe, allocation, channel)
-        if self._random.random() < SHARE:
+        if self._random.random() < LOOKS:
             for moment in (channel.bound + CHANNEL_KEPT - TICK, channel.bound + CHANNEL_KEPT):
                 self._scheduler.at(moment, self._look)
 

@@ -15,6 +15,7 @@ from tests.simulation import wire
 from tests.simulation.clock import BrokenError
 from tests.simulation.holdings import BIND_WAIT, NONCE_LIVES, Allocation, Channel, Holdings
 from tests.simulation.requests import Judge
+from tests.simulation.setting import Setting
 from tests.simulation.wire import Address, Wire
 
 
@@ -24,8 +25,7 @@ class Rules(NamedTuple):
     secret: str
     hosts: dict[int, str]
     """Of relayed addresses, by family."""
-    ports: range
-    quota: int
+    setting: Setting
     is_forbidden: Callable[[Address], bool]
     """Whether packets to a peer are refused."""
 
@@ -54,7 +54,7 @@ class Referee:
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
-        self.holdings = Holdings(rules.ports)
+        self.holdings = Holdings(rules.setting.ports)
         self.answers: Counter[tuple[int, int]] = Counter()
         """By method and code, 0 for success."""
         self.drops: Counter[str] = Counter()
@@ -78,7 +78,7 @@ class Referee:
             Drained: self._check_drained,
         }
         self._owed: deque[Expected] = deque()
-        self._ending: deque[tuple[Allocation, str]] = deque()
+        self._ending: list[tuple[Allocation, str]] = []
         self._binding: deque[Allocation] = deque()
         self._relaying: dict[tuple[object, object], deque[Relayed]] = defaultdict(deque)
 
@@ -309,11 +309,12 @@ class Referee:
 
     def _check_free(self, command: FreeAllocation, _: float) -> None:
         id_, reason = command.allocation, str(command.reason)
-        if not self._ending:
-            raise BrokenError(f"allocation {id_} is freed ({reason}), and is not over")
-        allocation, why = self._ending.popleft()
-        if (allocation.id, why) != (id_, reason):
-            raise BrokenError(f"allocation {id_} is freed ({reason}), but {allocation.id} ({why}) is to be")
+        # Several may have the same end, and no order among them.
+        for ending in self._ending:
+            if (ending[0].id, ending[1]) == (id_, reason):
+                self._ending.remove(ending)
+                return
+        raise BrokenError(f"allocation {id_} is freed ({reason}), and is not over")
 
     def _check_drained(self, _: Drained, __: float) -> None:
         if not self.is_draining or self.has_drained or self.holdings.by_client:

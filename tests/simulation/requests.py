@@ -86,7 +86,7 @@ class Judge:
         regained = [] if old is None else [port for port in old.ports if not even or port % 2 == 0]
         if referee.is_draining or not (holdings.free_ports(even=even) or regained):
             return 508
-        if len(holdings.by_client) - (old is not None) >= referee.rules.quota:
+        if self._is_over_quota(client, old):
             return 486
         if old is not None:
             referee.end(old, "replaced")
@@ -97,6 +97,16 @@ class Judge:
             Allocation(client, username, key, transaction, fingerprint, served, missing, even, lifetime, ends=now), now
         )
         return 0
+
+    def _is_over_quota(self, client: Address, old: Allocation | None) -> bool:
+        """Tell whether there are too many already, without the one that is to be replaced."""
+        held, setting = self._referee.holdings.by_client, self._referee.rules.setting
+        if len(held) - (old is not None) >= setting.quota:
+            return True
+        if setting.per_address is None:
+            return False
+        networks = [_network(each.client) for each in held.values() if each is not old]
+        return networks.count(_network(client)) >= setting.per_address
 
     def _repeat(self, request: Wire, held: Allocation, username: str, key: bytes) -> int:
         if (held.transaction, held.username) != (request.transaction, username):
@@ -141,7 +151,7 @@ class Judge:
             return 443
         # The port in a permission means nothing.
         rules = self._referee.rules
-        return 403 if any(rules.is_forbidden((peer[0], rules.ports[0])) for peer in peers) else 0
+        return 403 if any(rules.is_forbidden((peer[0], rules.setting.ports[0])) for peer in peers) else 0
 
     def _channel(self, request: Wire, held: Allocation, now: float) -> int:
         number, value = request.get(wire.CHANNEL_NUMBER), request.get(wire.PEER_ADDRESS)
@@ -152,6 +162,10 @@ class Judge:
             return 443
         if self._referee.rules.is_forbidden(peer):
             return 403
+        kept = [each for each in held.channels.values() if each.is_kept(now)]
+        is_new = all(each.number != number[0] << 8 | number[1] and each.peer != peer for each in kept)
+        if is_new and len(kept) >= self._referee.rules.setting.max_channels:
+            return 508
         channel = held.bind(number[0] << 8 | number[1], peer, now)
         if channel is None:
             return 400
@@ -183,3 +197,8 @@ def _granted(asked: int | None) -> int:
 
 def _family(address: Address) -> int:
     return 2 if ":" in address[0] else 1
+
+
+def _network(address: Address) -> str:
+    """Give what belongs to one customer: an IPv4 address, or the first half of an IPv6 one."""
+    return address[0] if "." in address[0] else address[0].partition("::")[0]

@@ -1,6 +1,7 @@
 """STUN as a client writes and reads it: on its own, so that a mistake of the relay's encoder is not made here again."""
 
 import base64
+import functools
 import hashlib
 import hmac
 import socket
@@ -59,7 +60,7 @@ class Wire(NamedTuple):
         return 0 if value is None else value[2] * 100 + value[3]
 
     def is_signed_with(self, key: bytes) -> bool:
-        return self.mac is not None and self.mac == hmac.digest(key, self.covered, "sha1")
+        return self.mac is not None and self.mac == _sign(key, self.covered)
 
 
 def write(
@@ -77,16 +78,18 @@ def write(
     head = (kind | method).to_bytes(2, "big")
     if key is not None:
         covered = head + (len(body) + 24).to_bytes(2, "big") + _COOKIE + transaction + bytes(body)
-        body += b"\0\x08\0\x14" + hmac.digest(key, covered, "sha1")
+        body += b"\0\x08\0\x14" + _sign(key, covered)
     if fingerprint:
         covered = head + (len(body) + 8).to_bytes(2, "big") + _COOKIE + transaction + bytes(body)
         body += b"\x80\x28\0\4" + (zlib.crc32(covered) ^ 0x5354554E).to_bytes(4, "big")
     return head + len(body).to_bytes(2, "big") + _COOKIE + transaction + bytes(body)
 
 
+# What one side has just written or read is read by another next, and by the referee in between.
+@functools.lru_cache(maxsize=512)
 def read(data: bytes) -> Wire | None:
     """Read a message; None if it is none."""
-    if len(data) < 20 or data[0] > 3 or data[4:8] != _COOKIE or len(data) % 4 or len(data) != 20 + _u16(data, 2):
+    if len(data) < 20 or data[0] & 0xC0 or data[4:8] != _COOKIE or len(data) % 4 or len(data) != 20 + _u16(data, 2):
         return None
     attributes: list[tuple[int, bytes]] = []
     covered, mac, fingerprint = b"", None, False
@@ -141,6 +144,11 @@ def password(username: str, secret: str) -> str:
 def long_term_key(username: str, secret: str) -> bytes:
     text = f"{username}:firezone:{password(username, secret)}"
     return hashlib.md5(text.encode(), usedforsecurity=False).digest()
+
+
+@functools.lru_cache(maxsize=512)
+def _sign(key: bytes, covered: bytes) -> bytes:
+    return hmac.digest(key, covered, "sha1")
 
 
 def _u16(data: bytes, at: int) -> int:

@@ -169,9 +169,10 @@ class World:
         return credential.relay != self.machines
 
     def new_address(self, *, is_ipv6: bool) -> Address:
+        # Several clients behind each NAT.
         self._addresses += 1
-        host, port = divmod(self._addresses, 60000)
-        return (f"2001:db8:5::{host + 1:x}", 1024 + port, 0, 0) if is_ipv6 else (f"203.0.113.{host % 254 + 1}", 1024 + port)
+        host, port = self.random.randrange(1, 50), 1024 + self._addresses % 60000
+        return (f"2001:db8:5:{host:x}::5", port, 0, 0) if is_ipv6 else (f"203.0.113.{host}", port)
 
     def choose_peer(self, client: Client, family: int) -> Address | None:
         draw = self.random.random()

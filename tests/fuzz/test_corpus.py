@@ -1,0 +1,85 @@
+"""What fuzzing has found of interest is run again, without the fuzzer."""
+
+import functools
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from relay.core.allocations import Allocation, Allocations, ChannelBinding
+from tests.fuzz import lines, registry
+from tests.fuzz.__main__ import main
+from tests.fuzz.targets import http
+
+ROOT = Path(__file__).parents[2]
+MOST_FILES, MOST_BYTES = 200, 300 << 10
+
+
+@pytest.mark.parametrize("name", registry.TARGETS)
+def test_every_input_that_is_kept_comes_to_no_harm(name: str) -> None:
+    target = registry.load(name)
+    inputs = registry.corpus(name)
+    assert inputs
+    for path in inputs:
+        try:
+            target.run(path.read_bytes())
+        except Exception as error:
+            error.add_note(f"the input is {path}")
+            raise
+
+
+def test_requests_that_are_kept_are_answered_over_a_real_connection() -> None:
+    for path in registry.corpus("http"):
+        data = path.read_bytes()[1:]
+        answered = http.ask_for_real(data)
+        if answered:
+            assert http.read_answer(answered, "HEAD" if data.startswith(b"HEAD") else "GET") != 500
+
+
+@pytest.mark.parametrize("name", registry.TARGETS)
+def test_what_is_kept_reaches_most_of_what_is_fuzzed(name: str) -> None:
+    target = registry.load(name)
+    inputs = [path.read_bytes() for path in registry.corpus(name)]
+    reached = lines.arcs(target.MODULES, functools.partial(registry.run_all, target, inputs))
+    every = lines.of(target.MODULES)
+    missed = every - {(path, line) for path, _, line in reached}
+    assert len(missed) < len(every) / 4, f"{len(missed)} of {len(every)} lines are not reached: make fuzz TARGET={name}"
+
+
+def test_the_corpora_are_small() -> None:
+    sizes = [path.stat().st_size for name in registry.TARGETS for path in registry.corpus(name)]
+    assert len(sizes) <= MOST_FILES
+    assert sum(sizes) <= MOST_BYTES
+
+
+def test_a_channel_that_stays_in_a_table_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Allocations.unbind_channel
+
+    def wrong(tables: Allocations, allocation: Allocation, binding: ChannelBinding) -> None:
+        right(tables, allocation, binding)
+        tables.live_channels[binding.client, binding.number] = binding
+
+    monkeypatch.setattr(Allocations, "unbind_channel", wrong)
+    with pytest.raises((AssertionError, KeyError)):
+        registry.run_all(registry.load("server"), [path.read_bytes() for path in registry.corpus("server")])
+
+
+def test_one_input_can_be_run_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "input").write_bytes(b"info,relay.core=debug")
+    monkeypatch.setattr(sys, "argv", ["fuzz", "--input", str(tmp_path / "input"), "log_filter"])
+    assert main() == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="the fuzzer is not installed: make fuzz installs it")
+def test_the_fuzzer_runs_and_says_what_came_of_it(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "tests.fuzz", "--seconds", "1", "log_filter"]
+    ran = subprocess.run(
+        arguments, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True, timeout=100
+    )
+    header, outcome = ran.stdout.splitlines()[-2:]
+    assert header.split()[:3] == ["target", "seconds", "executions"]
+    name, _, executions, *_ = outcome.split()
+    assert name == "log_filter"
+    assert int(executions) > 0

@@ -1,0 +1,226 @@
+"""Relays with one mistake each: the simulation has to notice every one.
+
+``python -m tests.simulation.mutants`` makes a copy of the tree for each mistake, runs seeds in it until one fails, and tells
+which did. It takes some minutes, and ends with code 1 if a mistake goes unnoticed or can't be made any more, since the code
+has changed.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+SEEDS = "1-16"
+
+
+class Mutant(NamedTuple):
+    """A mistake."""
+
+    name: str
+    module: str
+    right: str
+    wrong: str
+
+
+MUTANTS = (
+    Mutant("a channel has no cool-down", "allocations", "CHANNEL_COOL_DOWN = 300", "CHANNEL_COOL_DOWN = 0.001"),
+    Mutant("a channel cools down for too long", "allocations", "CHANNEL_COOL_DOWN = 300", "CHANNEL_COOL_DOWN = 301"),
+    Mutant("a channel lives for too long", "allocations", "CHANNEL_LIFETIME = 600", "CHANNEL_LIFETIME = 600.0005"),
+    Mutant("a channel ends too early", "allocations", "CHANNEL_LIFETIME = 600", "CHANNEL_LIFETIME = 599.9995"),
+    Mutant(
+        "a channel is still relayed to the client when it cools down",
+        "allocations",
+        "            del self.live_peers[binding.allocation, binding.peer]\n",
+        "",
+    ),
+    Mutant(
+        "a refreshed channel does not live longer",
+        "allocations",
+        "        self.deadlines.set((allocation.id, number), until)\n",
+        "        if len(self.deadlines) % 7:\n            self.deadlines.set((allocation.id, number), until)\n",
+    ),
+    Mutant(
+        "a channel may be bound to a second peer",
+        "allocations",
+        "if binding is not allocation.peers.get(peer):",
+        "if binding is None and allocation.peers.get(peer):",
+    ),
+    Mutant(
+        "the kernel is not told of a channel's end",
+        "allocations",
+        "self._offload.append(RemoveChannel(binding.client, binding.number, allocation.port, binding.peer))\n",
+        "pass\n",
+    ),
+    Mutant(
+        "the kernel is told of a later end of a channel",
+        "allocations",
+        "InstallChannel(allocation.client, number, allocation.port, peer, until)",
+        "InstallChannel(allocation.client, number, allocation.port, peer, until + 1)",
+    ),
+    Mutant(
+        "the kernel is not told that an allocation lives longer",
+        "allocations",
+        "        if self._offload is not None:\n            self._offload.append(ExtendAllocation",
+        "        if self._offload is not None and not allocation.peers:\n            self._offload.append(ExtendAllocation",
+    ),
+    Mutant(
+        "channels of a deleted family go on",
+        "allocations",
+        "            if family_of(binding.peer) is family:\n",
+        "            if family_of(binding.peer) is family and family == 2:\n",
+    ),
+    Mutant(
+        "a username is kept in its table",
+        "allocations",
+        "        del self.by_username[allocation.username]\n",
+        "        pass\n",
+    ),
+    Mutant(
+        "deadlines of freed channels are kept",
+        "allocations",
+        "        self.deadlines.discard((allocation.id, binding.number))\n",
+        "        pass\n",
+    ),
+    Mutant("a freed port is not given back", "lifecycle", "        self._ports.give_back(allocation.port)\n", ""),
+    Mutant(
+        "refused ports are not given back",
+        "lifecycle",
+        "        for port in allocation.refused_ports:\n            self._ports.give_back(port)\n",
+        "",
+    ),
+    Mutant(
+        "a port is given out twice",
+        "ports",
+        "        return ports.pop()",
+        "        return ports.pop() if count % 5 else ports[-1]",
+    ),
+    Mutant(
+        "a roaming client's old allocation stays",
+        "lifecycle",
+        "        if replaced is not None:\n            self.free",
+        "        if False:\n            self.free",
+    ),
+    Mutant("sockets are waited for too long", "lifecycle", "BIND_TIMEOUT = 5", "BIND_TIMEOUT = 6"),
+    Mutant("the quota is one more", "lifecycle", ">= self._config.max_allocations:", "> self._config.max_allocations:"),
+    Mutant(
+        "nobody is told that it has drained",
+        "lifecycle",
+        "            self._commands.append(Drained())\n",
+        "            pass\n",
+    ),
+    Mutant(
+        "keys of answered requests are kept", "lifecycle", "        self._keys.pop(allocation.id, None)\n", "        pass\n"
+    ),
+    Mutant(
+        "a refresh does not extend",
+        "requests",
+        "        self._tables.extend(allocation, request.now + allocation.lifetime)\n",
+        "",
+    ),
+    Mutant("a refresh grants too much", "requests", "MAX_LIFETIME = 3600", "MAX_LIFETIME = 5000"),
+    Mutant("anyone may refresh", "requests", "if allocation.username != request.username and not deletes:", "if False:"),
+    Mutant(
+        "another user can't delete what is in the way", "requests", "request.username and not deletes:", "request.username:"
+    ),
+    Mutant(
+        "anyone may bind channels",
+        "requests",
+        "        if allocation.username != request.username:\n",
+        "        if False:\n",
+    ),
+    Mutant("peers are not judged", "requests", "if not self._config.peers.permits(peer):", "if False:"),
+    Mutant(
+        "a repeated Allocate is refused",
+        "requests",
+        "(existing.transaction_id, existing.username) !=",
+        "(b'', existing.username) !=",
+    ),
+    Mutant("nonces are not checked", "authentication", "if not nonces.is_valid(nonce, client, now):", "if False:"),
+    Mutant("nonces live a minute longer", "nonces", "NONCE_LIFETIME = 3600", "NONCE_LIFETIME = 3660"),
+    Mutant("nonces are for every address", "nonces", 'b"%b %b %d" % (second, client[0].encode(), client[1])', "second"),
+    Mutant(
+        "credentials don't expire", "authentication", "username is None or username.is_expired(now.unix)", "username is None"
+    ),
+    Mutant("MESSAGE-INTEGRITY is not checked", "authentication", "if message.integrity_holds(claim.key)", "if True"),
+    Mutant(
+        "answers to repeats have no order",
+        "deadlines",
+        "if self._heap and self._heap[0][0] <= now",
+        "if self._heap and self._heap[0][0] < now",
+    ),
+    Mutant(
+        "a deadline is forgotten when it moves",
+        "deadlines",
+        "        heapq.heappush(self._heap, entry)\n",
+        "        if self._sequence % 50:\n            heapq.heappush(self._heap, entry)\n",
+    ),
+    Mutant(
+        "time passes unseen between wake-ups",
+        "server",
+        "        if now.monotonic >= self._relaying.due_at:\n",
+        "        if False:\n",
+    ),
+    Mutant(
+        "a run goes on after something else",
+        "relaying",
+        "            self._complete(run, count)\n",
+        "            self._complete(run, count - 1)\n",
+    ),
+    Mutant(
+        "a train's last datagram is lost",
+        "relaying",
+        "        if rest:\n            frames +=",
+        "        if rest and False:\n            frames +=",
+    ),
+    Mutant(
+        "padding is relayed",
+        "relaying",
+        "        payload = data[CHANNEL_HEADER_LENGTH:end]\n        count",
+        "        payload = data[CHANNEL_HEADER_LENGTH:]\n        count",
+    ),
+    Mutant(
+        "packets to clients are not counted",
+        "relaying",
+        "        counters.to_client_bytes += ",
+        "        counters.to_client_bytes += 0 * ",
+    ),
+)
+
+
+def main() -> int:
+    """Try them all; give the exit code."""
+    chosen = [mutant for mutant in MUTANTS if not sys.argv[1:] or any(word in mutant.name for word in sys.argv[1:])]
+    missed = 0
+    for mutant in chosen:
+        outcome = run(mutant)
+        missed += not outcome.startswith("noticed")
+        print(f"{mutant.name}: {outcome}", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} noticed")
+    return 1 if missed else 0
+
+
+def run(mutant: Mutant) -> str:
+    """Tell what came of a mistake."""
+    with tempfile.TemporaryDirectory() as folder:
+        for part in ("relay", "tests"):
+            shutil.copytree(ROOT / part, Path(folder) / part, ignore=shutil.ignore_patterns("__pycache__", "corpus"))
+        path = Path(folder) / "relay" / "core" / f"{mutant.module}.py"
+        text = path.read_text(encoding="utf-8")
+        if mutant.right not in text:
+            return "NOT MADE: the code has changed"
+        path.write_text(text.replace(mutant.right, mutant.wrong), encoding="utf-8")
+        command = [sys.executable, "-m", "tests.simulation", SEEDS, "--as-is"]
+        environment = {**os.environ, "PYTHONPATH": folder}
+        ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    said = ran.stdout.splitlines()
+    why = next((line.partition("BROKEN")[2].strip() for line in said if "BROKEN" in line), ran.stderr[-200:])
+    seed = next((line.split()[1] for line in said if line.startswith("seed ")), "?")
+    return f"noticed by seed {seed}: {why[:140]}" if ran.returncode else "UNNOTICED"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,17 @@
+"""What one relay is given at its start."""
+
+from typing import NamedTuple
+
+
+class Setting(NamedTuple):
+    """Its ports, limits and families."""
+
+    ports: range
+    quota: int
+    """Allocations at once."""
+    offloads: bool
+    max_channels: int = 4096
+    """Of one allocation."""
+    per_address: int | None = None
+    """Allocations that clients of one address, or of one /64, may have at once."""
+    families: tuple[int, ...] = (1, 2)
