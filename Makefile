@@ -44,8 +44,9 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(INSTALLED) ## docs/cli.md, of what the command line says of itself
+docs: $(INSTALLED) ## docs/cli.md and docs/metrics.md, of what the command line and the metrics say of themselves
 	@$(BIN)/python -m docs.command_line
+	@$(BIN)/python -m docs.metric_table
 
 wheel: $(INSTALLED) ## dist/firezone_relay-*.whl
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-index --no-build-isolation --wheel-dir dist .

@@ -21,6 +21,8 @@ BESIDE_OPTIONS = {
     "may be in lower case.",
     "NO_PROXY": "Hosts to reach without it, with commas between them.",
     "SSL_CERT_FILE": "A file of PEM certificates: who may vouch for the portal, in place of the system's authorities.",
+    "OTEL_EXPORTER_OTLP_ENDPOINT": "Where metrics are pushed to, with all the other variables of OpenTelemetry for that: "
+    "[metrics.md](metrics.md#opentelemetry).",
     "NOTIFY_SOCKET": "Set by systemd, which is told there that the relay is ready, stops, or lives (`WATCHDOG_USEC`).",
 }
 """Variables of the environment that no option has."""

@@ -21,8 +21,8 @@ WRITTEN = [
 
 NAME = re.compile(r"(?<![\w$])[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+(?!\w)")
 
-OF_OTHERS = re.compile(r"(AF|BPF|CAP|IP|IPV6|IRQ|NET|NO|PIP|PR|RLIMIT|SCHED|SHUT|SO|SYS|UDP|XDP)_")
-"""Constants and capabilities of the kernel, which are spelt the same, what pip reads, and NO_COLOR."""
+OF_OTHERS = re.compile(r"(AF|BPF|CAP|IP|IPV6|IRQ|NET|NO|OTEL|PIP|PR|RLIMIT|SCHED|SHUT|SO|SYS|UDP|XDP)_")
+"""Constants and capabilities of the kernel, which are spelt the same, what pip and OpenTelemetry read, and NO_COLOR."""
 
 
 def commands() -> dict[str, click.Command]:

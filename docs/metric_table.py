@@ -1,0 +1,71 @@
+"""Makes the table in docs/metrics.md of the definitions: ``python -m docs.metric_table``, or ``make docs``."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from relay.ops.metrics.metric import Kind, LabelValue, Metric
+from relay.ops.metrics.prometheus import label_of, name_of
+from relay.ops.metrics.service import HEALTH, PROCESS, REQUESTS
+from relay.ops.metrics.traffic import IN_THE_KERNEL, LOSSES, RELAYING
+
+PAGE = Path(__file__).with_name("metrics.md")
+BEGIN, END = "<!-- metrics: begin, made by `make docs` -->", "<!-- metrics: end -->"
+
+GROUPS = {
+    "What is relayed": RELAYING,
+    "What clients ask": REQUESTS,
+    "What is lost": LOSSES,
+    "In the kernel": IN_THE_KERNEL,
+    "Health": HEALTH,
+    "The process": PROCESS,
+}
+
+_SUFFIXES = {Kind.COUNTER: "_total", Kind.GAUGE: "", Kind.HISTOGRAM: ""}
+
+
+def page(text: str) -> str:
+    """Give the page as it should be, of what it is."""
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return "\n".join([head + BEGIN, *_lines(), END + tail])
+
+
+def _lines() -> Iterator[str]:
+    for title, metrics in GROUPS.items():
+        yield f"\n### {title}\n"
+        yield "| metric | in Prometheus | kind, unit | what it is |"
+        yield "|---|---|---|---|"
+        for metric in metrics:
+            kind = f"{metric.kind.value}, `{metric.unit}`"
+            name = f"`{name_of(metric)}{_SUFFIXES[metric.kind]}`"
+            yield f"| `{metric.name}` | {name} | {kind} | {metric.description}{_labels(metric)} |"
+    yield ""
+
+
+def _labels(metric: Metric) -> str:
+    told = "".join(f" `{name}`{_in_prometheus(name)}{_values(values)}." for name, values in metric.labels.items())
+    if metric.bounds:
+        told += f" Steps end at {', '.join(map(str, metric.bounds[:2]))} … {metric.bounds[-1]}."
+    return told
+
+
+def _in_prometheus(label: str) -> str:
+    return "" if label == label_of(label) else f" (`{label_of(label)}`)"
+
+
+def _values(values: tuple[LabelValue, ...]) -> str:
+    if len(values) == 1:
+        # What it is there and then, such as a version.
+        return ""
+    return ": " + ", ".join(f"`{value}`" if value != "" else "empty" for value in values)
+
+
+def main() -> None:
+    """Write the page, and say where."""
+    PAGE.write_text(page(PAGE.read_text()))
+    sys.stdout.write(f"{PAGE}\n")
+
+
+if __name__ == "__main__":
+    main()

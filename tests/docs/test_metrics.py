@@ -1,0 +1,16 @@
+"""The page about metrics has all of them, as they are defined."""
+
+from docs.metric_table import GROUPS, PAGE, page
+from relay.ops.metrics.table import TABLE
+
+
+def test_the_page_is_current() -> None:
+    assert PAGE.read_text() == page(PAGE.read_text()), "docs/metrics.md is not what the definitions say: make docs"
+
+
+def test_the_page_has_every_metric() -> None:
+    assert [metric for metrics in GROUPS.values() for metric in metrics] == list(TABLE)
+    text = PAGE.read_text()
+    for metric in TABLE:
+        assert f"| `{metric.name}` |" in text
+        assert metric.description in text
