@@ -68,7 +68,7 @@ _log = structlog.get_logger("relay.ops.http")
 class Limits:
     """What the clients of one address may take, all together and each."""
 
-    connections: int = 32
+    connections: int = 16
     request_bytes: int = 8192
     """Longest head, and longest body."""
     request_seconds: float = 5.0
@@ -79,7 +79,7 @@ class Limits:
     """Of all answers that are not taken yet. A single one may be longer."""
     turn_seconds: float = 5.0
     """For another's request of the same page to be done."""
-    queue: int = 8
+    queue: int = 4
     """Requests that wait for that."""
     leave_seconds: float = 1.0
     """For a client to close, once it has its answer."""
@@ -246,7 +246,7 @@ class HttpEndpoint:
     def _see_off(self, visitor: Visitor) -> None:
         """Wait until the client closes: to close with something unread could take the answer from it (RFC 9112 §9.6)."""
         visitor.until = time.monotonic() + self._limits.leave_seconds
-        visitor.stage = Stage.LEAVING
+        self._crowd.see_off(visitor)
         visitor.socket.shutdown(socket.SHUT_WR)
         for _ in range(_LAST_READS):
             visitor.wait_no_longer()

@@ -11,6 +11,13 @@ _RESET = struct.pack("ii", 1, 0)
 """For SO_LINGER: what was not sent yet is forgotten, and takes no memory of the kernel any more."""
 
 
+_SPARED = 1.0
+"""Seconds for an answer to be taken, before it may give way: most are taken at once."""
+
+_PATIENCE = 0.1
+"""Seconds until it is looked again who might give way."""
+
+
 class Stage(IntEnum):
     """How far a connection is. Those of the first stages give way first."""
 
@@ -27,7 +34,7 @@ class Stage(IntEnum):
 class Visitor:
     """One connection."""
 
-    __slots__ = ("holds", "is_cut", "socket", "stage", "until")
+    __slots__ = ("holds", "is_cut", "socket", "spared_until", "stage", "until")
 
     def __init__(self, connection: socket.socket, seconds: float) -> None:
         self.socket = connection
@@ -35,6 +42,8 @@ class Visitor:
         self.holds = 0
         """Bytes of its answer."""
         self.is_cut = False
+        self.spared_until = 0.0
+        """The monotonic time from which its answer may be cut off for others."""
         self.until = time.monotonic() + seconds
         """The monotonic time at which it has to be done with its stage."""
 
@@ -92,7 +101,7 @@ class Crowd:
         with self._changed:
             while len(self._present) >= self._most and not self._is_closed:
                 self._make_room()
-                self._changed.wait()
+                self._changed.wait(_PATIENCE)
             if not self._is_closed:
                 self._present[visitor] = None
             return not self._is_closed
@@ -113,7 +122,14 @@ class Crowd:
                     break
                 held -= each.holds
                 each.cut()
+            visitor.spared_until = time.monotonic() + _SPARED
             visitor.stage = Stage.ANSWERING
+
+    def see_off(self, visitor: Visitor) -> None:
+        """Note that one has its answer: it may go any time."""
+        with self._changed:
+            visitor.stage = Stage.LEAVING
+            self._changed.notify_all()
 
     def leave(self, visitor: Visitor) -> None:
         """Close one's connection."""
@@ -133,7 +149,13 @@ class Crowd:
 
     def _make_room(self) -> None:
         if not any(each.is_cut for each in self._present):
+            now = time.monotonic()
+            able = (
+                each
+                for each in self._present
+                if each.stage < Stage.ANSWERING or (each.stage is Stage.ANSWERING and each.spared_until <= now)
+            )
             # The first in the order of arrival, of those whose stage is the first.
-            first = min(self._present, key=lambda each: each.stage, default=None)
-            if first is not None and first.stage is not Stage.WORKING:
+            first = min(able, key=lambda each: each.stage, default=None)
+            if first is not None:
                 first.cut()

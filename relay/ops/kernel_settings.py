@@ -16,7 +16,8 @@ from relay.config import Config
 from relay.net.udp import RECEIVE_BUFFER
 
 OTHER_THREADS = 64
-"""Threads beside those of allocations: some 20 while it runs, and name look-ups and those that are just ending."""
+"""Threads beside those of allocations: some 20 while it runs, at most 16 for requests at each of the two HTTP addresses, and
+name look-ups and those that are just ending."""
 
 MAPS_PER_THREAD = 3
 """Memory maps: 2.6 were measured, a stack and its guard among them."""

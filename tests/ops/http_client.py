@@ -1,6 +1,7 @@
 """A client of HTTP that sends what it likes, byte by byte if need be."""
 
 import contextlib
+import itertools
 import json
 import socket
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,8 @@ from relay.ops.http import HttpEndpoint, Limits, Pages
 from relay.ops.http_guard import Guard, anyone
 
 HOST = "127.0.0.1"
+_numbers = itertools.count()
+
 PATIENCE = 30
 """Seconds, on a machine that is busy with something else."""
 
@@ -33,7 +36,9 @@ class Answer(NamedTuple):
 @contextlib.contextmanager
 def serving(pages: Pages, actions: Pages | None = None, guard: Guard = anyone, **limits: Any) -> Iterator[HttpEndpoint]:  # noqa: ANN401
     """Serve pages at a port that is free."""
-    endpoint = HttpEndpoint("test", Endpoint(HOST, 0), pages, actions, guard=guard, limits=Limits(**limits))
+    endpoint = HttpEndpoint(
+        f"test-{next(_numbers)}", Endpoint(HOST, 0), pages, actions, guard=guard, limits=Limits(**limits)
+    )
     try:
         yield endpoint
     finally:

@@ -22,9 +22,9 @@ OK = HTTPStatus.OK
 GET = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
-def threads() -> int:
+def threads(endpoint: HttpEndpoint) -> int:
     """Give how many requests are being seen to."""
-    return sum(thread.name == "test-request" for thread in threading.enumerate())
+    return sum(thread.name == f"{endpoint._name}-request" for thread in threading.enumerate())
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -96,7 +96,7 @@ def test_however_many_trickle_a_good_client_gets_its_answer(first: bytes) -> Non
         try:
             for _ in range(5):
                 assert ask(endpoint, "GET", "/healthz").status == OK
-                assert threads() <= 33
+                assert threads(endpoint) <= 17
         finally:
             stop.set()
             trickler.join()
@@ -140,7 +140,7 @@ def test_a_body_that_does_not_come_is_not_waited_for_either() -> None:
 def test_who_does_not_take_a_large_answer_is_cut_off() -> None:
     with serving(large(8 << 20), answer_seconds=0.3) as endpoint, connect(endpoint, 4096) as connection:
         connection.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n")
-        wait_until(lambda: threads() == 0 and len(endpoint._crowd) == 0, "it still waits")
+        wait_until(lambda: threads(endpoint) == 0 and len(endpoint._crowd) == 0, "it still waits")
         assert 0 < len(receive_all(connection)) < 8 << 20
 
 
@@ -179,6 +179,26 @@ def test_answers_that_nobody_takes_are_bounded_together() -> None:
         # The first has made room, the last is still being served.
         assert len(receive_all(slow[0])) < 1 << 20
         assert len(receive_all(slow[-1])) > 1 << 20
+
+
+def test_who_takes_too_long_over_an_answer_gives_way_to_who_asks() -> None:
+    with (
+        serving(large(8 << 20), connections=3, answer_seconds=60) as endpoint,
+        crowd(endpoint, 3, b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n") as slow,
+    ):
+        for each in slow:
+            assert each.recv(1) == b"H"
+        assert ask(endpoint, "GET", "/healthz").status == OK
+        assert len(receive_all(slow[0])) < 8 << 20
+        assert len(receive_all(slow[2])) > 7 << 20
+
+
+def test_what_comes_faster_than_the_rate_waits() -> None:
+    with serving(PAGES, rate=20, burst=1) as endpoint:
+        began = time.monotonic()
+        for _ in range(30):
+            assert ask(endpoint, "GET", "/healthz").status == OK
+        assert time.monotonic() - began > 0.4
 
 
 def test_a_page_that_takes_long_keeps_no_other_page_waiting() -> None:
@@ -228,6 +248,21 @@ def test_who_is_being_worked_for_does_not_give_way() -> None:
         assert b"200 OK" in receive_all(patient)
 
 
+def test_where_all_are_being_worked_for_one_more_waits_until_one_is_done() -> None:
+    pages = {"/one": Slow("1"), "/two": Slow("2")}
+    with serving({**PAGES, **pages}, connections=2) as endpoint, contextlib.ExitStack() as stack:
+        patient = [stack.enter_context(connect(endpoint)) for _ in range(3)]
+        for connection, path in zip(patient, ("one", "two", "healthz"), strict=True):
+            connection.sendall(f"GET /{path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+        for page in pages.values():
+            assert page.begun.acquire(timeout=30)
+        assert threads(endpoint) == 2
+        pages["/two"].may_end.release()
+        assert b"200 OK" in receive_all(patient[2])
+        pages["/one"].may_end.release()
+        assert [b"200 OK" in receive_all(each) for each in patient[:2]] == [True, True]
+
+
 def test_a_page_that_fails_is_an_answer_and_the_next_is_well() -> None:
     def broken(_: Query) -> Page:
         raise RuntimeError("a secret")
@@ -257,6 +292,18 @@ def test_what_is_sent_after_a_refusal_does_not_take_it_away() -> None:
         assert answer.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 
 
+def test_what_is_sent_after_the_answer_is_taken_so_that_it_does_not_break_the_connection() -> None:
+    head = b"POST /healthz HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n"
+    with serving(PAGES, leave_seconds=30) as endpoint, connect(endpoint) as connection:
+        connection.sendall(head)
+        assert b"413" in receive_all(connection)
+        connection.sendall(b"x" * 100_000)
+        connection.shutdown(socket.SHUT_WR)
+        wait_until(lambda: len(endpoint._crowd) == 0, "it still waits")
+        # It would raise an error if the connection had been reset.
+        assert connection.recv(1) == b""
+
+
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "OPTIONS", "TRACE", "CONNECT", "FROB"])
 @pytest.mark.parametrize("path", ["/healthz", "/nowhere"])
 def test_every_answer_has_the_headers_that_matter(method: str, path: str) -> None:
@@ -279,7 +326,7 @@ def test_stopping_closes_what_is_open() -> None:
         assert all(is_closed(each) for each in connections)
         with pytest.raises(ConnectionRefusedError):
             connect(endpoint)
-    wait_until(lambda: set(threading.enumerate()) <= before, "threads are left")
+    wait_until(lambda: threads(endpoint) == 0 and set(threading.enumerate()) <= before, "threads are left")
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +335,7 @@ def hardened() -> Iterator[HttpEndpoint]:
     with serving(PAGES, {"/do": lambda _: Page(OK, {})}, request_seconds=0.3, leave_seconds=0.1) as endpoint:
         yield endpoint
         assert ask(endpoint, "GET", "/healthz").status == OK
-        wait_until(lambda: threads() == 0, "threads hang")
+        wait_until(lambda: threads(endpoint) == 0, "threads hang")
 
 
 PARTS = [
@@ -319,4 +366,4 @@ def test_a_client_that_vanishes_leaves_nothing() -> None:
             with connect(endpoint) as connection:
                 connection.sendall(first)
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        wait_until(lambda: threads() == 0 and len(endpoint._crowd) == 0, "something is left")
+        wait_until(lambda: threads(endpoint) == 0 and len(endpoint._crowd) == 0, "something is left")
