@@ -4,7 +4,7 @@ import contextlib
 import queue
 import time
 from collections.abc import Callable
-from typing import Any, Self, TypeAlias, cast
+from typing import Any, Self, cast
 
 import pykka
 import structlog
@@ -12,9 +12,10 @@ import structlog
 from relay import __version__
 from relay.actors.clock import Clock, SystemClock
 from relay.actors.core import random_source, server_config
+from relay.actors.departure import PORTAL_STOP_TIMEOUT, SERVER_STOP_TIMEOUT, Departing, Departure
 from relay.actors.inbox import ServerInbox
 from relay.actors.listener import ListenerActor, RequestListenerActor
-from relay.actors.messages import AreYouThere, Drain, LeavePortal
+from relay.actors.messages import AreYouThere
 from relay.actors.news import Event, Failure, News, Request
 from relay.actors.observing import observing
 from relay.actors.offload import Offloading
@@ -27,7 +28,6 @@ from relay.core.addresses import Family
 from relay.core.commands import Drained
 from relay.core.credentials import SECRET_LENGTH, RelaySecret
 from relay.core.events import CoreEvent
-from relay.core.portal import limits
 from relay.core.portal.channel import PortalChannel
 from relay.core.portal.commands import Begin, Fatal, Left
 from relay.core.portal.endpoint import PortalConfig
@@ -64,26 +64,10 @@ BATCH_FROM_CLIENTS = 128
 LISTENER_STOP_TIMEOUT = 0.5
 """Seconds. A listener is woken from its read at once; it may be telling the server actor something."""
 
-PORTAL_STOP_TIMEOUT = 1.0
-"""Seconds. The portal actor waits for nothing, so this is for a machine that is slow."""
-
-LEAVE_TIMEOUT = limits.LEAVE_TIMEOUT + limits.CLOSE_TIMEOUT + 1.0
-"""Seconds until the portal is left at the latest; it takes care of that itself, so this is for a machine that is slow."""
-
-SERVER_STOP_TIMEOUT = 2.0
-"""Seconds, in which the server actor finishes its message and closes the allocations; datagrams that wait are dropped."""
-
 _DROPS_AT_ONCE = 256
 """Sockets that are asked for their drops before others get the CPU."""
 
-STOP_TIMEOUT = LEAVE_TIMEOUT + PORTAL_STOP_TIMEOUT + SERVER_STOP_TIMEOUT + 5.0
-"""Seconds for all of it, and what else may take its time, as told to systemd."""
-
 _log = structlog.get_logger("relay.actors.system")
-
-
-Awaited: TypeAlias = dict[type[Left | Drained], float]
-"""What is still waited for before the end, and the monotonic time at which it no longer is."""
 
 
 class System:
@@ -134,8 +118,7 @@ class System:
         self._started_at = time.monotonic()
         self._stack = contextlib.ExitStack()
         self._has_begun = False
-        self._awaited: Awaited | None = None
-        """None until it is asked to leave."""
+        self._departure = Departure(self._systemd)
         self._server: pykka.ActorRef[ServerActor] | None = None
         self._portal_actor: pykka.ActorRef[PortalActor] | None = None
         self._inbox: ServerInbox | None = None
@@ -169,7 +152,7 @@ class System:
     @property
     def is_ready(self) -> bool:
         """Whether new clients should be sent here: it answers them, its portal knows it, and it is not about to end."""
-        return self._has_begun and self._awaited is None and (self.portal is None or self.portal.is_joined)
+        return self._has_begun and not self._departure.has_begun and (self.portal is None or self.portal.is_joined)
 
     def run(self, dump: Callable[[], None]) -> int:
         """Wait until the end, and give the exit code: 0 if it was asked for, 1 if it had to be.
@@ -179,17 +162,13 @@ class System:
         """
         while True:
             try:
-                event = self.news.get(timeout=self._patience())
+                event = self.news.get(timeout=self._departure.patience())
             except queue.Empty:
-                code = self._stop_waiting()
+                code = self._departure.stop_waiting(len(self.core.allocations.by_id))
             else:
                 code = self._hear(event, dump)
             if code is not None:
                 return code
-
-    def _patience(self) -> float | None:
-        """Give the seconds for which news may be waited for."""
-        return max(0.0, min(self._awaited.values()) - time.monotonic()) if self._awaited else None
 
     def _hear(self, event: Event, dump: Callable[[], None]) -> int | None:
         """Act on news; give the exit code if it is the end."""
@@ -199,11 +178,12 @@ class System:
             case Request.STOP:
                 return 0
             case Request.LEAVE:
-                return self._leave()
+                actors = Departing(self._portal_actor, self._server, len(self.core.allocations.by_id))
+                return self._departure.leave(actors, self.config.drain_timeout)
             case Begin():
                 self._begin()
             case Left() | Drained():
-                return self._note_done(event)
+                return self._departure.note_done(event)
             case Fatal():
                 _log.critical("the relay can't be part of its network", reason=event.reason)
                 return 1
@@ -216,46 +196,6 @@ class System:
                 )
                 return 1
         return None
-
-    def _leave(self) -> int | None:
-        """Leave the portal, and let allocations live on for a while, if that is wanted."""
-        if self._awaited is not None:
-            _log.info("asked to end for the second time: ending at once")
-            return 0
-        self._awaited = {}
-        patience = self.config.drain_timeout
-        # Who is dead already can't be told; that it is, is news that waits to be heard.
-        with contextlib.suppress(pykka.ActorDeadError):
-            if self._portal_actor is not None:
-                self._awaited[Left] = time.monotonic() + LEAVE_TIMEOUT
-                self._portal_actor.tell(LeavePortal())
-            if patience and self._server is not None:
-                self._awaited[Drained] = time.monotonic() + patience
-                _log.info("draining: no new allocations", seconds=patience, allocations=len(self.core.allocations.by_id))
-                self._server.tell(Drain())
-        self._systemd.stopping("draining" if patience else "stopping", patience + STOP_TIMEOUT)
-        return None if self._awaited else 0
-
-    def _note_done(self, event: Left | Drained) -> int | None:
-        if self._awaited is None or self._awaited.pop(type(event), None) is None:
-            return None
-        if isinstance(event, Left):
-            _log.info("left the portal")
-        else:
-            _log.info("no allocation is left")
-        return None if self._awaited else 0
-
-    def _stop_waiting(self) -> int | None:
-        """Wait no longer for what is overdue."""
-        assert self._awaited is not None  # noqa: S101 - it is waited for nothing with a time limit but the end
-        for overdue in [each for each, until in self._awaited.items() if time.monotonic() >= until]:
-            del self._awaited[overdue]
-            _log.warning(
-                "not waiting any longer",
-                what="for the portal" if overdue is Left else "for allocations to end",
-                allocations=len(self.core.allocations.by_id),
-            )
-        return None if self._awaited else 0
 
     def address_of(self, family: Family) -> Endpoint:
         """Give where clients of a family are listened to."""

@@ -24,6 +24,7 @@ import pytest
 from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
+from relay.actors import departure as actors_departure
 from relay.actors import portal as actors_portal
 from relay.actors import system as actors_system
 from relay.actors.messages import Tick
@@ -1025,7 +1026,7 @@ def test_a_portal_actor_that_never_gets_there_is_not_waited_for_without_end(
     start_in: Callable[..., Member], portal: ScriptedPortal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     member = start_in(portal)
-    monkeypatch.setattr(actors_system, "LEAVE_TIMEOUT", 0.3)
+    monkeypatch.setattr(actors_departure, "LEAVE_TIMEOUT", 0.3)
     monkeypatch.setattr(member.channel, "leave", lambda _: None)
     member.ask(Request.LEAVE)
     assert member.wait_for_end(SOON) == 0
@@ -1470,7 +1471,7 @@ def test_systemd_hears_that_it_stops_and_how_long_that_may_take(
     stopping = notified.wait_for("STOPPING")
     assert stopping["STOPPING"] == "1"
     assert stopping["STATUS"] == ("draining" if drain_timeout else "stopping")
-    least = (drain_timeout + actors_system.LEAVE_TIMEOUT) * 1_000_000
+    least = (drain_timeout + actors_departure.LEAVE_TIMEOUT) * 1_000_000
     assert least < int(stopping["EXTEND_TIMEOUT_USEC"]) < least + 30 * 1_000_000
     # The watchdog goes on watching until the end.
     assert notified.wait_for("WATCHDOG")

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from kubernetes_validate import ValidationError
 
-from relay.actors.system import STOP_TIMEOUT
+from relay.actors.departure import STOP_TIMEOUT
 from relay.cli import cli
 from relay.config import SERVICE_PORT
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from relay.actors.system import STOP_TIMEOUT
+from relay.actors.departure import STOP_TIMEOUT
 from relay.cli import BAD_USE
 from relay.config import Config
 from relay.ops.kernel_settings import Machine, findings
