@@ -325,7 +325,8 @@ def test_another_init_begins_nothing(member: Member, portal: ScriptedPortal) -> 
     # The answer shows that what came before has been heard.
     connection.ping()
     member.look()
-    assert threading.active_count() == threads
+    # Fewer, if the last request for a page was still being answered before.
+    assert threading.active_count() <= threads
     assert member.events("info").count("ready") == 1
     assert member.is_running
 
