@@ -17,7 +17,7 @@ from supply.pins import FOLDER
 FOUND: Final = 1
 UNKNOWN: Final = 3
 
-_SECONDS: Final = 300
+_SECONDS: Final = 120
 
 
 def main() -> None:

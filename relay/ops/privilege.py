@@ -1,5 +1,6 @@
 """What a process is given and what it shows: as whom it runs, its streams, and who may look into its memory."""
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -23,7 +24,8 @@ def keep_streams() -> None:
             os.fstat(descriptor)
         except OSError:
             # The lowest number that is free is taken, so this is the one.
-            os.open(os.devnull, os.O_RDWR)
+            with contextlib.suppress(OSError):
+                os.open(os.devnull, os.O_RDWR)
 
 
 def conceal_memory() -> None:
@@ -35,7 +37,9 @@ def conceal_memory() -> None:
     """
     # Both: the limit is not asked where a program takes the dump (core_pattern with a pipe), which is so under systemd.
     ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # A sandbox may forbid it, and has its reasons: the first of the two is enough.
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def refuse_root(users: Path = Path("/proc/self/uid_map")) -> None:
