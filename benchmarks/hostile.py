@@ -122,6 +122,7 @@ class Client:
 
 ALLOCATE = (REQUESTED_TRANSPORT, 17)
 REFRESH = (LIFETIME, 600)
+PEERS = ((XOR_PEER_ADDRESS, PEER),) * 59
 BIND = ((CHANNEL_NUMBER, 0x4000), (XOR_PEER_ADDRESS, PEER))
 
 
@@ -255,6 +256,11 @@ def of_good() -> Iterable[Kind]:
     yield Kind("Refresh", lambda: of_clients(lambda each: each.request(Method.REFRESH, REFRESH), allocate=True), good=True)
     yield Kind(
         "ChannelBind", lambda: of_clients(lambda each: each.request(Method.CHANNEL_BIND, *BIND), allocate=True), good=True
+    )
+    yield Kind(
+        "CreatePermission for 59 peers",
+        lambda: of_clients(lambda each: each.request(Method.CREATE_PERMISSION, *PEERS), allocate=True),
+        good=True,
     )
     yield Kind("Allocate, both halves", lambda: of_clients(lambda each: each.request(Method.ALLOCATE, ALLOCATE)), good=True)
 

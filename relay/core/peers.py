@@ -9,9 +9,9 @@ An IPv6 address that stands for an IPv4 one is judged by that one: every relay t
 its own loopback interface. ``ipaddress.is_global`` can't judge it: it calls ``::127.0.0.1`` and ``64:ff9b::7f00:1`` global.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 
 from relay.core.addresses import PeerAddress
 
@@ -47,14 +47,20 @@ _DENIED = {
     for version in (4, 6)
 }
 
-_MAPPED = IPv6Network("::ffff:0:0/96")
-_TRANSLATED = IPv6Network("::ffff:0:0:0/96")
-_COMPATIBLE = IPv6Network("::/96")
-_NAT64 = IPv6Network("64:ff9b::/96")
-_SIX_TO_FOUR = IPv6Network("2002::/16")
-_TEREDO = IPv6Network("2001::/32")
-_LAST_32_BITS = (_MAPPED, _TRANSLATED, _COMPATIBLE, _NAT64)
-_UNSPECIFIED_OR_LOOPBACK = (IPv6Address("::"), IPv6Address("::1"))
+# Likewise numbers: a CreatePermission may have dozens of peers.
+_BEFORE_LAST_32_BITS = frozenset(
+    int(IPv6Address(prefix)) >> 32
+    for prefix in (
+        "::ffff:0:0",  # mapped
+        "::ffff:0:0:0",  # translated
+        "::",  # compatible
+        "64:ff9b::",  # NAT64
+    )
+)
+_SIX_TO_FOUR = 0x2002
+_TEREDO = 0x2001_0000
+_LOOPBACK = 1
+"""Before it is the unspecified address."""
 
 
 def judged_addresses(address: Address) -> tuple[Address, ...]:
@@ -63,20 +69,27 @@ def judged_addresses(address: Address) -> tuple[Address, ...]:
     Embedded are IPv4-mapped, -compatible and -translated (RFC 4291 §2.5.5, RFC 2765), NAT64 (RFC 6052), 6to4 (RFC 3056)
     and Teredo (RFC 4380: its server's address and, inverted, its client's).
     """
-    if isinstance(address, IPv4Address) or address in _UNSPECIFIED_OR_LOOPBACK:
+    if isinstance(address, IPv4Address):
         return (address,)
     number = int(address)
-    if any(address in network for network in _LAST_32_BITS):
+    if number <= _LOOPBACK:
+        return (address,)
+    if number >> 32 in _BEFORE_LAST_32_BITS:
         return (IPv4Address(number & 0xFFFFFFFF),)
-    if address in _SIX_TO_FOUR:
+    if number >> 112 == _SIX_TO_FOUR:
         return (IPv4Address(number >> 80 & 0xFFFFFFFF),)
-    if address in _TEREDO:
+    if number >> 96 == _TEREDO:
         return (IPv4Address(number >> 64 & 0xFFFFFFFF), IPv4Address(~number & 0xFFFFFFFF))
     return (address,)
 
 
-def _within(address: Address, networks: Iterable[Network]) -> bool:
-    return any(address in network for network in networks)
+def _read(host: str) -> Address:
+    """Read a host as sockets spell it; ip_address would try one family after the other."""
+    return IPv6Address(host) if ":" in host else IPv4Address(host)
+
+
+def _within(address: Address, networks: Sequence[Network]) -> bool:
+    return bool(networks) and any(address in network for network in networks)
 
 
 def _is_denied_by_default(address: Address) -> bool:
@@ -105,15 +118,17 @@ class PeerPolicy:
 
     def permits(self, peer: PeerAddress) -> bool:
         """Tell whether packets may be relayed to a peer."""
-        return self._decide(ip_address(peer[0]), peer[1])
+        return self._decide(_read(peer[0]), peer[1])
 
     def permits_host(self, peer: PeerAddress) -> bool:
         """Tell whether packets may be relayed to some port of a peer's host."""
-        return self._decide(ip_address(peer[0]), None)
+        return self._decide(_read(peer[0]), None)
 
     def _decide(self, address: Address, port: int | None) -> bool:
         # A relay may itself have an address that embeds IPv4; then that address is what counts.
-        judged = (address,) if self._is_this_machine(address) else judged_addresses(address)
+        judged = judged_addresses(address)
+        if judged[0] is not address and self._is_this_machine(address):
+            judged = (address,)
         if port in self.service_ports and any(self._is_this_machine(each) for each in judged):
             return False
         # An operator may mean an IPv6 range that embeds IPv4 as such; so deny looks at both forms, and allow does not.
@@ -126,8 +141,9 @@ class PeerPolicy:
             return False
         if _within(address, self.allow):
             return True
-        if str(address) in self.relay_addresses:
-            return str(address) in self.public_addresses and (port is None or port in self.relayed_ports)
+        text = str(address)
+        if text in self.relay_addresses:
+            return text in self.public_addresses and (port is None or port in self.relayed_ports)
         return not _is_denied_by_default(address)
 
     def _is_this_machine(self, address: Address) -> bool:

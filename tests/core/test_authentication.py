@@ -334,7 +334,7 @@ def test_strangers_cost_the_relay_no_memory(relay: Relay) -> None:
         (bytes(20), DropReason.MALFORMED_COOKIE),
         (b"\0\1\0\1\x21\x12\xa4\x42" + bytes(12), DropReason.MALFORMED_LENGTH),
         (b"\0\1\0\4\x21\x12\xa4\x42" + bytes(12) + b"\0\x0d\0\4", DropReason.MALFORMED_ATTRIBUTE),
-        (b"\0\1\1\0\x21\x12\xa4\x42" + bytes(12) + b"\x80\x22\0\0" * 64, DropReason.TOO_MANY_ATTRIBUTES),
+        (b"\0\1\1\4\x21\x12\xa4\x42" + bytes(12) + b"\x80\x22\0\0" * 65, DropReason.TOO_MANY_ATTRIBUTES),
         (b"\0\1\0\x08\x21\x12\xa4\x42" + bytes(12) + b"\x80\x28\0\4" + bytes(4), DropReason.MALFORMED_FINGERPRINT),
     ],
 )

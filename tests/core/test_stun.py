@@ -321,8 +321,8 @@ def test_a_message_without_attributes_is_read() -> None:
     assert decoded(HEADER).attributes == ()
 
 
-def test_32_attributes_are_read() -> None:
-    assert decoded(with_length(HEADER + b"\0\x0d\0\0" * 32)).attributes == ((0x0D, b""),) * 32
+def test_64_attributes_are_read() -> None:
+    assert decoded(with_length(HEADER + b"\0\x0d\0\0" * 64)).attributes == ((0x0D, b""),) * 64
 
 
 @pytest.mark.parametrize(
@@ -342,8 +342,8 @@ def test_32_attributes_are_read() -> None:
         (with_length(HEADER + b"\0\x0d\0\4"), Malformed.ATTRIBUTE),
         (with_length(HEADER + b"\0\x0d\0\5" + bytes(4)), Malformed.ATTRIBUTE),
         (with_length(HEADER + b"\0\x0d\xff\xff" + bytes(4)), Malformed.ATTRIBUTE),
-        (with_length(HEADER + b"\0\x0d\0\0" * 33), Malformed.TOO_MANY_ATTRIBUTES),
-        (with_length(HEADER + b"\0\x08\0\0" * 33), Malformed.TOO_MANY_ATTRIBUTES),
+        (with_length(HEADER + b"\0\x0d\0\0" * 65), Malformed.TOO_MANY_ATTRIBUTES),
+        (with_length(HEADER + b"\0\x08\0\0" * 65), Malformed.TOO_MANY_ATTRIBUTES),
         (GOOD[:-1] + bytes((GOOD[-1] ^ 1,)), Malformed.FINGERPRINT),
         (GOOD[:27] + b"\0" + GOOD[28:], Malformed.FINGERPRINT),
         (with_length(HEADER + b"\x80\x28\0\0"), Malformed.FINGERPRINT),
