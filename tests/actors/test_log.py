@@ -150,6 +150,8 @@ def test_what_flows_is_read_from_the_counters_of_a_running_relay(start: Starter)
         client.send(0x4000, b"the end")
         assert peer.recv(100) == b"the end"
     after = flow_in(logging.relay.system._measured)
+    lossy = flow_in(logging.relay.system._measured._replace(kernel_drops=lambda: 7))
+    assert lossy.drops == 8
     assert before == Flow(0, 0, 0, 0, 0, 0, 1, 0)
     assert after == Flow(2, 12, 1, 8, 0, 1, 1, 1)
 

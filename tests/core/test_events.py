@@ -45,6 +45,8 @@ from tests.core.driver import (
     START,
     Client,
     Relay,
+    answer_in,
+    opaque,
     relay_with,
 )
 
@@ -269,7 +271,8 @@ def test_strangers_can_not_make_it_tell_of_refused_requests(relay: Relay, client
     client.allocate()
     relay.take_events()
     unproven = client.write(Method.CHANNEL_BIND, key=b"wrong")
-    unknown = encode(MessageClass.REQUEST, Method.BINDING, bytes(12), [(REQUESTED_TRANSPORT, 17)])
+    unknown = encode(MessageClass.REQUEST, Method.BINDING, bytes(12), [(opaque(0x7ABC), b"")])
+    assert answer_in(client.send(unknown)).code == 420
     for data in (unproven, unknown, encode(MessageClass.REQUEST, Method.REFRESH, bytes(12), [])):
         client.send(data)
     assert relay.take_events() == []
