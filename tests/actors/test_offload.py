@@ -82,12 +82,17 @@ def state(relay: Relay) -> dict[str, Any]:
 
 
 def page(relay: Relay, method: str, path: str) -> tuple[int, dict[str, Any]]:
+    status, text = ask(relay, method, path)
+    return status, json.loads(text)
+
+
+def ask(relay: Relay, method: str, path: str) -> tuple[int, str]:
     at = relay.system._http["control"]
     connection = http.client.HTTPConnection(at.host, at.port, timeout=10)
     try:
         connection.request(method, path)
         answer = connection.getresponse()
-        return answer.status, json.loads(answer.read())
+        return answer.status, answer.read().decode()
     finally:
         connection.close()
 
@@ -120,6 +125,17 @@ def test_channels_are_in_the_kernel_as_soon_as_their_client_is_told_and_gone_wit
     assert client.refresh(0) is None
     assert state(offloading)["xdp_channels"] == 0
     assert page(offloading, "GET", "/offload/channels")[1] == {"clients": {}}
+
+
+def test_a_scrape_tells_what_is_in_the_kernel(offloading: Relay) -> None:
+    client = offloading.client()
+    client.allocate()
+    assert relays(client)
+    told = ask(offloading, "GET", "/metrics")[1].splitlines()
+    assert "relay_xdp_channels 1.0" in told
+    assert 'relay_xdp_interfaces{state="attached"} 1.0' in told
+    # Packets of this machine to itself pass no interface.
+    assert 'relay_relayed_packets_total{relay_datapath="xdp",relay_direction="to_peer"} 0.0' in told
 
 
 def test_it_is_detached_and_attached_again_while_channels_go_on(offloading: Relay) -> None:

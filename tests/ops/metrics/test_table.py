@@ -3,6 +3,8 @@
 import re
 from collections import Counter
 from itertools import product
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from hypothesis import given
@@ -14,6 +16,9 @@ from relay.core.counters import DropReason
 from relay.core.portal.channel import State
 from relay.core.stun import MessageClass, Method, encode
 from relay.offload import layout
+from relay.offload.datapath import Datapath
+from relay.offload.layout import PassReason
+from relay.offload.program import Totals
 from relay.ops.metrics.metric import Histogram, Kind, LabelValue, Metric
 from relay.ops.metrics.sources import Look, Sources
 from relay.ops.metrics.table import TABLE
@@ -190,3 +195,37 @@ def test_what_is_lost_on_the_way_is_among_the_drops(measured: Measured) -> None:
 def test_a_relay_that_starts_has_no_inbox_yet(measured: Measured) -> None:
     sources = measured.sources._replace(inbox=lambda: None)
     assert combinations(sources) == combinations(measured.sources)
+
+
+def test_what_the_kernel_relays_is_told_beside_what_the_relay_does(measured: Measured) -> None:
+    client = Client(measured.relay)
+    client.allocate()
+    client.bind_channel()
+    client.send_on_channel(bytes(100))
+    sizes = {"to_peer": (2, *[0] * 15), "to_client": (*[0] * 15, 3)}
+    totals = Totals(
+        {"to_peer": 2, "to_client": 3},
+        {"to_peer": 200, "to_client": 6000},
+        sizes,
+        dict.fromkeys(PassReason, 0) | {PassReason.NO_CHANNEL_DATA: 4},
+    )
+    kernel = SimpleNamespace(
+        program=SimpleNamespace(totals=lambda: totals),
+        channels=SimpleNamespace(installed={"one": 1}, refused=5, failures=6),
+        devices=SimpleNamespace(modes={"eth0": "native", "eth1": None}, failures={"eth1": "no such interface"}),
+    )
+    sources = measured.sources._replace(datapath=cast(Datapath, kernel))
+    assert combinations(sources) == combinations(measured.sources)
+    assert nonzero("relay.relayed.packets", sources) == {
+        ("to_peer", "userspace"): 1,
+        ("to_peer", "xdp"): 2,
+        ("to_client", "xdp"): 3,
+    }
+    assert values("relay.relayed.bytes", sources)[("to_client", "xdp")] == 6000
+    by_kernel = values("relay.packet.size", sources)[("xdp",)]
+    assert by_kernel == Histogram([2, *[0] * 14, 3], 6200)
+    assert nonzero("relay.xdp.passed", sources) == {("no_channel_data",): 4}
+    assert nonzero("relay.xdp.channels", sources) == {(): 1}
+    assert nonzero("relay.xdp.channels.refused", sources) == {(): 5}
+    assert nonzero("relay.xdp.table_failures", sources) == {(): 6}
+    assert nonzero("relay.xdp.interfaces", sources) == {("attached",): 1, ("failed",): 1}
