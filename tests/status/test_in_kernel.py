@@ -1,0 +1,67 @@
+"""What the kernel relays by itself is in the status of a relay that has it do so."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relay.status.model import Allocation, Status
+from relay.top.reading import read
+from tests.conftest import needs_ipv6, wait_until
+from tests.offload.conftest import needs_bpf, object_file
+from tests.offload.relays import Lab, running, talk
+from tests.offload.topology import row
+
+__all__ = ("object_file",)
+
+pytestmark = [needs_bpf, needs_ipv6, pytest.mark.usefixtures("object_file")]
+
+
+@pytest.fixture
+def lab(tmp_path: Path, object_file: bytes) -> Iterator[Lab]:  # noqa: F811 - pytest's way to use another file's
+    del object_file
+    with row() as network:
+        network.know_all()
+        with running(network.relay, tmp_path, "driver") as relay:
+            yield Lab(network, relay, "driver")
+
+
+def status_of(lab: Lab) -> Status:
+    answer: Any = lab.relay.ask("/status")
+    return read(Status, answer)
+
+
+def test_a_channel_that_the_kernel_relays_shows_what_both_have_relayed(lab: Lab) -> None:
+    before = status_of(lab)["totals"]["to_peer"]
+    with talk(lab.relay, lab.network) as way:
+        for _ in range(10):
+            way.both()
+        lab.relay.detach()
+        for _ in range(3):
+            way.both()
+        lab.relay.attach()
+        host, port = way.client.address
+        to_peer, to_client = way.by_kernel()
+
+        def rows() -> list[Allocation]:
+            """Those of this client."""
+            return [each for each in status_of(lab)["allocations"] if each["client"] == f"{host}:{port}"]
+
+        # What there is, and what the kernel has relayed, is known as of a second ago.
+        wait_until(lambda: [each["to_client"]["xdp_packets"] for each in rows()] == [to_client])
+        (shown,) = rows()
+        assert shown["to_peer"]["xdp_packets"] == to_peer
+        (channel,) = shown["channels"]
+        assert channel["to_peer"] == shown["to_peer"]
+        assert channel["to_peer"]["packets"] >= channel["to_peer"]["xdp_packets"] + 3
+        assert channel["to_peer"]["xdp_packets"] >= 10
+        assert channel["to_peer"]["bytes"] == channel["to_peer"]["packets"] * 100
+        status = status_of(lab)
+        assert status["totals"]["to_peer"]["xdp_packets"] - before["xdp_packets"] == to_peer
+        assert status["data_paths"]["xdp"] == {
+            "interfaces": {"r0": lab.mode, "r1": lab.mode},
+            "failures": {},
+            "channels": 1,
+            "channels_refused": 0,
+        }
