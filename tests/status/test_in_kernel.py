@@ -19,7 +19,7 @@ pytestmark = [needs_bpf, needs_ipv6, pytest.mark.usefixtures("object_file")]
 
 
 @pytest.fixture
-def lab(tmp_path: Path, object_file: bytes) -> Iterator[Lab]:  # noqa: F811 - pytest's way to use another file's
+def lab(tmp_path: Path, object_file: bytes) -> Iterator[Lab]:
     del object_file
     with row() as network:
         network.know_all()

@@ -29,6 +29,8 @@ def test_it_shows_throughput_and_the_busiest_allocations_first(stage: Stage, sta
     terminal.until(lambda: clients_in(terminal) == ["40002", "40003", "40001"])
     assert "█" in terminal.text
     assert f"{HOST}:{stage.port}" in terminal.lines[0]
+    # The cursor stays on the last character of a full line: what clears the rest would clear that.
+    assert re.search(rb"%d(\x1b\[[0-9;]*m)*\x1b\[K" % stage.port, terminal.raw) is None
 
 
 def test_keys_sort_and_invert(stage: Stage, start: TerminalMaker) -> None:
@@ -64,8 +66,11 @@ def test_the_list_is_scrolled_and_jumped_in(stage: Stage, start: TerminalMaker) 
 
 def test_it_fits_the_terminal_whatever_size_that_becomes(stage: Stage, start: TerminalMaker) -> None:
     stage.relay(*[1] * 40)
-    terminal = start()
+    # So that it is the change that has it drawn again, and not that it is time to.
+    terminal = start("--interval", "60")
     terminal.shows("1-16 of 40", "LEFT")
+    stage.relay()
+    terminal.shows("0b/s")
     assert "PEERS" not in terminal.text
     terminal.resize(200, 50)
     terminal.shows("1-35 of 40", "PEERS", "LOGIN", "198.51.100.9:5000")
