@@ -1,7 +1,7 @@
 """Nothing that the relay writes or shows has a secret in it: at trace level, under hostile input, and when it fails.
 
-Secrets are the portal's token, the relay's secret, the password for the proxy, and of clients: passwords, the keys made of
-them, usernames (whoever has one and the secret has the password), nonces, and what is in packets.
+Secrets are the portal's token, the relay's secret, what the proxy and a collector want to be told, and of clients:
+passwords, the keys made of them, usernames (who has one and the secret has the password), nonces, and what is in packets.
 """
 
 import base64
@@ -44,6 +44,7 @@ __all__ = ["library"]
 
 TOKEN: Final = ".SFMyNTY.g2gDbQAAACQ5ODZjNzI3-_secret~of~the~portal"
 PROXY_USER, PROXY_PASSWORD = "user-of-the-proxy", "password~of~the~proxy"
+COLLECTOR_KEY = "key~for~the~collector"
 PAYLOAD: Final = b"what two peers tell each other"
 CHANNEL: Final = 0x4000
 DAY: Final = 86400
@@ -153,6 +154,7 @@ def victim(
     secrets.add("password of the proxy", PROXY_PASSWORD)
     secrets.add("credential of the proxy", f"{PROXY_USER}:{PROXY_PASSWORD}")
     secrets.add("payload", PAYLOAD)
+    secrets.add("key for the collector", COLLECTOR_KEY)
     with ScriptedPortal(authority) as portal, ConnectProxy((PROXY_USER, PROXY_PASSWORD)) as proxy:
         program = Program(
             *("--allow-peer", "127.0.0.0/8", "--log-filter", "trace", "--log-format", request.param),
@@ -161,6 +163,11 @@ def victim(
                 "FIREZONE_TOKEN": TOKEN,
                 "FIREZONE_API_URL": portal.url,
                 "SSL_CERT_FILE": str(authority.ca_file),
+                # Nobody is there: it fails to push, and says so.
+                "OTLP_GRPC_ENDPOINT": "127.0.0.1:9",
+                "OTEL_EXPORTER_OTLP_HEADERS": f"authorization={COLLECTOR_KEY}",
+                "OTEL_METRIC_EXPORT_INTERVAL": "500",
+                "OTEL_EXPORTER_OTLP_TIMEOUT": "1",
                 "HTTPS_PROXY": f"http://{PROXY_USER}:{PROXY_PASSWORD}@{proxy.host}:{proxy.port}",
             },
         )
@@ -260,6 +267,7 @@ def test_no_secret_is_shown_whatever_happens(victim: tuple[Victim, Connection], 
     relay.look()
     be_a_mad_portal(connection)
     relay.look()
+    relay.program.wait_for_log("metrics could not be pushed")
     with relay.client() as last:
         last.allocate()
         fail_all_reads(faults)
