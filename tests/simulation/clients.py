@@ -3,54 +3,20 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from tests.simulation import wire
 from tests.simulation.clock import BrokenError, Scheduler
 from tests.simulation.network import Link, Network
 from tests.simulation.parties import Post
 from tests.simulation.portal import Credential
+from tests.simulation.profiles import Profile
 from tests.simulation.transactions import Transactions, peer_attribute
 from tests.simulation.wire import Address, Wire
 
 PATIENCE = 100.0
 """Seconds within which a client has an allocation if nothing stands against it: one request that times out, and the few
 that follow."""
-
-
-class Profile(NamedTuple):
-    """How a client behaves."""
-
-    name: str
-    is_ipv6: bool
-    """How it talks to the relay."""
-    asks: int
-    """1 for a relayed address of IPv4, 2 for one of IPv6, 3 for both."""
-    first_shows_credential: bool
-    """Its first request has a username and no nonce, as Firezone's has."""
-    fingerprint: bool
-    even_port: bool
-    lifetime: int | None
-    refreshes: bool
-    """Or else lets its allocation end."""
-    channels: int
-    rebinds_after: float
-    """Seconds; beyond 600 its channels end before, beyond 900 they are forgotten."""
-    swaps: bool
-    """Binds what has ended to others."""
-    stays: bool
-    """Begins each session from the same address, with new credentials."""
-    leaves: bool
-    """Deletes its allocation at the end, or else vanishes."""
-    roams_after: float
-    """Seconds, on average, after which it moves to another address with the same username; 0 for never."""
-    credential_lives: float
-    impatience: float
-    session: float
-    """Seconds, on average."""
-    pause: float
-    gap: float
-    """Seconds between packets, on average."""
 
 
 class Surroundings(Protocol):
@@ -230,6 +196,9 @@ class Client:
         if self.profile.lifetime is not None:
             attributes += ((wire.LIFETIME, self.profile.lifetime.to_bytes(4, "big")),)
         self.asking.ask(wire.ALLOCATE, attributes, self._take_allocated)
+        if self.profile.roams_after and self.random.random() < 0.2:
+            # The relay may be busy with the first one still.
+            self._later(0.5 * self.random.random(), self._roam)
 
     def _take_allocated(self, answer: Wire | None) -> None:
         self._world.note("allocate", (self.id, answer and answer.code))
@@ -240,14 +209,24 @@ class Client:
                 self._begin_relaying(answer)
             case 437:
                 # Something is in the way from an earlier time, with other credentials perhaps.
+                if self.random.random() < 0.3:
+                    self._try_to_use()
                 self.asking.ask(wire.REFRESH, ((wire.LIFETIME, bytes(4)),), lambda _: self._allocate())
             case 401:
                 self._later(1, self._want_credential)
             case 486 | 508:
-                self.asking.disturbed_at = self._scheduler.now
+                self.asking.be_disturbed(self._scheduler.now)
                 self._later(10 + 20 * self.random.random(), self._allocate)
             case code:
                 raise BrokenError(f"client {self.id} ({self.profile.name}) is refused an allocation with {code}")
+
+    def _try_to_use(self) -> None:
+        """Try whether what was allocated with other credentials can be used with these: it can't."""
+        self.asking.ask(wire.REFRESH, ((wire.LIFETIME, (3000).to_bytes(4, "big")),), lambda _: None)
+        peer = self._world.choose_peer(self, 1)
+        if peer is not None:
+            channel = (wire.CHANNEL_NUMBER, b"\x70\0\0\0")
+            self.asking.ask(wire.CHANNEL_BIND, (channel, peer_attribute(peer)), lambda _: None)
 
     def _begin_relaying(self, answer: Wire) -> None:
         self.wants_since = None

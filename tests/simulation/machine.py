@@ -27,6 +27,9 @@ from tests.simulation.wire import Address, channel_data
 
 HOSTS = {1: "192.0.2.1", 2: "2001:db8::1"}
 UNIX_AT_ZERO = 1_700_000_000.0
+USUALLY_SLOW = 0.03
+"""Share of binds that are reported on late, or never, when all is well."""
+
 SOCKET_BUFFER = 2000
 """Datagrams that wait while nobody reads."""
 
@@ -39,7 +42,7 @@ class Health:
     """Those that other programs have."""
     is_exhausted: bool = False
     """No descriptor or thread is to be had."""
-    slow_binds: float = 0.0
+    slow_binds: float = USUALLY_SLOW
     """Share of binds that are reported on late, or never."""
     lateness: float = 0.001
     """Seconds by which a wake-up comes late, at most."""

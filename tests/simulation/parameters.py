@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, ClassVar
 
-from tests.simulation.clients import Profile
 from tests.simulation.setting import Setting
 
 HOUR, DAY = 3600.0, 86400.0
@@ -74,47 +73,3 @@ class Parameters:
             self, hours=days * 24, pace=24.0, weather=1800, partitions=2400, rebinds=300, machine=1200, portal=7200,
             restarts=40000, noise=60,
         )  # fmt: skip
-
-
-def profile_of(random: Random, pace: float) -> Profile:
-    """Draw a client, of one of the kinds that there are."""
-    name, changes = random.choice(_KINDS)
-    asks = random.choice((1, 1, 2, 3))
-    common = Profile(
-        name=name,
-        is_ipv6=random.random() < 0.3,
-        asks=asks,
-        first_shows_credential=False,
-        fingerprint=random.random() < 0.5,
-        even_port=random.random() < 0.1,
-        lifetime=random.choice((None, None, 600, 777, 1800, 5000)),
-        refreshes=True,
-        channels=random.choice((1, 1, 2, 4)),
-        rebinds_after=random.choice((240.0, 300.0, 500.0)),
-        swaps=False,
-        stays=False,
-        leaves=random.random() < 0.6,
-        roams_after=0.0,
-        credential_lives=DAY,
-        impatience=0.02,
-        session=900 * pace,
-        pause=300 * pace,
-        gap=20 * pace,
-    )
-    return common._replace(**changes)
-
-
-_KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("ICE", {"channels": 4, "session": 400.0, "leaves": True}),
-    ("Firezone", {"first_shows_credential": True, "stays": True, "leaves": False, "channels": 3, "session": 500.0}),
-    ("roaming", {"roams_after": 200.0}),
-    ("impatient", {"impatience": 0.5}),
-    ("forgetful", {"refreshes": False}),
-    ("late to rebind", {"rebinds_after": 700.0, "lifetime": 3600}),
-    ("rebinding others", {"rebinds_after": 700.0, "swaps": True, "lifetime": 2000}),
-    ("binding anew", {"rebinds_after": 950.0, "swaps": True, "lifetime": 3600}),
-    ("vanishing", {"leaves": False, "session": 150.0, "pause": 900.0}),
-    ("of short credentials", {"credential_lives": 400.0}),
-    ("dual", {"asks": 3, "channels": 4}),
-    ("plain", {}),
-)

@@ -46,6 +46,7 @@ def check_tables(machine: Machine) -> None:
     channels = {(id_, n, each.peer) for id_, held in tables.by_id.items() for n, each in held.channels.items()}
     _same("channels", channels, kept)
     _same("sockets", machine.sockets, {held.ports[-1]: id_ for id_, held in holdings.by_id.items() if held.is_established})
+    _same("free ports", len(machine.server._lifecycle._ports), holdings.free_ports(even=False))
     if machine.setting.offloads:
         kernel = machine.kernel
         _same(
@@ -85,8 +86,8 @@ def check_quiet(world: "World") -> None:
         raise BrokenError(f"{world.network.under_way} datagrams are still on their way")
     fresh = dict(_sizes(Server(machine.config, machine.random)))
     for path, size in _sizes(machine.server):
-        if size > fresh.get(path, 0):
-            raise BrokenError(f"after quiet, {path} has {size} entries")
+        if size != fresh.get(path, 0):
+            raise BrokenError(f"after quiet, {path} has {size} entries, and had {fresh.get(path, 0)} at the start")
     if machine.server.poll_timeout() is not None:
         raise BrokenError(f"after quiet, the relay wants to be woken at {machine.server.poll_timeout()}")
     kernel = machine.kernel

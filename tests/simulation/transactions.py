@@ -68,6 +68,10 @@ class Transactions:
     def __len__(self) -> int:
         return len(self._under_way)
 
+    def be_disturbed(self, until: float) -> None:
+        """Expect nothing before then, if that is later than was known."""
+        self.disturbed_at = max(self.disturbed_at, until)
+
     def ask(self, method: int, attributes: tuple[tuple[int, bytes], ...], then: Then) -> None:
         """Send a request; a challenge is met with the credential."""
         self._begin(method, attributes, then, 1)

@@ -5,6 +5,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from tests.simulation import wire
+from tests.simulation.machine import USUALLY_SLOW
 from tests.simulation.network import Link
 from tests.simulation.wire import Address
 
@@ -116,11 +117,16 @@ class Troubles:
         self._scheduler.after(seconds, self._heal)
         for client in self._world.clients:
             # A request that waited for its answer then may be lost with its repetitions.
-            client.asking.disturbed_at = max(machine.health.stopped_until, self._scheduler.now + seconds)
+            client.asking.be_disturbed(max(machine.health.stopped_until, self._scheduler.now + seconds))
 
     def _heal(self) -> None:
         health = self._world.machine.health
-        health.foreign_ports, health.is_exhausted, health.slow_binds, health.lateness = frozenset(), False, 0.0, 0.001
+        health.foreign_ports, health.is_exhausted, health.slow_binds, health.lateness = (
+            frozenset(),
+            False,
+            USUALLY_SLOW,
+            0.001,
+        )
 
     def _restart(self) -> None:
         self._world.restart(politely=self._random.random() < 0.5)

@@ -9,11 +9,12 @@ from tests.simulation.clients import Client
 from tests.simulation.clock import BrokenError, Scheduler
 from tests.simulation.machine import HOSTS, Machine
 from tests.simulation.network import Network
-from tests.simulation.parameters import DAY, HOUR, Parameters, profile_of
+from tests.simulation.parameters import DAY, HOUR, Parameters
 from tests.simulation.parties import Post
 from tests.simulation.peers import Peer
 from tests.simulation.portal import Credential, Portal, PortalLink
 from tests.simulation.probes import Probes
+from tests.simulation.profiles import profile_of
 from tests.simulation.properties import check_counters, check_quiet, check_tables
 from tests.simulation.trace import Trace
 from tests.simulation.troubles import Troubles
@@ -55,11 +56,17 @@ class World:
         left, day = self.parameters.hours * HOUR, 0
         while left > 0:
             self.run_for(min(left, DAY - QUIET))
-            self.quieten()
             left -= DAY
+            if left <= 0 and self.seed % 2:
+                # The last allocation to end is the one that it waits for.
+                self.machine.drain()
+            self.quieten()
             day += 1
             if on_day is not None:
                 on_day(self, day)
+        # Nothing is left to wait for; and once is enough.
+        self.machine.drain()
+        self.machine.drain()
 
     def run_for(self, seconds: float) -> None:
         """Let clients come and go."""
