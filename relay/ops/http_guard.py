@@ -44,7 +44,8 @@ class OperatorsOnly:
         match = _HOST.fullmatch(hosts[0]) if hosts else None
         if match is None:
             return error(HTTPStatus.BAD_REQUEST, "the request names no host (RFC 9112 section 3.2)")
-        if not (_is_address(match["literal"] or match["name"]) or match["name"].lower().rstrip(".") in self._names):
+        name = match["name"] or ""
+        if not (_is_address(match["literal"] or name) or name.lower().rstrip(".") in self._names):
             text = "this name is not known here: ask by an address or localhost, or give the relay --control-hostname"
             return error(HTTPStatus.MISDIRECTED_REQUEST, text)
         if request.method not in _READING and not _is_from_here(request, hosts[0]):

@@ -92,7 +92,11 @@ class LogFilter:
         directives = [_directive(each) for each in given]
         if all(each.parts for each in directives):
             directives.insert(0, Directive((), Level.INFO))
-        return cls(tuple(directives))
+        found = cls(tuple(directives))
+        # What is shown can be given again.
+        if len(directives) > MOST or len(str(found)) > LONGEST:
+            raise ValueError(f"with info for all targets, these are more than {MOST} directives or {LONGEST} characters")
+        return found
 
     def threshold(self, target: str) -> Level:
         """Give the level that an event of a target must have, at least, to be written."""

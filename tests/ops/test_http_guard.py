@@ -65,7 +65,21 @@ def test_names_that_anyone_could_point_here_are_not(
 
 
 @pytest.mark.parametrize(
-    "host", [None, "", "a:b", "[::1", "::1", "localhost:123456", "localhost:9999:1", "a b", "@", "user@127.0.0.1"]
+    "host",
+    [
+        None,
+        "",
+        "a:b",
+        "[::1",
+        "::1",
+        "localhost:123456",
+        "localhost:9999:1",
+        "a b",
+        "@",
+        "user@127.0.0.1",
+        "[:::1]",
+        "[1.2]:80",
+    ],
 )
 def test_no_host_is_no_request(control: HttpEndpoint, host: str | None) -> None:
     assert ask(control, "GET", "/healthz", host=host).status in {HTTPStatus.BAD_REQUEST, HTTPStatus.MISDIRECTED_REQUEST}

@@ -62,6 +62,8 @@ def test_the_directive_that_reaches_furthest_counts_and_among_equals_the_last(
         ("x" * 1000, "'" + "x" * 40 + r"\.\.\.' is no level"),
         ("x" * (LONGEST + 1), "longer than 1024"),
         (",".join(["info"] * (MOST + 1)), "more than 32"),
+        (",".join(["a=info"] * MOST), "with info for all targets, these are more than 32"),
+        ("x" * (LONGEST - 5) + "=info", "or 1024 characters"),
     ],
 )
 def test_what_is_no_filter_is_refused_in_one_printable_line(directives: str, why: str) -> None:
