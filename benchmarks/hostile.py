@@ -68,9 +68,9 @@ class Kind(NamedTuple):
     good: bool = False
 
 
-def sources(count: int = COUNT) -> list[ClientAddress]:
-    """Give addresses, each its own."""
-    return [ClientAddress((f"203.{n >> 16 & 255}.{n >> 8 & 255}.{n & 255}", 40000)) for n in range(count)]
+def sources(count: int = 0) -> list[ClientAddress]:
+    """Give addresses, each its own: `COUNT`, or some."""
+    return [ClientAddress((f"203.{n >> 16 & 255}.{n >> 8 & 255}.{n & 255}", 40000)) for n in range(count or COUNT)]
 
 
 def new_server(*, rate: int = 500, burst: int = 5000) -> Server:
@@ -137,7 +137,7 @@ def stuffed(method: Method, attribute: bytes) -> bytes:
     return bare(method)[:2] + len(body).to_bytes(2, "big") + bare(method)[4:] + body
 
 
-def clients(server: Server, *, allocate: bool = False, count: int = COUNT) -> list[Client]:
+def clients(server: Server, *, allocate: bool = False, count: int = 0) -> list[Client]:
     """Give clients with nonces, and with an allocation and a channel each if so wanted."""
     made = [Client(server, address) for address in sources(count)]
     for each in made:
@@ -265,6 +265,11 @@ def of_good() -> Iterable[Kind]:
     yield Kind("Allocate, both halves", lambda: of_clients(lambda each: each.request(Method.ALLOCATE, ALLOCATE)), good=True)
 
 
+def all_kinds() -> list[Kind]:
+    """Give all of them, good ones first."""
+    return [*of_good(), *of_no_form(), *of_requests()]
+
+
 def cost(kind: Kind) -> float:
     """Give microseconds of CPU for a datagram: of the fastest round, as noise only adds."""
     least = float("inf")
@@ -293,7 +298,7 @@ def cost(kind: Kind) -> float:
 )
 def main(*, directory: Path) -> None:
     """Measure what a datagram costs the core, by what is wrong with it."""
-    kinds = [*of_good(), *of_no_form(), *of_requests()]
+    kinds = all_kinds()
     costs = {kind.name: cost(kind) for kind in kinds}
     refresh = costs["Refresh"]
     table = Table("datagram", "µs", "÷ Refresh")
