@@ -41,7 +41,7 @@ _NANOSECONDS = 1_000_000_000
 class Limiter:
     """Says whether one more answer may go to a source.
 
-    What it knows is its key and `rows`, which are plain numbers.
+    What it knows is in `key` and `rows`, bytes and plain numbers: another one that is given them goes on where it was.
 
     Args:
         rate: answers a second, sustained; above 0, at most a million.
@@ -50,7 +50,8 @@ class Limiter:
     """
 
     def __init__(self, rate: int, burst: int, random: RandomSource) -> None:
-        self._hash = hashlib.blake2b(key=random.randbytes(KEY_LENGTH), digest_size=4)
+        self.key = random.randbytes(KEY_LENGTH)
+        self._hash = hashlib.blake2b(key=self.key, digest_size=4)
         self._cost = round(_NANOSECONDS / rate)
         # The half is between two numbers of tokens, so that rounding of times is never seen.
         self._allowance = (burst - 1) * self._cost + self._cost // 2

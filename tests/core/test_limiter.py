@@ -128,6 +128,23 @@ def test_another_seed_lets_others_collide() -> None:
     assert len(used(1)) == 2
 
 
+def test_what_one_knew_another_can_go_on_with() -> None:
+    class Same(Random):
+        """Draws the key of one there was."""
+
+        def randbytes(self, n: int) -> bytes:
+            assert n == len(one.key)
+            return one.key
+
+    one = Limiter(10, 20, Random(1))
+    assert taken(one, CLIENT, 1000.0) == 20
+    other = Limiter(10, 20, Same())
+    for row, known in zip(other.rows, one.rows, strict=True):
+        row[:] = known
+    assert taken(other, CLIENT, 1001.0) == 10
+    assert taken(other, OTHER_CLIENT, 1001.0) == 20
+
+
 # In the server: what is limited, and what is not.
 
 RATE, BURST = 1, 3
