@@ -88,7 +88,7 @@ class Failing(Program):
 
     def step_wall_clock(self, seconds: int) -> None:
         """Set the clock of the relay's machine, away from where it was at first."""
-        struct.pack_into("=q", self._table, 32, seconds)
+        struct.pack_into("=q", self._table, 48, seconds)
 
     def counted(self, name: str) -> Counter[str]:
         """What a counter of the dump says, by kind; by nothing if it is a single number."""
@@ -114,6 +114,7 @@ class Failing(Program):
 Call: TypeAlias = int
 SEND: Final[Call] = 0
 RECEIVE: Final[Call] = 16
+BIND: Final[Call] = 32
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ struct fault {
 };
 
 static struct table {
-    struct fault send, receive;
+    struct fault send, receive, bind;
     long ahead; /* seconds by which the wall clock is ahead */
 } *table;
 
@@ -68,6 +68,10 @@ ssize_t recv(int sock, void *data, size_t size, int flags) {
 
 ssize_t recvmsg(int sock, struct msghdr *message, int flags) {
     return table && fails(&table->receive, sock) ? -1 : REAL(recvmsg)(sock, message, flags);
+}
+
+int bind(int sock, const struct sockaddr *at, socklen_t length) {
+    return table && fails(&table->bind, sock) ? -1 : REAL(bind)(sock, at, length);
 }
 
 int clock_gettime(clockid_t clock, struct timespec *now) {

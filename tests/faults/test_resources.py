@@ -23,14 +23,15 @@ PORTS: Final = 40
 
 
 @contextlib.contextmanager
-def half_taken() -> Iterator[int]:
+def half_taken(host: str) -> Iterator[int]:
     """Take every second one of some ports in a row, all of which were free; give the first."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for lowest in range(50000, 60000, PORTS):
         with contextlib.ExitStack() as stack:
-            opened = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(PORTS)]
+            opened = [stack.enter_context(socket.socket(family, socket.SOCK_DGRAM)) for _ in range(PORTS)]
             try:
                 for number, each in enumerate(opened):
-                    each.bind(("127.0.0.1", lowest + number))
+                    each.bind((host, lowest + number))
             except OSError:
                 continue
             for each in opened[1::2]:
@@ -40,13 +41,18 @@ def half_taken() -> Iterator[int]:
     pytest.skip("no ports are free")
 
 
-def test_clients_get_the_ports_that_other_programs_have_not_taken_and_all_of_them(make_relay: RelayMaker) -> None:
-    with half_taken() as lowest:
-        relay = make_relay(lowest_port=lowest, highest_port=lowest + PORTS - 1, public_ip6=None)
+@pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6)])
+def test_clients_get_the_ports_that_other_programs_have_not_taken_and_all_of_them(make_relay: RelayMaker, host: str) -> None:
+    """A port that is taken for one family is none for a client that asks for both."""
+    dual = ":" in host
+    with half_taken(host) as lowest:
+        more = {} if dual else {"public_ip6": None}
+        relay = make_relay(lowest_port=lowest, highest_port=lowest + PORTS - 1, **more)
         clients = [relay.client() for _ in range(PORTS // 2)]
-        given = {client.allocate()[0][1] for client in clients}
+        given = {client.allocate(dual=dual)[0][1] for client in clients}
         assert given == set(range(lowest + 1, lowest + PORTS, 2))
-        assert allocate_refused(relay.client()) == 508
+        with pytest.raises(AssertionError, match="was answered 508"):
+            relay.client().allocate(dual=dual)
     refused = relay.system.server_counters.bind_errors
     assert set(refused) == {"EADDRINUSE"}
     assert refused["EADDRINUSE"] == relay.system.core.counters.ports_refused > 0

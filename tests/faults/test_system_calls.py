@@ -6,8 +6,9 @@ from typing import Final
 
 import pytest
 
+from tests.actors.test_lifetime import allocate_refused
 from tests.conftest import wait_until
-from tests.faults.conftest import CHANNEL, PATIENCE, RECEIVE, SEND, Failing, name_of, running
+from tests.faults.conftest import BIND, CHANNEL, PATIENCE, RECEIVE, SEND, Failing, name_of, running
 from tests.turn_client import udp_socket
 
 CALLS: Final = 5
@@ -75,6 +76,21 @@ def test_a_read_that_fails_is_counted_and_the_socket_is_read_on(failing: Failing
         assert [client.receive() for _ in range(CALLS + 1)] == [(CHANNEL, b"%d" % each) for each in range(CALLS + 1)]
     counted = failing.counted("receive_errors") - before
     assert counted == ({} if number == errno.EINTR else {name_of(number): CALLS})
+    failing.assert_serves()
+
+
+@pytest.mark.parametrize("number", [errno.ENOBUFS, errno.ENOMEM, errno.EACCES], ids=name_of)
+def test_a_bind_that_fails_costs_the_client_that_asked_for_it_508_and_nobody_else(failing: Failing, number: int) -> None:
+    """No other port is tried: what forbids one forbids them all."""
+    before = failing.counted("bind_errors")
+    with failing.client() as served, failing.client() as refused:
+        served.allocate()
+        failing.fail(BIND, number, 1)
+        assert allocate_refused(refused) == 508
+        assert served.refresh(600) is None
+        refused.allocate()
+    assert failing.hits(BIND) == 1
+    assert failing.counted("bind_errors") - before == {name_of(number): 1}
     failing.assert_serves()
 
 
