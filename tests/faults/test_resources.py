@@ -26,7 +26,8 @@ PORTS: Final = 40
 def half_taken(host: str) -> Iterator[int]:
     """Take every second one of some ports in a row, all of which were free; give the first."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    for lowest in range(50000, 60000, PORTS):
+    # None of those that Linux gives to whoever asks for any.
+    for lowest in range(20000, 30000, PORTS):
         with contextlib.ExitStack() as stack:
             opened = [stack.enter_context(socket.socket(family, socket.SOCK_DGRAM)) for _ in range(PORTS)]
             try:
