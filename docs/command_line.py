@@ -86,7 +86,8 @@ def _options(context: click.Context) -> Iterator[str]:
     yield "|---|---|---|---|"
     for option in options:
         extra = option.get_help_extra(context)
-        name = ", ".join(f"`{each}`" for each in option.opts)
+        # A command keeps the names of its help from when it was first called, which may have been without the others.
+        name = ", ".join(f"`{each}`" for each in (context.help_option_names if "--help" in option.opts else option.opts))
         if not option.is_flag:
             name += f" `{option.make_metavar(context)}`"
         text = _marked(option.help or "") + (" Required." if option.required else "")

@@ -136,13 +136,14 @@ def test_threads_that_relay_wait_for_others_and_those_that_others_wait_for_do_no
     client.allocate()
     of_the_allocation = set(schedulers()) - before
     assert len(of_the_allocation) == 1
-    relaying = of_the_allocation | named("listener-")
+    # Pages are for who can wait, too.
+    relaying = of_the_allocation | named("listener-") | named("health") | named("control")
     assert len(relaying) > len(CONFIG.public_hosts)
     # A thread says so of itself, as the first thing it does.
     wait_until(lambda: {how for thread, how in schedulers().items() if thread in relaying} == {"waits"})
     others = {thread: how for thread, how in schedulers().items() if thread not in relaying | earlier}
     assert set(others.values()) == {"interrupts"}
-    assert named("requests-") | named("server") | named("health") <= set(others)
+    assert named("requests-") | named("server") <= set(others)
 
 
 def test_the_portals_threads_do_not_wait_for_those_that_relay() -> None:
