@@ -18,7 +18,7 @@ from relay.core.allocations import Allocation, Allocations, AllocationState
 from relay.core.counters import Counters
 from relay.core.instant import Instant
 from relay.net.udp import UdpCounters
-from relay.ops.http import HttpEndpoint, Page, Query
+from relay.ops.http.endpoint import HttpEndpoint, Page, Query
 from relay.ops.threads import current_cpu, pinned, shared_fairly
 from relay.status.answer import Sources, StatusPage
 from relay.status.pace import Pace

@@ -12,7 +12,7 @@ from relay.config import ANY_CPU, Endpoint
 from relay.core.credentials import RelaySecret
 from relay.core.peers import Network
 from relay.core.portal.endpoint import PortalToken, PortalUrl
-from relay.ops.log_filter import LogFilter
+from relay.ops.logs.filter import LogFilter
 
 _LONGEST_TEXT = 4096
 _LONGEST_INTERFACE = 15

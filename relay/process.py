@@ -22,8 +22,9 @@ from relay.core.portal.endpoint import PortalUrl
 from relay.discovery.discover import discover
 from relay.net.proxy import Proxy
 from relay.offload.datapath import Datapath, open_datapath
-from relay.ops import logs, signals
+from relay.ops import signals
 from relay.ops.dump import dump, register_wedged_dump
+from relay.ops.logs import log as logs
 from relay.ops.metrics.push import read_settings
 from relay.ops.privilege import refuse_root
 from relay.ops.systemd import Systemd

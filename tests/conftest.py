@@ -12,7 +12,7 @@ import structlog
 from hypothesis import settings
 
 from relay.config import LogFormat
-from relay.ops import logs
+from relay.ops.logs import log as logs
 
 # CI is root, and so is who tries a relay in a container: each program that tests start finds this in its environment.
 os.environ["ALLOW_ROOT"] = "1"

@@ -7,8 +7,8 @@ from typing import Any
 import jsonschema
 
 from relay.config import LogFormat
-from relay.ops.log_filter import LogFilter
-from relay.ops.logs import Log
+from relay.ops.logs.filter import LogFilter
+from relay.ops.logs.log import Log
 
 SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "log-line.schema.json").read_text())
 START = 1_795_465_516.25

@@ -4,9 +4,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from relay.core.server import Server
-from relay.ops.core_log import wanted
-from relay.ops.logs import Log
-from relay.ops.stats import Flow, StatsLine
+from relay.ops.logs.core import wanted
+from relay.ops.logs.log import Log
+from relay.ops.logs.stats import Flow, StatsLine
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from relay.offload.layout import OWN_ADDRESSES, packed_address
 from relay.offload.netlink import Monitor, Network
 from relay.offload.network import AddressesChanged, Link, LinkNews, NeighbourNews, News, Overrun, RoutesChanged
 from relay.offload.next_hops import NextHops, own_addresses
-from relay.ops.log_lines import exception_words
+from relay.ops.logs.lines import exception_words
 from relay.ops.threads import yield_cpu
 
 ROUTES_REST: Final = 0.25

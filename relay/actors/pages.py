@@ -12,10 +12,10 @@ from relay.actors.offload import Offloading
 from relay.config import Config, Endpoint
 from relay.core.addresses import Family
 from relay.core.instant import Instant
-from relay.ops.http import HttpEndpoint, Page, Pages, Query
-from relay.ops.http_guard import OperatorsOnly, anyone
-from relay.ops.log_filter import LogFilter
-from relay.ops.logs import Log
+from relay.ops.http.endpoint import HttpEndpoint, Page, Pages, Query
+from relay.ops.http.guard import OperatorsOnly, anyone
+from relay.ops.logs.filter import LogFilter
+from relay.ops.logs.log import Log
 from relay.ops.metrics import sources as metrics
 from relay.ops.metrics.prometheus import MetricsPage
 from relay.status import answer as status

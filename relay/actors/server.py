@@ -43,7 +43,7 @@ from relay.core.server import Server
 from relay.core.trains import Arrival
 from relay.net.receiver import Receiver
 from relay.net.udp import UdpCounters, UdpSocket, is_broken, name_of
-from relay.ops.log_lines import exception_words
+from relay.ops.logs.lines import exception_words
 
 STOP_TIMEOUT = 1.5
 """Seconds in which all allocations have to be closed at the end; the process ends without those that are not."""

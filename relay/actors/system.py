@@ -37,10 +37,11 @@ from relay.net.receiver import Receiver
 from relay.net.steering import Steered
 from relay.net.udp import UdpSocket, discard_waiting
 from relay.offload.datapath import Datapath
-from relay.ops.core_log import CoreLog
 from relay.ops.kernel_settings import findings, read_machine
-from relay.ops.log_lines import exception_words
-from relay.ops.logs import Log
+from relay.ops.logs.core import CoreLog
+from relay.ops.logs.lines import exception_words
+from relay.ops.logs.log import Log
+from relay.ops.logs.stats import flow_in
 from relay.ops.machine import (
     bind_hosts,
     open_service_sockets,
@@ -50,7 +51,6 @@ from relay.ops.machine import (
 )
 from relay.ops.metrics import sources as metrics
 from relay.ops.metrics.push import pushing
-from relay.ops.stats import flow_in
 from relay.ops.systemd import Systemd
 from relay.ops.threads import sharing_a_cpu, yield_cpu
 

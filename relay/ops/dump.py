@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Mapping
 
 from relay.ops import threads
-from relay.ops.logs import Stream
+from relay.ops.logs.log import Stream
 
 
 def register_wedged_dump() -> None:

@@ -23,7 +23,7 @@ from relay.core.counters import Counters
 from relay.core.instant import Instant
 from relay.core.portal.channel import PortalChannel
 from relay.net.udp import UdpCounters
-from relay.ops.http import Page, Query
+from relay.ops.http.endpoint import Page, Query
 from relay.status import model
 from relay.status.census import Census, Findings
 from relay.status.kernel import Kernel

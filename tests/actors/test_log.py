@@ -15,9 +15,9 @@ import pytest
 from relay.actors.system import System
 from relay.core.addresses import Family
 from relay.core.stun import MessageClass, Method, encode
-from relay.ops.log_repeats import USUAL
-from relay.ops.logs import events_to
-from relay.ops.stats import Flow, flow_in
+from relay.ops.logs.log import events_to
+from relay.ops.logs.repeats import USUAL
+from relay.ops.logs.stats import Flow, flow_in
 from tests.actors.conftest import CONFIG, JumpingClock, Relay
 from tests.conftest import wait_until
 from tests.log_lines import KeptLog

@@ -54,7 +54,7 @@ def _events_of(path: Path) -> Iterator[Logged]:
                 yield from _noted(call)
     if path.name == "kernel_settings.py":
         yield from _found(tree)
-    if path.name in {"logs.py", "foreign_logs.py"}:
+    if path.parts[-2:] in {("logs", "log.py"), ("logs", "foreign.py")}:
         yield from _written_directly(tree)
 
 

@@ -9,8 +9,8 @@ import pytest
 import structlog
 
 from relay.config import LogFormat
-from relay.ops.log_filter import Level
-from relay.ops.logs import events_to
+from relay.ops.logs.filter import Level
+from relay.ops.logs.log import events_to
 from tests.docs.log_events import Logged, events
 from tests.log_lines import SCHEMA, START, KeptLog, valid
 

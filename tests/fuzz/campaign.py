@@ -12,7 +12,7 @@ def main() -> None:
     atheris = importlib.import_module("atheris")
     name = sys.argv[1]
     with atheris.instrument_imports(
-        include=["relay.core", "relay.ops.http_messages", "relay.ops.http_guard", "relay.ops.log_filter"]
+        include=["relay.core", "relay.ops.http.messages", "relay.ops.http.guard", "relay.ops.logs.filter"]
     ):
         target = importlib.import_module(module_of(name))
     atheris.Setup([sys.argv[0], *sys.argv[2:]], target.run)

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from relay.config import Endpoint
-from relay.ops.http import HttpEndpoint, Limits, Pages
-from relay.ops.http_guard import Guard, anyone
+from relay.ops.http.endpoint import HttpEndpoint, Limits, Pages
+from relay.ops.http.guard import Guard, anyone
 
 HOST = "127.0.0.1"
 _numbers = itertools.count()

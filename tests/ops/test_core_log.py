@@ -8,9 +8,9 @@ from relay.core.addresses import Family
 from relay.core.attributes import ADDITIONAL_ADDRESS_FAMILY, REQUESTED_ADDRESS_FAMILY, REQUESTED_TRANSPORT
 from relay.core.events import CORE_EVENTS, AllocationCreated, AllocationFreed, Answered, LimitReached
 from relay.core.stun import MessageClass, Method, encode
-from relay.ops.core_log import WATCHED, CoreLog, wanted
-from relay.ops.log_filter import Level, LogFilter
-from relay.ops.logs import events_to
+from relay.ops.logs.core import WATCHED, CoreLog, wanted
+from relay.ops.logs.filter import Level, LogFilter
+from relay.ops.logs.log import events_to
 from tests.core.driver import (
     CLIENT6,
     FORBIDDEN_PEER,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from relay.ops.log_lines import exception_text, exception_words
+from relay.ops.logs.lines import exception_text, exception_words
 
 USERNAME = "1795465516:salt-of-somebody"
 

@@ -10,7 +10,7 @@ import pytest
 
 from relay.actors.pages import health_pages, offload_pages
 from relay.config import Endpoint
-from relay.ops.http import HttpEndpoint, Page, Query
+from relay.ops.http.endpoint import HttpEndpoint, Page, Query
 
 HOST = "127.0.0.1"
 

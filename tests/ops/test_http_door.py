@@ -1,6 +1,6 @@
 """However many connect, what that costs is bounded, and one source does not use up what all have."""
 
-from relay.ops.http_door import REFUSED, Door
+from relay.ops.http.door import REFUSED, Door
 
 LOOPBACK = ("127.0.0.1", 40000)
 

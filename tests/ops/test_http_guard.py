@@ -6,8 +6,8 @@ from http import HTTPStatus
 import pytest
 
 from relay.actors.pages import health_pages
-from relay.ops.http import HttpEndpoint, Page
-from relay.ops.http_guard import OperatorsOnly
+from relay.ops.http.endpoint import HttpEndpoint, Page
+from relay.ops.http.guard import OperatorsOnly
 from tests.ops.http_client import ask, say, serving
 
 

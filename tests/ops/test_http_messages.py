@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.ops.http_messages import Page, Reception, Request, answer, render
+from relay.ops.http.messages import Page, Reception, Request, answer, render
 
 MOST = 2048
 

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from relay.actors.pages import health_pages
 from relay.config import Endpoint
-from relay.ops.http import HttpEndpoint, Limits, Page, Pages, Query
+from relay.ops.http.endpoint import HttpEndpoint, Limits, Page, Pages, Query
 from tests.ops.http_client import HOST, ask, connect, read, receive_all, say, serving
 
 PAGES = health_pages(lambda: True)

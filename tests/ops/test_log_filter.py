@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.ops.log_filter import LONGEST, MOST, Level, LogFilter
+from relay.ops.logs.filter import LONGEST, MOST, Level, LogFilter
 
 ALLOCATIONS, PORTAL, STATS = "relay.core.allocations", "relay.actors.portal", "relay.ops.stats"
 

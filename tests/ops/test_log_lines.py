@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.config import LogFormat
-from relay.ops.log_filter import Level
-from relay.ops.log_lines import LONGEST_TEXT, Line, exception_text, json_line, neutral, renderer
+from relay.ops.logs.filter import Level
+from relay.ops.logs.lines import LONGEST_TEXT, Line, exception_text, json_line, neutral, renderer
 from tests.log_lines import START, valid
 
 TARGET, EVENT = "relay.core.allocations", "allocation created"

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.ops.log_filter import Level
-from relay.ops.log_repeats import ASKED_FOR, MOST_KINDS, USUAL, Kind, Rate, Repeats
+from relay.ops.logs.filter import Level
+from relay.ops.logs.repeats import ASKED_FOR, MOST_KINDS, USUAL, Kind, Rate, Repeats
 
 KIND, OTHER = Kind("relay.core.requests", "peer refused"), Kind("relay.core.requests", "request refused")
 

@@ -15,10 +15,10 @@ import structlog
 from freezegun import freeze_time
 
 from relay.config import LogFormat
-from relay.ops.foreign_logs import others_heard_by
-from relay.ops.log_filter import Level, LogFilter
-from relay.ops.log_repeats import USUAL
-from relay.ops.logs import QUEUED_LINES, Log, LogWriter, events_to, writing
+from relay.ops.logs.filter import Level, LogFilter
+from relay.ops.logs.foreign import others_heard_by
+from relay.ops.logs.log import QUEUED_LINES, Log, LogWriter, events_to, writing
+from relay.ops.logs.repeats import USUAL
 from tests.log_lines import KeptLog, Written, valid
 
 PORTAL = structlog.get_logger("relay.actors.portal")

@@ -9,8 +9,8 @@ import pytest
 
 from relay import process
 from relay.config import BadUseError, LogFormat
-from relay.ops.log_filter import LogFilter
-from relay.ops.logs import writing
+from relay.ops.logs.filter import LogFilter
+from relay.ops.logs.log import writing
 from tests.actors.conftest import CONFIG
 from tests.log_lines import valid
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from relay.ops.logs import events_to
-from relay.ops.stats import MANY_DROPS, PERIOD, Flow, StatsLine, report
+from relay.ops.logs.log import events_to
+from relay.ops.logs.stats import MANY_DROPS, PERIOD, Flow, StatsLine, report
 from tests.log_lines import KeptLog
 
 NOTHING = Flow(0, 0, 0, 0, 0, 0, 0, 0)

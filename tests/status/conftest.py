@@ -12,7 +12,7 @@ from relay.core.addresses import Family
 from relay.core.portal.channel import PortalChannel
 from relay.net.udp import UdpCounters
 from relay.offload.datapath import ChannelUsage
-from relay.ops.http import Page
+from relay.ops.http.endpoint import Page
 from relay.status.answer import Sources, StatusPage
 from relay.status.kernel import Tally
 from relay.status.model import Status, Xdp

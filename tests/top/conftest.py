@@ -19,7 +19,7 @@ import pyte
 import pytest
 
 from relay.config import Endpoint
-from relay.ops.http import HttpEndpoint, Page, Query
+from relay.ops.http.endpoint import HttpEndpoint, Page, Query
 from tests.core.driver import Client
 from tests.status.conftest import Watched
 

@@ -7,7 +7,7 @@ from http import HTTPStatus
 
 import pytest
 
-from relay.ops.http import Page
+from relay.ops.http.endpoint import Page
 from tests.top.conftest import HOST, Stage, Terminal, TerminalMaker
 
 ALTERNATE, MAIN = b"\x1b[?1049h", b"\x1b[?1049l"

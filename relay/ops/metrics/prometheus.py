@@ -15,7 +15,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 
-from relay.ops.http import Page, Query
+from relay.ops.http.endpoint import Page, Query
 from relay.ops.metrics.metric import Histogram, Kind, LabelValue, Metric, Point
 from relay.ops.metrics.sources import Look, Sources
 from relay.ops.metrics.table import TABLE

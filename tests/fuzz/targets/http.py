@@ -7,12 +7,12 @@ from http import HTTPStatus
 import h11
 
 from relay.config import Endpoint
-from relay.ops.http import HttpEndpoint, Limits, Page, Pages, Query
-from relay.ops.http_guard import OperatorsOnly
-from relay.ops.http_messages import Reception, Request, answer, render
-from relay.ops.log_filter import LogFilter
+from relay.ops.http.endpoint import HttpEndpoint, Limits, Page, Pages, Query
+from relay.ops.http.guard import OperatorsOnly
+from relay.ops.http.messages import Reception, Request, answer, render
+from relay.ops.logs.filter import LogFilter
 
-MODULES = ("relay.ops.http_messages", "relay.ops.http_guard")
+MODULES = ("relay.ops.http.messages", "relay.ops.http.guard")
 
 LIMITS = Limits(request_bytes=1024, request_seconds=2.0)
 

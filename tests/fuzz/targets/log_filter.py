@@ -1,8 +1,8 @@
 """Log directives: any text is a filter or refused in one short line; a filter says itself in directives."""
 
-from relay.ops.log_filter import LONGEST, MOST, Level, LogFilter
+from relay.ops.logs.filter import LONGEST, MOST, Level, LogFilter
 
-MODULES = ("relay.ops.log_filter",)
+MODULES = ("relay.ops.logs.filter",)
 
 SEEDS = (
     b"info",

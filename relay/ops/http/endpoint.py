@@ -16,10 +16,10 @@ from http import HTTPStatus
 import structlog
 
 from relay.config import BadUseError, Endpoint
-from relay.ops.http_crowd import Crowd, Stage, Visitor
-from relay.ops.http_door import Door
-from relay.ops.http_guard import Guard, anyone
-from relay.ops.http_messages import (
+from relay.ops.http.crowd import Crowd, Stage, Visitor
+from relay.ops.http.door import Door
+from relay.ops.http.guard import Guard, anyone
+from relay.ops.http.messages import (
     QUERY_PARAMETERS,
     Page,
     Pages,

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import NamedTuple, TypeAlias
 
 from relay.config import LogFormat
-from relay.ops.log_filter import ROOT, Level
+from relay.ops.logs.filter import ROOT, Level
 
 LONGEST_TEXT = 1000
 """Characters of a text in a field."""

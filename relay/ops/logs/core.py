@@ -22,7 +22,7 @@ from relay.core.events import (
     RequestRefused,
 )
 from relay.core.stun import Method
-from relay.ops.log_filter import Level
+from relay.ops.logs.filter import Level
 
 _ALLOCATIONS = structlog.get_logger("relay.core.allocations")
 _CHANNELS = structlog.get_logger("relay.core.channels")

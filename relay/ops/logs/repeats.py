@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from relay.ops.log_filter import Level
+from relay.ops.logs.filter import Level
 
 MOST_KINDS = 1000
 """Kinds of events that are told apart. There are some hundred; beyond that, all others are one kind."""

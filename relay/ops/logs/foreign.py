@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Protocol
 
-from relay.ops.log_filter import Level
+from relay.ops.logs.filter import Level
 
 _QUIET = ("pykka", "websocket")
 """Libraries of which nothing is written: what fails in pykka's actors our supervisors hear of anyway, and websocket-client

@@ -1,8 +1,8 @@
 """The log: events with fields, one a line, to standard error.
 
-An event is filtered by its target and level (`relay.ops.log_filter`), limited by its kind (`relay.ops.log_repeats`), made a
-line (`relay.ops.log_lines`) and queued; a thread writes what is queued. What libraries and the interpreter have to say goes
-the same way.
+An event is filtered by its target and level (`relay.ops.logs.filter`), limited by its kind (`relay.ops.logs.repeats`),
+made a line (`relay.ops.logs.lines`) and queued; a thread writes what is queued. What libraries and the interpreter have to
+say goes the same way.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ from typing import Any, Protocol, TextIO
 import structlog
 
 from relay.config import LogFormat
-from relay.ops.foreign_logs import others_heard_by
-from relay.ops.log_filter import Level, LogFilter
-from relay.ops.log_lines import Line, renderer
-from relay.ops.log_repeats import Kind, Repeats
+from relay.ops.logs.filter import Level, LogFilter
+from relay.ops.logs.foreign import others_heard_by
+from relay.ops.logs.lines import Line, renderer
+from relay.ops.logs.repeats import Kind, Repeats
 
 QUEUED_LINES = 1000
 """Lines, or dumps, that may wait for a reader of the log that is slow; what comes beyond that is dropped and counted."""

@@ -11,7 +11,7 @@ from http import HTTPStatus
 from ipaddress import ip_address
 from typing import TypeAlias
 
-from relay.ops.http_messages import Page, Request, error
+from relay.ops.http.messages import Page, Request, error
 
 Guard: TypeAlias = Callable[[Request], Page | None]
 """Gives what a request is answered if it is refused, whatever it asks for."""

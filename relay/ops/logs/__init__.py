@@ -1,0 +1,1 @@
+"""The log: what is written, how much of it, and how it looks."""
