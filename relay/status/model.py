@@ -33,8 +33,16 @@ class Config(TypedDict):
     lowest_port: int
     highest_port: int
     max_allocations: int
+    max_allocations_per_address: int | None
+    """Null: as many as in all."""
+    max_channels: int
+    """Of an allocation."""
+    unauthenticated_rate: int
+    """Answers a second to an address that has proven nothing; 0 for no limit."""
+    unauthenticated_burst: int
     health_address: str
     control_address: str
+    control_hostnames: list[str]
     portal_url: str | None
     """None for a relay that stands alone, and so is the next one."""
     name: str | None
@@ -48,6 +56,8 @@ class Config(TypedDict):
     ebpf_offloading: list[str]
     """Interfaces; none if the kernel relays nothing."""
     ebpf_attach_mode: str | None
+    otlp: bool
+    """Whether metrics are pushed; where to may hold a password."""
 
 
 class Portal(TypedDict):

@@ -23,8 +23,13 @@ def config_of(config: Config, bind_hosts: Mapping[Family, str]) -> model.Config:
         "lowest_port": config.lowest_port,
         "highest_port": config.highest_port,
         "max_allocations": config.capacity,
+        "max_allocations_per_address": config.max_allocations_per_address,
+        "max_channels": config.max_channels,
+        "unauthenticated_rate": config.unauthenticated_rate,
+        "unauthenticated_burst": config.unauthenticated_burst,
         "health_address": str(config.health),
         "control_address": str(config.control),
+        "control_hostnames": list(config.control_hostnames),
         "portal_url": None if portal is None else portal.url.text,
         "name": None if portal is None else portal.name,
         "proxy": None if proxy is None else f"{proxy.host}:{proxy.port}",
@@ -35,6 +40,7 @@ def config_of(config: Config, bind_hosts: Mapping[Family, str]) -> model.Config:
         "deny_peers": [str(network) for network in config.deny_peers],
         "ebpf_offloading": [] if offload is None else list(offload.interfaces),
         "ebpf_attach_mode": None if offload is None else offload.mode.value,
+        "otlp": config.otlp is not None,
     }
 
 

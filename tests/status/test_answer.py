@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from ipaddress import IPv4Address, ip_network
 from random import Random
 from typing import Any
 
 import pytest
 
-from relay.config import AttachMode, Config, Endpoint, OffloadConfig, PortalAccess
+from relay.config import AttachMode, Config, Endpoint, OffloadConfig, OtlpConfig, PortalAccess
 from relay.core.addresses import AllocationId, ChannelNumber, ClientAddress, PeerAddress
 from relay.core.attributes import ADDITIONAL_ADDRESS_FAMILY
 from relay.core.portal.channel import PortalChannel
@@ -16,6 +17,7 @@ from relay.core.portal.endpoint import PortalToken, PortalUrl
 from relay.net.proxy import Proxy, ProxyCredentials
 from relay.offload.datapath import ChannelUsage
 from relay.offload.program import Usage
+from relay.status import model
 from relay.status.kernel import Tally
 from relay.status.model import Allocation, Flow
 from tests.core.driver import CHANNEL, CLIENT6, OTHER_CHANNEL, OTHER_PEER, PEER, SECRET, Allocated, Client
@@ -350,6 +352,12 @@ WHOLE = Config(
     allow_peers=(ip_network("10.0.0.0/8"),),
     deny_peers=(ip_network("10.1.0.0/16"), ip_network("fd00::/8")),
     max_allocations=1000,
+    max_allocations_per_address=20,
+    max_channels=30,
+    unauthenticated_rate=40,
+    unauthenticated_burst=50,
+    control_hostnames=("relay.internal",),
+    otlp=OtlpConfig("http://user:a-password-of-a-collector@collector:4317", 60),
     portal=PortalAccess(
         PortalUrl.parse("wss://api.firezone.dev"),
         PortalToken.parse(TOKEN),
@@ -371,8 +379,13 @@ def test_settings_are_shown_but_not_the_secrets_among_them() -> None:
         "lowest_port": 49152,
         "highest_port": 65535,
         "max_allocations": 1000,
+        "max_allocations_per_address": 20,
+        "max_channels": 30,
+        "unauthenticated_rate": 40,
+        "unauthenticated_burst": 50,
         "health_address": "0.0.0.0:8080",
         "control_address": "[::1]:9999",
+        "control_hostnames": ["relay.internal"],
         "portal_url": "wss://api.firezone.dev/relay/websocket",
         "name": "frankfurt-1",
         "proxy": "proxy.example:3128",
@@ -383,7 +396,16 @@ def test_settings_are_shown_but_not_the_secrets_among_them() -> None:
         "deny_peers": ["10.1.0.0/16", "fd00::/8"],
         "ebpf_offloading": ["eth0"],
         "ebpf_attach_mode": "driver",
+        "otlp": True,
     }
+
+
+def test_of_every_setting_it_was_decided_whether_it_is_shown() -> None:
+    """Under its own name, under another, or not at all: whoever adds one has to say."""
+    others = {"public_ip4", "public_ip6", "bind_ip4", "bind_ip6", "health", "control", "cpu", "portal", "offload"}
+    never = {"secret", "rng_seed"}
+    shown = set(model.Config.__annotations__)
+    assert {field.name for field in fields(Config)} - shown == others | never
 
 
 def test_no_secret_username_nonce_or_key_is_in_any_answer() -> None:
@@ -392,7 +414,15 @@ def test_no_secret_username_nonce_or_key_is_in_any_answer() -> None:
     clients = [busy(watched, 3)[0] for _ in range(5)]
     body = "".join(str(watched.ask(channels=2000, sort=sort).body) for sort in SORTED_BY)
     assert "203.0.113.5:40001" in body
-    hidden = [SECRET.reveal(), TOKEN, "424242", "c2VjcmV0", PORTAL_CONFIG.token.reveal(), PORTAL_CONFIG.secret.reveal()]
+    hidden = [
+        SECRET.reveal(),
+        TOKEN,
+        "424242",
+        "c2VjcmV0",
+        "a-password-of",
+        PORTAL_CONFIG.token.reveal(),
+        PORTAL_CONFIG.secret.reveal(),
+    ]
     for client in clients:
         salt = client.credential.username.partition(":")[2]
         hidden += [client.credential.username, salt, client.credential.password, client.key.hex(), client.nonce.decode()]
