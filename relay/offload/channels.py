@@ -172,6 +172,8 @@ class _Hosts:
         return news
 
 
+_Key: TypeAlias = tuple[ClientAddress, ChannelNumber]
+
 _Installed: TypeAlias = tuple[int, Follow, Follow, int, int]
 """A channel that the kernel relays: its index, with its usage at index * 2 (to the peer) and index * 2 + 1 (to the client);
 the hosts of its client and its peer; and where those are in their tables."""
@@ -189,7 +191,9 @@ class Channels:
     """
 
     def __init__(self, tables: ChannelTables, relayed_ports: range, public_hosts: Iterable[str]) -> None:
-        self.installed: dict[tuple[ClientAddress, ChannelNumber], _Installed] = {}
+        self.installed: dict[_Key, _Installed] = {}
+        self.by_index: list[_Key | None] = []
+        """The same by index, as far as any was given out; None where there is no channel."""
         self.own_hosts: frozenset[str] = frozenset()
         """This machine's addresses, as they are now; any thread may set it."""
         self.refused = 0
@@ -236,7 +240,7 @@ class Channels:
         clients, peers = self._tables.clients, self._tables.peers
         client_places, peer_places, mask, last = clients.places, peers.places, clients.mask, self._tables.hash_keys.last
         ends, follow, leading_to = self._hosts.ends.get, self._hosts.follow, self._hosts.channels
-        free, take = self._indices.free, self._take_index
+        free, take, by_index = self._indices.free, self._take_index, self.by_index
         epoch, per_second = self._ticks
         for client, number, port, peer, until in commands:
             expires = int((until - epoch) * per_second) & LOWER_HALF
@@ -293,6 +297,7 @@ class Channels:
             if peer_places[at_peer]:
                 at_peer = peers.beside(at_peer, other_entry)
             installed[key] = (index, to_client, to_peer, at_client, at_peer)
+            by_index[index] = key
             if at_client < 0 or at_peer < 0:
                 self.refused += 1
                 self._remove([RemoveChannel(client, number, port, peer)])
@@ -305,6 +310,8 @@ class Channels:
         if index is None and self._indices.used:
             self._clear()
             index = self._indices.take()
+        if index == len(self.by_index):
+            self.by_index.append(None)
         return index
 
     def _refuse(self, index: int | None, *ends: Follow | None) -> None:
@@ -332,6 +339,7 @@ class Channels:
                 client_places[at_client] = 0
             if at_peer >= 0:
                 peer_places[at_peer] = 0
+            self.by_index[index] = None
             used(index)
             unfollow(to_client)
             unfollow(to_peer)

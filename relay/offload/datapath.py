@@ -77,10 +77,10 @@ class Datapath:
 
     def usage(self) -> Iterator[list[ChannelUsage]]:
         """Give what each channel relayed, in portions: let others run between them."""
-        by_slot = {slot: key for key, (slot, *_) in self.channels.installed.copy().items()}
-        for first in range(0, max(by_slot, default=-1) + 1, _PORTION):
-            read = enumerate(self.program.usage(first, _PORTION), first)
-            yield [ChannelUsage(*by_slot[slot], *both) for slot, both in read if slot in by_slot]
+        for first in range(0, len(self.channels.by_index), _PORTION):
+            keys = self.channels.by_index[first : first + _PORTION]
+            read = zip(keys, self.program.usage(first, len(keys)), strict=True)
+            yield [ChannelUsage(*key, *both) for key, both in read if key is not None]
 
 
 def open_datapath(config: Config, offload: OffloadConfig) -> Datapath:
