@@ -1,5 +1,6 @@
 """The machine that a relay runs on: its sockets, its timer, its kernel; and what goes wrong with each."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -9,6 +10,7 @@ from relay.core.addresses import AllocationId, Family
 from relay.core.commands import BindPort, Command, FreeAllocation, SendToClient, SendToPeer
 from relay.core.config import ServerConfig
 from relay.core.credentials import RelaySecret
+from relay.core.events import CORE_EVENTS
 from relay.core.instant import Instant
 from relay.core.lifecycle import BindRefusal
 from relay.core.peers import PeerPolicy
@@ -85,6 +87,10 @@ class Machine:
         self.server = Server(self.config, Random(f"{seed} core"))
         self.referee = Referee(Rules(secret, hosts, setting, self._is_forbidden))
         self.kernel = Kernel()
+        self.told: Counter[type] = Counter()
+        """How often it told of each kind of event, if it tells of any."""
+        if setting.tells:
+            self.server.watch(frozenset(CORE_EVENTS))
         self.sockets: dict[int, int] = {}
         """Allocations by the port that is open for them."""
         self.is_serving = False
@@ -296,6 +302,7 @@ class Machine:
             return
         self._is_carrying_out = True
         while commands := self.server.drain():
+            self.told.update(map(type, commands))
             self.kernel.take(commands)
             self._settle(commands)
         self._is_carrying_out = False

@@ -147,10 +147,10 @@ MUTANTS = (
     ),
     Mutant("MESSAGE-INTEGRITY is not checked", "authentication", "if message.integrity_holds(claim.key)", "if True"),
     Mutant(
-        "answers to repeats have no order",
+        "what ends at a moment does not end at it",
         "deadlines",
-        "if self._heap and self._heap[0][0] <= now",
-        "if self._heap and self._heap[0][0] < now",
+        "while self._heap and self._heap[0][0] <= now",
+        "while self._heap and self._heap[0][0] < now",
     ),
     Mutant(
         "a deadline is forgotten when it moves",

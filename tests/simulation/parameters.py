@@ -44,19 +44,22 @@ class Parameters:
         """Give what a seed stands for."""
         random = Random(f"{seed} parameters")
         clients = random.choice((20, 60, 120, 240))
+        hours = random.choice((0.4, 0.7, 1.3))
         # Where ports are short, they are used again soon.
         first = random.choice((49152, 50001))
         count = clients * 3 if random.random() < 0.6 else clients // 2
         return cls(
-            hours=random.choice((0.4, 0.7)),
+            # Nonces live for an hour.
+            hours=hours,
             clients=clients,
-            pace=max(1.0, clients / 60),
+            pace=max(1.0, clients / 60) * (2 if hours > 1 else 1),
             peers=random.choice((3, 20, 60)),
             setting=Setting(
                 ports=range(first, first + count),
                 quota=clients * 2 if random.random() < 0.8 else clients // 3,
                 offloads=random.random() < 0.5,
                 max_channels=2 if random.random() < 0.2 else 4096,
+                tells=random.random() < 0.5,
                 per_address=max(2, clients // 40) if random.random() < 0.2 else None,
             ),
             batching=random.choice((0.0, 0.005, 0.05)),

@@ -92,7 +92,8 @@ class Portal:
     def forget_channel(self) -> None:
         """Lose the channel, but not the connection."""
         connection = self._connection
-        if connection is not None and connection.has_joined:
+        # TCP would bring word of it once the portal can be reached again; here it would be lost.
+        if connection is not None and connection.has_joined and self.is_reachable:
             connection.has_joined = False
             self._say(connection, "relay", "phx_reply", {"status": "error", "response": {"reason": "unmatched topic"}})
 

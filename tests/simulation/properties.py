@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from relay.core.counters import DropReason
+from relay.core.events import AllocationCreated, AllocationFreed, ChannelBound, ChannelRefreshed
 from relay.core.server import Server
 from tests.simulation.clock import BrokenError
 from tests.simulation.machine import Machine
@@ -71,8 +72,20 @@ def check_counters(machine: Machine) -> None:
     _same("answers", answers, dict(referee.answers))
     _same("freed", {str(reason): n for reason, n in counters.allocations_freed.items() if n}, dict(referee.frees))
     _same("made", counters.allocations_made, referee.established)
+    if machine.setting.tells:
+        _check_told(machine)
     for name, reasons in _BY_NAME.items():
         _same(f"drops for {name}", sum(counters.drops[reason] for reason in reasons), referee.drops[name])
+
+
+def _check_told(machine: Machine) -> None:
+    """Hold what it told of against what it counted."""
+    told, counters = machine.told, machine.server.counters
+    _same("allocations told of", told[AllocationCreated], counters.allocations_made)
+    ends = told[AllocationCreated] - told[AllocationFreed]
+    held = machine.referee.holdings.by_client.values()
+    _same("ends told of", ends, sum(each.is_established for each in held))
+    _same("channels told of", told[ChannelBound] + told[ChannelRefreshed], counters.channels_bound)
 
 
 def check_quiet(world: "World") -> None:

@@ -14,4 +14,6 @@ class Setting(NamedTuple):
     """Of one allocation."""
     per_address: int | None = None
     """Allocations that clients of one address, or of one /64, may have at once."""
+    tells: bool = False
+    """Whether someone wants to hear of all that happens."""
     families: tuple[int, ...] = (1, 2)

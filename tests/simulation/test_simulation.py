@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from tests.simulation.__main__ import command, main, run
 from tests.simulation.parameters import Parameters
 
 ROOT = Path(__file__).parents[2]
-SEEDS = (1, 2, 3, 5, 7, 9, 11, 12, 13, 16)
+SEEDS = (1, 2, 3, 7, 9, 11, 12, 13, 18, 20)
 """As many as `make test` has time for, and large and small ones; `make simulate` runs any others."""
 
 
@@ -29,6 +30,8 @@ def test_the_seeds_of_the_tests_are_worlds_of_every_kind() -> None:
     assert {world.setting.offloads for world in worlds} == {True, False}
     assert {world.batching > 0 for world in worlds} == {True, False}
     assert {len(world.setting.ports) < world.clients for world in worlds} == {True, False}
+    assert {world.setting.tells for world in worlds} == {True, False}
+    assert {world.hours > 1 for world in worlds} == {True, False}
     assert {world.setting.quota < world.clients for world in worlds} == {True, False}
 
 
@@ -55,7 +58,7 @@ def test_a_relay_whose_channels_live_too_long_is_caught(
     monkeypatch.setattr(allocations, "CHANNEL_LIFETIME", 601)
     monkeypatch.setattr(sys, "argv", ["simulation", "7-8", "--clients", "20"])
     assert main() == 1
-    assert "make simulate SEEDS=7 CLIENTS=20" in capsys.readouterr().out
+    assert re.search("make simulate SEEDS=[78] CLIENTS=20", capsys.readouterr().out)
 
 
 def test_a_failing_world_is_made_smaller(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING
 
-from tests.simulation import wire
 from tests.simulation.machine import USUALLY_SLOW
 from tests.simulation.network import Link
-from tests.simulation.wire import Address
+from tests.simulation.strangers import Strangers
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -21,7 +20,6 @@ class Troubles:
         self._scheduler = world.scheduler
         self._random = Random(f"{world.seed} troubles")
         self._round = 0
-        self._seen: list[bytes] = []
 
     def begin(self) -> None:
         """Let troubles come from now on."""
@@ -34,7 +32,7 @@ class Troubles:
             (parameters.machine, self._machine_trouble),
             (parameters.portal, self._portal_trouble),
             (parameters.restarts, self._restart),
-            (parameters.noise, self._noise),
+            (parameters.noise, Strangers(self._world, self._random).appear),
             (20.0, self._world.replace_if_over),
         ):
             if seconds:
@@ -144,28 +142,3 @@ class Troubles:
                 portal.forget_channel()
             case _:
                 portal.close_channel()
-
-    # Strangers.
-
-    def _noise(self) -> None:
-        """Let someone send what means nothing, or what someone else has sent."""
-        world, random = self._world, self._random
-        stranger: Address = (f"198.18.0.{random.randrange(1, 255)}", random.randrange(65536))
-        number = random.choice((0x4000, 0x4001, 0x7FFF))
-        seen = [data for _, what, _, data in world.trace.tail if what == "in"]
-        replayed = random.choice(seen) if seen else b""
-        data = random.choice(
-            (
-                random.randbytes(random.randrange(60)),
-                wire.channel_data(number, random.randbytes(random.randrange(40))),
-                wire.write(wire.REQUEST, wire.BINDING, random.randbytes(12), ()),
-                wire.write(wire.REQUEST, wire.ALLOCATE, random.randbytes(12), (wire.UDP,)),
-                wire.write(wire.INDICATION, wire.BINDING, random.randbytes(12), ()),
-                replayed,
-                replayed[: random.randrange(len(replayed) + 1)],
-            )
-        )
-        to = (world.machine.config.public_hosts[next(iter(world.machine.config.public_hosts))], 3478)
-        if random.random() < 0.3:
-            to = (to[0], random.choice(world.machine.setting.ports))
-        world.network.send(data, stranger, to, 0, Link())

@@ -6,6 +6,7 @@ from random import Random
 from relay.core.addresses import AllocationId, ClientAddress, RelayedPort
 from relay.core.allocations import AllocationState
 from relay.core.commands import BindPort, Command, Drained, FreeAllocation, SendToClient, SendToPeer
+from relay.core.events import CORE_EVENTS
 from relay.core.instant import Instant
 from relay.core.lifecycle import BindRefusal
 from relay.core.server import Server
@@ -95,6 +96,7 @@ class _Sequence:
     def __init__(self, data: bytes) -> None:
         self.reader = Reader(data)
         self.server = Server(CONFIG, Random(1))
+        self.server.watch(frozenset(CORE_EVENTS))
         self.kernel = Kernel()
         self.now = START
         self.nonces: dict[Address, bytes] = {}

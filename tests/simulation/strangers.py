@@ -1,0 +1,74 @@
+"""Strangers: they send what means nothing, what someone else has sent, and requests in somebody else's name."""
+
+from random import Random
+from typing import TYPE_CHECKING
+
+from tests.simulation import wire
+from tests.simulation.network import Link
+from tests.simulation.wire import Address
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+NOBODY = 0xFFFFFFFF
+"""Their number, to whom nobody writes."""
+
+
+class Strangers:
+    """Whoever has no credential."""
+
+    def __init__(self, world: "World", random: Random) -> None:
+        self._world = world
+        self._random = random
+
+    def appear(self) -> None:
+        """Let one of them do something."""
+        if self._random.random() < 0.2:
+            self._forge()
+        else:
+            self._make_noise()
+
+    def _make_noise(self) -> None:
+        world, random = self._world, self._random
+        number = random.choice((0x4000, 0x4001, 0x7FFF))
+        seen = [data for _, what, _, data in world.trace.tail if what == "in"]
+        replayed = random.choice(seen) if seen else b""
+        data = random.choice(
+            (
+                random.randbytes(random.randrange(60)),
+                wire.channel_data(number, random.randbytes(random.randrange(40))),
+                wire.write(wire.REQUEST, wire.BINDING, random.randbytes(12), ()),
+                wire.write(wire.REQUEST, wire.ALLOCATE, random.randbytes(12), (wire.UDP,)),
+                wire.write(wire.INDICATION, wire.BINDING, random.randbytes(12), ()),
+                replayed,
+                replayed[: random.randrange(len(replayed) + 1)],
+            )
+        )
+        to = ("192.0.2.1", random.choice(world.machine.setting.ports)) if random.random() < 0.3 else ("192.0.2.1", 3478)
+        world.network.send(data, self._address(), to, 0, Link())
+
+    def _forge(self) -> None:
+        """Get a nonce, and ask for something in the name of a client, with a password that was guessed."""
+        world, random = self._world, self._random
+        credential = random.choice(world.clients).asking.credential
+        address = self._address()
+        if credential is None or not address[1]:
+            return
+
+        def receive(data: bytes, _: Address, __: int) -> None:
+            world.network.leave(address)
+            answer = wire.read(data)
+            nonce = None if answer is None else answer.get(wire.NONCE)
+            if nonce is not None:
+                proof = ((wire.USERNAME, credential.username.encode()), (wire.REALM, b"firezone"), (wire.NONCE, nonce))
+                ask(wire.write(wire.REQUEST, method, random.randbytes(12), (wire.UDP, *proof), random.randbytes(16)))
+
+        def ask(data: bytes) -> None:
+            world.network.send(data, address, ("192.0.2.1", 3478), 0, Link())
+
+        method = random.choice((wire.ALLOCATE, wire.REFRESH, wire.CHANNEL_BIND))
+        world.network.settle_at(address, NOBODY, receive, Link())
+        ask(wire.write(wire.REQUEST, method, random.randbytes(12), (wire.UDP,)))
+
+    def _address(self) -> Address:
+        return (f"198.18.0.{self._random.randrange(1, 255)}", self._random.randrange(65536))
