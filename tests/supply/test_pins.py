@@ -110,3 +110,13 @@ def test_wherever_packages_are_installed_their_hashes_are_required(name: str) ->
     installs = re.findall(r"pip\S*(?: --?\S+| /\S+)*? install .*", text)
     assert installs
     assert [each for each in installs if "--require-hashes" not in each and "--no-index" not in each] == []
+
+
+def test_no_file_says_where_packages_are_to_be_had() -> None:
+    """That is for whoever installs to say: a mirror, most often."""
+    hosts = ("pypi" + ".org", "python" + "hosted.org")
+    folders = ("relay", "tests", "docs", "deploy", "supply", "requirements", "benchmarks")
+    files = [path for folder in folders for path in (FOLDER.parent / folder).rglob("*") if path.is_file()]
+    files += [path for path in FOLDER.parent.iterdir() if path.is_file()]
+    texts = ((path, path.read_bytes()) for path in files if "__pycache__" not in path.parts)
+    assert [str(path) for path, text in texts if any(host.encode() in text for host in hosts)] == []
