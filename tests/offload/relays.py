@@ -63,6 +63,11 @@ class Offloading:
         return ""
 
     def ask(self, path: str, method: str = "GET") -> dict[str, Any]:
+        """Give what its control address answers, as JSON."""
+        body: dict[str, Any] = json.loads(self.read(path, method))
+        return body
+
+    def read(self, path: str, method: str = "GET") -> bytes:
         """Give what its control address answers."""
         with self.host.entered():
             connection = http.client.HTTPConnection(*self._control, timeout=10)
@@ -70,7 +75,7 @@ class Offloading:
         with contextlib.closing(connection):
             connection.request(method, path)
             answer = connection.getresponse()
-            body: dict[str, Any] = json.loads(answer.read())
+            body = answer.read()
             assert answer.status == http.client.OK, body
             return body
 

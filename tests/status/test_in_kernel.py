@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from relay.status.model import Allocation, Status
 from relay.top.reading import read
@@ -30,6 +31,20 @@ def lab(tmp_path: Path, object_file: bytes) -> Iterator[Lab]:
 def status_of(lab: Lab) -> Status:
     answer: Any = lab.relay.ask("/status")
     return read(Status, answer)
+
+
+def metrics_of(lab: Lab) -> tuple[dict[str, float], dict[float, float]]:
+    """Give the packets that the kernel has relayed, by direction; and by the least bound that their size is below."""
+    samples = [
+        sample
+        for family in text_string_to_metric_families(lab.relay.read("/metrics").decode())
+        for sample in family.samples
+        if sample.labels.get("relay_datapath") == "xdp"
+    ]
+    packets = {each.labels["relay_direction"]: each.value for each in samples if each.name == "relay_relayed_packets_total"}
+    sizes = {float(each.labels["le"]): each.value for each in samples if each.name == "relay_packet_size_bytes_bucket"}
+    least = min(bound for bound, count in sizes.items() if count)
+    return packets, {least: sizes[least]}
 
 
 def test_a_channel_that_the_kernel_relays_shows_what_both_have_relayed(lab: Lab) -> None:
@@ -65,3 +80,6 @@ def test_a_channel_that_the_kernel_relays_shows_what_both_have_relayed(lab: Lab)
             "channels": 1,
             "channels_refused": 0,
         }
+        packets, sizes = metrics_of(lab)
+        assert packets == {"to_peer": to_peer, "to_client": to_client}
+        assert sizes == {127.0: to_peer + to_client}, "payloads of 100 bytes"
