@@ -24,8 +24,7 @@ from tests.turn_client import TurnClient
 SECRET: Final = "secret of those in the kernel"
 SERVICE: Final = 3478
 WITHIN: Final = 3.0
-"""Seconds in which what the network does is followed: it takes 0.4 at most on a machine that has nothing else to do, and is to
-take one."""
+"""Seconds in which what the network does is followed: less than half of one, on a machine that has nothing else to do."""
 
 MODES: Final = ("generic", "driver")
 
