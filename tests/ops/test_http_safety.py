@@ -183,7 +183,7 @@ def test_answers_that_nobody_takes_are_bounded_together() -> None:
 
 def test_who_takes_too_long_over_an_answer_gives_way_to_who_asks() -> None:
     with (
-        serving(large(8 << 20), connections=3, answer_seconds=60) as endpoint,
+        serving(large(8 << 20), connections=3, answer_seconds=60, answer_bytes=64 << 20) as endpoint,
         crowd(endpoint, 3, b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n") as slow,
     ):
         for each in slow:
