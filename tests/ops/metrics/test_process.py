@@ -17,8 +17,8 @@ def test_the_figures_are_those_of_this_process() -> None:
     other = psutil.Process()
     found = read_process()
     assert found.threads == other.num_threads()
-    # The other one counts the one by which it lists them; but not those that threads of other tests have for whom they wait to
-    # accept: the kernel takes the number first.
+    # The other one counts the one by which it lists them; but not those that threads of other tests have for whom they wait
+    # to accept: the kernel takes the number first.
     assert 0 <= found.descriptors - (other.num_fds() - 1) < found.threads
     assert found.started_at == pytest.approx(other.create_time(), abs=2)
     assert found.virtual == pytest.approx(other.memory_info().vms, rel=0.2)
