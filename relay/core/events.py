@@ -5,7 +5,7 @@ them bears a username: it is half of a credential.
 """
 
 from enum import StrEnum
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, get_args
 
 from relay.core.addresses import AllocationId, ChannelNumber, ClientAddress, Family, PeerAddress, SocketAddress
 from relay.core.authentication import ErrorCode
@@ -148,16 +148,4 @@ CoreEvent: TypeAlias = (
     | Answered
 )
 
-CORE_EVENTS: tuple[type[CoreEvent], ...] = (
-    AllocationCreated,
-    AllocationRefreshed,
-    RelayedAddressDeleted,
-    AllocationFreed,
-    ChannelBound,
-    ChannelRefreshed,
-    ChannelExpired,
-    PeerRefused,
-    LimitReached,
-    RequestRefused,
-    Answered,
-)
+CORE_EVENTS: tuple[type[CoreEvent], ...] = get_args(CoreEvent)

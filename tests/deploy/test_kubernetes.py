@@ -27,7 +27,9 @@ FILES = sorted(each for each in KUBERNETES.rglob("*.yaml") if each.name != "kust
 
 Manifest: TypeAlias = dict[str, Any]
 
-needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+needs_kubectl = pytest.mark.skipif(
+    shutil.which("kubectl") is None, reason="kustomizations are not put together: kubectl is NOT INSTALLED"
+)
 
 
 def check(manifest: Manifest) -> None:

@@ -31,7 +31,7 @@ def program(name: str) -> str:
     """Find what is in places that only root looks into."""
     found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if found is None:
-        pytest.skip(f"{name} is not installed")
+        pytest.skip(f"what the page says is not tried: {name} is NOT INSTALLED")
     return found
 
 

@@ -91,7 +91,7 @@ class OnSmallDisk(Failing):
 @pytest.fixture
 def on_small_disk(tmp_path: Path) -> Iterator[OnSmallDisk]:
     if not works(*MOUNTS):
-        pytest.skip("no disk can be mounted here")
+        pytest.skip("NO SMALL DISK can be mounted here: run as root")
     started = OnSmallDisk(tmp_path)
     try:
         wait_until_served(started)

@@ -39,7 +39,7 @@ def half_taken(host: str) -> Iterator[int]:
                 each.close()
             yield lowest
             return
-    pytest.skip("no ports are free")
+    pytest.skip("other programs of this machine have ports everywhere: NO RANGE of them is free")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6)])

@@ -34,6 +34,7 @@ from relay.core.credentials import Credential, RelaySecret, integrity_key, mint
 from relay.core.portal.endpoint import PortalUrl
 from relay.core.stun import MessageClass, Method, encode
 from relay.process import _portal_access
+from tests.conftest import wait_until
 from tests.connect_proxy import ConnectProxy
 from tests.faults.conftest import RECEIVE, library
 from tests.interop.conftest import Program
@@ -119,9 +120,7 @@ class Victim:
                 self.shown += page(address, "POST", path)
         ends = self.program.log.count("--- end of dump")
         self.program.process.send_signal(signal.SIGUSR1)
-        while self.program.log.count("--- end of dump") == ends:
-            assert self.program.process.poll() is None
-            time.sleep(0.01)
+        wait_until(lambda: self.program.log.count("--- end of dump") > ends, 30)
         self.program.process.send_signal(signal.SIGQUIT)
         self.program.wait_for_log("Current thread")
         self.shown += Path(f"/proc/{self.program.process.pid}/cmdline").read_text()

@@ -4,7 +4,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http import HTTPStatus
 
 import pytest
@@ -15,23 +15,19 @@ from structlog.testing import capture_logs
 from relay.actors.pages import health_pages
 from relay.config import Endpoint
 from relay.ops.http.endpoint import HttpEndpoint, Limits, Page, Pages, Query
+from tests.conftest import wait_until
 from tests.ops.http_client import HOST, ask, connect, read, receive_all, say, serving
 
 PAGES = health_pages(lambda: True)
 OK = HTTPStatus.OK
+SOON = 30
+"""Seconds, for a machine that has other work."""
 GET = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
 def threads(endpoint: HttpEndpoint) -> int:
     """Give how many requests are being seen to."""
     return sum(thread.name == f"{endpoint._name}-request" for thread in threading.enumerate())
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    until = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < until, what
-        time.sleep(0.01)
 
 
 def is_closed(connection: socket.socket) -> bool:
@@ -140,7 +136,7 @@ def test_a_body_that_does_not_come_is_not_waited_for_either() -> None:
 def test_who_does_not_take_a_large_answer_is_cut_off() -> None:
     with serving(large(8 << 20), answer_seconds=0.3) as endpoint, connect(endpoint, 4096) as connection:
         connection.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n")
-        wait_until(lambda: threads(endpoint) == 0 and len(endpoint._crowd) == 0, "it still waits")
+        wait_until(lambda: threads(endpoint) == 0 and len(endpoint._crowd) == 0, SOON)
         assert 0 < len(receive_all(connection)) < 8 << 20
 
 
@@ -151,6 +147,7 @@ def test_who_takes_a_little_now_and_then_is_cut_off_as_well() -> None:
         with contextlib.suppress(ConnectionError):
             while data := connection.recv(1000):
                 taken += len(data)
+                # The pace of a client that is slow on purpose.
                 time.sleep(0.005)
         assert 0 < taken < 8 << 20
 
@@ -218,7 +215,7 @@ def test_a_page_is_made_once_at_a_time_and_some_wait_for_it() -> None:
     with serving({**PAGES, "/slow": slow}, queue=2, turn_seconds=60) as endpoint:
         with crowd(endpoint, 3, b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n") as connections:
             assert slow.begun.acquire(timeout=30)
-            wait_until(lambda: not endpoint._queue._value, "the others are not there yet")
+            wait_until(lambda: not endpoint._queue._value, SOON)
             too_many = ask(endpoint, "GET", "/slow")
             assert (too_many.status, too_many.headers["Retry-After"]) == (HTTPStatus.SERVICE_UNAVAILABLE, "1")
             assert ask(endpoint, "GET", "/healthz").status == OK
@@ -299,7 +296,7 @@ def test_what_is_sent_after_the_answer_is_taken_so_that_it_does_not_break_the_co
         assert b"413" in receive_all(connection)
         connection.sendall(b"x" * 100_000)
         connection.shutdown(socket.SHUT_WR)
-        wait_until(lambda: len(endpoint._crowd) == 0, "it still waits")
+        wait_until(lambda: len(endpoint._crowd) == 0, SOON)
         # It would raise an error if the connection had been reset.
         assert connection.recv(1) == b""
 
@@ -321,12 +318,12 @@ def test_stopping_closes_what_is_open() -> None:
     before = set(threading.enumerate())
     endpoint = HttpEndpoint("test", Endpoint(HOST, 0), PAGES, limits=Limits(request_seconds=60))
     with crowd(endpoint, 5, b"GET ") as connections:
-        wait_until(lambda: len(endpoint._crowd) == 5, "not all are there")
+        wait_until(lambda: len(endpoint._crowd) == 5, SOON)
         endpoint.stop()
         assert all(is_closed(each) for each in connections)
         with pytest.raises(ConnectionRefusedError):
             connect(endpoint)
-    wait_until(lambda: threads(endpoint) == 0 and set(threading.enumerate()) <= before, "threads are left")
+    wait_until(lambda: threads(endpoint) == 0 and set(threading.enumerate()) <= before, SOON)
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +332,7 @@ def hardened() -> Iterator[HttpEndpoint]:
     with serving(PAGES, {"/do": lambda _: Page(OK, {})}, request_seconds=0.3, leave_seconds=0.1) as endpoint:
         yield endpoint
         assert ask(endpoint, "GET", "/healthz").status == OK
-        wait_until(lambda: threads(endpoint) == 0, "threads hang")
+        wait_until(lambda: threads(endpoint) == 0, SOON)
 
 
 PARTS = [
@@ -366,4 +363,4 @@ def test_a_client_that_vanishes_leaves_nothing() -> None:
             with connect(endpoint) as connection:
                 connection.sendall(first)
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        wait_until(lambda: threads(endpoint) == 0 and len(endpoint._crowd) == 0, "something is left")
+        wait_until(lambda: threads(endpoint) == 0 and len(endpoint._crowd) == 0, SOON)

@@ -140,16 +140,16 @@ def test_the_clock_of_the_machine_stamps_lines_to_the_microsecond() -> None:
 
 
 def test_a_library_that_logs_is_heard_as_any_other_and_its_text_is_harmless(others: KeptLog) -> None:
-    library = logging.getLogger("some.library")
-    library.warning("trouble with %s", "x\n\x1b[31m")
-    library.error("more trouble")
-    library.info("nobody wants to know")
+    foreign = logging.getLogger("foreign.package")
+    foreign.warning("trouble with %s", "x\n\x1b[31m")
+    foreign.error("more trouble")
+    foreign.info("nobody wants to know")
     first, second = others.take()
-    assert (first["target"], first["level"], first["event"]) == ("some.library", "warning", "a library logged")
+    assert (first["target"], first["level"], first["event"]) == ("foreign.package", "warning", "a library logged")
     assert first["said"] == r"trouble with x\n\x1b[31m"
     assert second["level"] == "error"
-    others.change_filter(LogFilter.parse("info,some.library=off"))
-    library.error("more trouble")
+    others.change_filter(LogFilter.parse("info,foreign.package=off"))
+    foreign.error("more trouble")
     assert others.take() == []
 
 
@@ -158,7 +158,7 @@ def test_a_library_that_can_not_even_log_is_heard(others: KeptLog, monkeypatch: 
     # Without pytest's own, which fails on it.
     ours = [handler for handler in root.handlers if type(handler).__module__ == others_heard_by.__module__]
     monkeypatch.setattr(root, "handlers", ours)
-    logging.getLogger("some.library").error("%d", "no number")
+    logging.getLogger("foreign.package").error("%d", "no number")
     (entry,) = others.take()
     assert entry["said"] == "'%d', which can't be written (TypeError)"
 
