@@ -256,7 +256,7 @@ IN_THE_KERNEL: Final = (
         "relay.xdp.table_failures",
         "{failure}",
         Kind.COUNTER,
-        "Changes that the kernel did not take.",
+        "How often the kernel did not let counters of channels begin anew.",
         _table_failures,
     ),
     Metric(
