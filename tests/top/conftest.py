@@ -128,6 +128,13 @@ class Terminal:
         """Show what comes until all of some texts are on the screen."""
         self.until(lambda: all(text in self.text for text in texts))
 
+    def prompts(self, *, after: bytes) -> None:
+        """Show what comes until a shell asks for its next line after something it was sent last.
+
+        What is typed before that is at whoever had the terminal: a program that gives it back throws it away.
+        """
+        self.until(lambda: b"shell> " in self.raw[self.raw.rfind(after) :])
+
     def ends(self) -> int:
         """Show what comes until the program has ended; give its exit code."""
         self.until(lambda: self.process.poll() is not None)
