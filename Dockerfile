@@ -51,8 +51,8 @@ WORKDIR /
 # them, and to another number.
 EXPOSE 3478/udp 8080/tcp
 
-# Whether the process lives, not whether it answers clients: a relay that waits for its portal is well (`healthcheck --ready`
-# asks that). It looks where HEALTH_CHECK_ADDR says, as the relay does, and costs a fifth of a second of CPU.
+# Whether the relay lives and does not hang, not whether it answers clients: one that waits for its portal is well (`healthcheck
+# --ready` asks that). It looks where HEALTH_CHECK_ADDR says, as the relay does, and costs a fifth of a second of CPU.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=10s CMD ["/opt/firezone-relay/bin/firezone-relay", "healthcheck"]
 
 # As a list, without a shell in between: the relay is process 1 itself, and gets the signal. By default process 1 gets none;

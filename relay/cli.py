@@ -238,7 +238,7 @@ class _Commands(click.Group):
     "HEALTH_CHECK_ADDR",
     EndpointType(),
     default="0.0.0.0:8080",
-    text="Where GET /healthz and /readyz are answered.",
+    text="Where GET /livez, /readyz and /healthz are answered.",
 )
 @_setting(
     "--control-address",

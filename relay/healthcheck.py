@@ -26,7 +26,7 @@ _OK = 200
     show_default=True,
     help="Where the relay answers, as it was told itself.",
 )
-@click.option("--ready", is_flag=True, help="Ask /readyz, whether it answers clients, and not /healthz, whether it lives.")
+@click.option("--ready", is_flag=True, help="Ask /readyz, whether it answers clients, and not /livez, whether it hangs.")
 @click.option(
     "--timeout",
     type=click.FloatRange(0.1, 60),
@@ -43,7 +43,7 @@ def healthcheck(ctx: click.Context, at: Endpoint, timeout: float, *, ready: bool
 
     A relay that waits for its portal is well, but not ready: what restarts one that is not well shall ask without --ready.
     """
-    path = "/readyz" if ready else "/healthz"
+    path = "/readyz" if ready else "/livez"
     page = f"http://{at}{path}"
     try:
         status = _status(at, path, time.monotonic() + timeout)

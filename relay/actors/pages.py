@@ -22,6 +22,9 @@ from relay.status import answer as status
 from relay.status.answer import StatusPage
 from relay.status.kernel import OffloadedKernel
 
+LIVE_PATIENCE = 3.0
+"""Seconds in which the server actor has to answer for the relay to be taken for alive: fewer than whoever asks waits for."""
+
 _log = structlog.get_logger("relay.actors.pages")
 
 
@@ -30,6 +33,8 @@ class Sources(NamedTuple):
 
     is_ready: Callable[[], bool]
     """Whether new clients should be sent here."""
+    is_alive: Callable[[float], bool]
+    """Whether the server actor works off its messages, within some seconds."""
     offloading: Offloading | None
     """What has the kernel relay, if it does."""
     metrics: metrics.Sources
@@ -50,8 +55,8 @@ class Answered(NamedTuple):
 
 
 def health(sources: Sources) -> Answered:
-    """Give what anyone may see: whether the process lives, and whether it answers clients."""
-    return Answered(health_pages(sources.is_ready), {})
+    """Give what anyone may see: whether the relay lives, and whether it answers clients."""
+    return Answered(health_pages(sources.is_ready, sources.is_alive), {})
 
 
 def control(config: Config, sources: Sources) -> Answered:
@@ -115,18 +120,24 @@ def status_page(config: Config, sources: Sources) -> StatusPage:
     )
 
 
-def health_pages(is_ready: Callable[[], bool]) -> Pages:
-    """Give the pages by which an orchestrator sees whether the process lives, and whether it answers clients."""
+def health_pages(is_ready: Callable[[], bool], is_alive: Callable[[float], bool]) -> Pages:
+    """Give the pages by which an orchestrator sees whether the relay lives, and whether it answers clients."""
 
     def healthz(_: Query) -> Page:
         return Page(HTTPStatus.OK, {"status": "ok", "version": __version__})
+
+    def livez(_: Query) -> Page:
+        if is_alive(LIVE_PATIENCE):
+            return Page(HTTPStatus.OK, {"status": "alive", "version": __version__})
+        _log.error("the server actor does not answer", seconds=LIVE_PATIENCE)
+        return Page(HTTPStatus.SERVICE_UNAVAILABLE, {"status": "hangs", "version": __version__})
 
     def readyz(_: Query) -> Page:
         if is_ready():
             return Page(HTTPStatus.OK, {"status": "ready", "version": __version__})
         return Page(HTTPStatus.SERVICE_UNAVAILABLE, {"status": "not ready", "version": __version__})
 
-    return {"/healthz": healthz, "/readyz": readyz}
+    return {"/healthz": healthz, "/livez": livez, "/readyz": readyz}
 
 
 def offload_pages(

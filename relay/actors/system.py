@@ -15,12 +15,12 @@ from relay.actors.core import random_source, server_config
 from relay.actors.departure import PORTAL_STOP_TIMEOUT, SERVER_STOP_TIMEOUT, Departing, Departure
 from relay.actors.inbox import ServerInbox
 from relay.actors.listener import ListenerActor, RequestListenerActor
-from relay.actors.messages import AreYouThere
 from relay.actors.news import Event, Failure, News, Request
 from relay.actors.observing import observing
 from relay.actors.offload import Offloading
 from relay.actors.pages import Sources, serving
 from relay.actors.portal import PortalActor
+from relay.actors.pulse import Pulse
 from relay.actors.server import DataPaths, ServerActor, ServerCounters
 from relay.actors.summary import summary_of
 from relay.config import Config, Endpoint, PortalAccess
@@ -120,6 +120,7 @@ class System:
         self._has_begun = False
         self._departure = Departure(self._systemd)
         self._server: pykka.ActorRef[ServerActor] | None = None
+        self._pulse: Pulse | None = None
         self._portal_actor: pykka.ActorRef[PortalActor] | None = None
         self._inbox: ServerInbox | None = None
         self._http: dict[str, Endpoint] = {}
@@ -145,6 +146,7 @@ class System:
 
     def __exit__(self, *_: object) -> None:
         self._has_begun = False
+        self._pulse = None
         # Before the server actor, whose end would look like a death to the watchdog.
         self._systemd.close()
         self._stack.close()
@@ -235,6 +237,7 @@ class System:
         self._warn_of_settings()
         sources = Sources(
             is_ready=lambda: self.is_ready,
+            is_alive=self._is_alive,
             offloading=offload,
             metrics=self._measured,
             bind_hosts=self.hosts,
@@ -247,6 +250,7 @@ class System:
         server = ServerActor.start(self.core, paths, self._clock, self.server_counters, self._failed, self._hear_server)
         self._stack.callback(_stop, "server", server, SERVER_STOP_TIMEOUT)
         self._server = server
+        self._pulse = Pulse(server, lambda: self.news.put(Request.DUMP))
         self._inbox = cast(ServerInbox, server.actor_inbox)
         self._stack.callback(self._inbox.close)
         if offload is not None:
@@ -323,13 +327,10 @@ class System:
         self._stack.callback(receiver.stop)
 
     def _is_alive(self, timeout: float) -> bool:
-        """Tell whether the server actor works off its messages, within some seconds."""
-        try:
-            if self._server is not None:
-                self._server.ask(AreYouThere(), timeout=timeout)
-        except (pykka.Timeout, pykka.ActorDeadError):
-            return False
-        return True
+        """Tell whether the server actor works off its messages, within some seconds; or is not there, at start and end."""
+        pulse = self._pulse
+        # Looked at again, since the end may have come meanwhile.
+        return pulse is None or pulse.beats(timeout) or self._pulse is None
 
     def _hear_server(self, told: Drained | CoreEvent) -> None:
         """Take what the server actor tells, in its thread."""

@@ -60,7 +60,7 @@ def answering(
 def test_the_exit_code_says_whether_it_is_well(status: bytes, code: int) -> None:
     with answering(b"HTTP/1.1 " + status + b"\r\n\r\n") as at:
         done = ask(at)
-    assert (done.exit_code, done.output) == (code, f"http://{at}/healthz answered {status[:3].decode()}\n")
+    assert (done.exit_code, done.output) == (code, f"http://{at}/livez answered {status[:3].decode()}\n")
 
 
 @needs_ipv6
@@ -84,14 +84,14 @@ def test_a_relay_that_does_not_run_is_not_well() -> None:
 def test_what_speaks_no_http_is_no_relay(answer: bytes) -> None:
     with answering(answer) as at:
         done = ask(at)
-    assert (done.exit_code, done.output) == (1, f"http://{at}/healthz can't be asked: what answers there is no relay\n")
+    assert (done.exit_code, done.output) == (1, f"http://{at}/livez can't be asked: what answers there is no relay\n")
 
 
 def test_an_answer_that_trickles_is_waited_for_no_longer_than_was_said() -> None:
     began = time.monotonic()
     with answering(*[b"H"] * 1000, pause=0.05) as at:
         done = ask(at, "--timeout", "0.3")
-    assert (done.exit_code, done.output) == (1, f"http://{at}/healthz did not answer within 0.3 s\n")
+    assert (done.exit_code, done.output) == (1, f"http://{at}/livez did not answer within 0.3 s\n")
     assert time.monotonic() - began < 30, "it would have trickled for 50 s"
 
 

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from kubernetes_validate import ValidationError
 
-from relay.actors.departure import STOP_TIMEOUT
+from relay.actors.departure import LEAVE_TIMEOUT, STOP_TIMEOUT
+from relay.actors.pages import LIVE_PATIENCE
 from relay.cli import cli
 from relay.config import SERVICE_PORT
 
@@ -151,6 +152,12 @@ def test_a_relay_that_drains_is_waited_for(pod: Manifest, container: Manifest) -
     assert pod["terminationGracePeriodSeconds"] >= drain + STOP_TIMEOUT
 
 
+def test_a_relay_that_hangs_is_given_time_to_say_so_and_none_to_drain(pod: Manifest, container: Manifest) -> None:
+    probe = container["livenessProbe"]
+    assert LIVE_PATIENCE < probe["timeoutSeconds"] < probe["periodSeconds"]
+    assert LEAVE_TIMEOUT <= probe["terminationGracePeriodSeconds"] < pod["terminationGracePeriodSeconds"] / 10
+
+
 def test_the_token_is_a_file_where_the_relay_looks(pod: Manifest, container: Manifest) -> None:
     path = Path(settings(container)["FIREZONE_TOKEN"])
     (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
@@ -167,7 +174,7 @@ def test_probes_ask_pages_that_the_relay_has_where_it_has_them(container: Manife
     probes = {kind: container[f"{kind}Probe"]["httpGet"] for kind in ("startup", "liveness", "readiness")}
     assert {(each["host"], ports[each["port"]]) for each in probes.values()} == {(host, int(port))}
     # A portal that is away must not restart relays: they serve their clients without it.
-    paths = {"startup": "/healthz", "liveness": "/healthz", "readiness": "/readyz"}
+    paths = {"startup": "/livez", "liveness": "/livez", "readiness": "/readyz"}
     assert {kind: each["path"] for kind, each in probes.items()} == paths
     assert ports["turn"] == SERVICE_PORT
 

@@ -45,7 +45,7 @@ def endpoint(switch: Switch) -> Iterator[HttpEndpoint]:
     pages, actions = offload_pages(
         lambda: {"xdp_attached": switch.attached}, lambda: {"clients": {"198.51.100.7:40001": {}}}, switch
     )
-    opened = HttpEndpoint("control", Endpoint(HOST, 0), health_pages(lambda: True) | pages, actions)
+    opened = HttpEndpoint("control", Endpoint(HOST, 0), health_pages(lambda: True, lambda _: True) | pages, actions)
     yield opened
     opened.stop()
 
@@ -104,7 +104,7 @@ def test_another_page_is_404_with_those_there_are(endpoint: HttpEndpoint, method
     answer = ask(endpoint, method, path)
     assert answer.status == HTTPStatus.NOT_FOUND
     assert answer.body["pages"] == [
-        *("/healthz", "/offload", "/offload/attach", "/offload/channels", "/offload/detach", "/readyz")
+        *("/healthz", "/livez", "/offload", "/offload/attach", "/offload/channels", "/offload/detach", "/readyz")
     ]
     assert "Allow" not in answer.headers
 
@@ -121,7 +121,7 @@ def test_nothing_is_kept_by_caches(endpoint: HttpEndpoint) -> None:
 
 
 def test_an_address_without_actions_takes_no_post() -> None:
-    endpoint = HttpEndpoint("health", Endpoint(HOST, 0), health_pages(lambda: False))
+    endpoint = HttpEndpoint("health", Endpoint(HOST, 0), health_pages(lambda: False, lambda _: True))
     try:
         assert ask(endpoint, "POST", "/healthz").headers["Allow"] == "GET, HEAD"
         assert ask(endpoint, "POST", "/offload/detach").status == HTTPStatus.NOT_FOUND

@@ -31,7 +31,7 @@ def done() -> Done:
 def control(done: Done) -> Iterator[HttpEndpoint]:
     """An address as the control address is."""
     guard = OperatorsOnly(("Relay-1.example",))
-    with serving(health_pages(lambda: True), {"/do": done}, guard) as endpoint:
+    with serving(health_pages(lambda: True, lambda _: True), {"/do": done}, guard) as endpoint:
         yield endpoint
 
 

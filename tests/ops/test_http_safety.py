@@ -18,7 +18,7 @@ from relay.ops.http.endpoint import HttpEndpoint, Limits, Page, Pages, Query
 from tests.conftest import wait_until
 from tests.ops.http_client import HOST, ask, connect, read, receive_all, say, serving
 
-PAGES = health_pages(lambda: True)
+PAGES = health_pages(lambda: True, lambda _: True)
 OK = HTTPStatus.OK
 SOON = 30
 """Seconds, for a machine that has other work."""

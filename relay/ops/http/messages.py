@@ -171,7 +171,7 @@ def _read_target(method: str, target: bytes) -> re.Match[str]:
     if match is None and method in ("CONNECT", "OPTIONS"):
         raise _RefusedError(HTTPStatus.METHOD_NOT_ALLOWED, "this is no proxy", ("Allow", "GET, HEAD, POST"))
     if match is None:
-        raise _RefusedError(HTTPStatus.BAD_REQUEST, "the request names no path: ask for /healthz, say")
+        raise _RefusedError(HTTPStatus.BAD_REQUEST, "the request names no path: ask for /livez, say")
     return match
 
 
