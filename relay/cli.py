@@ -58,7 +58,8 @@ FIREZONE_TOKEN is the token, or the path of a file with it. The token itself is 
 read its command lines. HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE are honoured on the way to the portal.
 
 Signals: SIGTERM leaves the portal, waits as --drain-timeout says, and ends; a second one, or SIGINT, ends at once. SIGUSR1
-writes what all threads do. Exit codes: 0 asked to end, 1 the relay can't go on, 2 it can't be run as asked.
+writes the state of the relay and what all threads do, SIGQUIT the latter alone, also if the relay hangs; SIGABRT ends it
+with such last words, also if Python hangs. Exit codes: 0 asked to end, 1 the relay can't go on, 2 it can't be run as asked.
 """
 
 

@@ -23,7 +23,7 @@ from relay.discovery.discover import discover
 from relay.net.proxy import Proxy
 from relay.offload.datapath import Datapath, open_datapath
 from relay.ops import signals
-from relay.ops.dump import dump, register_wedged_dump
+from relay.ops.dump import dump, dump_stacks, leave_last_words
 from relay.ops.logs import log as logs
 from relay.ops.metrics.push import read_settings
 from relay.ops.privilege import refuse_root
@@ -75,15 +75,17 @@ def run(
     # Before any thread, each of which would keep the capabilities that this gives up.
     datapath = None if config.offload is None else open_datapath(config, config.offload)
     news: News = queue.SimpleQueue()
-    signals.listen(
-        {
-            signal.SIGTERM: lambda: news.put(Request.LEAVE),
-            signal.SIGINT: lambda: news.put(Request.STOP),
-            signal.SIGUSR1: lambda: news.put(Request.DUMP),
-        }
-    )
-    register_wedged_dump()
+    leave_last_words()
     with logs.writing(LogFormat(log_format), log_filter, sys.stderr) as log:
+        signals.listen(
+            {
+                signal.SIGTERM: lambda: news.put(Request.LEAVE),
+                signal.SIGINT: lambda: news.put(Request.STOP),
+                signal.SIGUSR1: lambda: news.put(Request.DUMP),
+                # By the thread that waits for signals: so also if the one hangs that hears the news.
+                signal.SIGQUIT: lambda: dump_stacks(log.stream),
+            }
+        )
         return _serve(config, news, datapath, log)
 
 

@@ -19,7 +19,7 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
 
 from tests.conftest import wait_until
 
-WAIT_SECONDS = 20
+WAIT_SECONDS = 30
 
 
 class Collector(MetricsServiceServicer):

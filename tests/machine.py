@@ -59,7 +59,7 @@ class Machine:
     def run(self, *command: str, text: str = "") -> None:
         """Run a command there."""
         with self.entered():
-            done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=20, check=False)
+            done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, f"{command}: {done.stderr}{text}"
 
     def configure(self, **addresses: dict[Family, str]) -> None:

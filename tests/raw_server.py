@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self, TypeAlias, TypeVar
 
-PATIENCE = 10.0
+PATIENCE = 30.0
 """Seconds after which what was waited for will not come any more."""
 
 DRIP_SECONDS = 0.2

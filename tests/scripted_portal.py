@@ -26,7 +26,7 @@ from websockets.sync.server import Server, ServerConnection, serve
 from relay.core.credentials import Credential
 from tests.raw_server import PATIENCE, Peer, RawServer, reset_at_close
 
-CLOSE_SECONDS = 2
+CLOSE_SECONDS = 10
 """How long the portal waits for a relay to close after a close frame or a refusal, before it closes itself."""
 
 _Data: TypeAlias = dict[str, Any]

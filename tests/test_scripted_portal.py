@@ -43,7 +43,7 @@ from tests.scripted_portal import Authority, Refusal, Script, ScriptedPortal
 Connector: TypeAlias = Callable[..., ClientConnection]
 
 OK = {"status": "ok", "response": {}}
-TIMEOUT = 5
+TIMEOUT = 30
 PATH = "/relay/websocket?name=a%20relay&ipv4=127.0.0.1&port=3478"
 
 

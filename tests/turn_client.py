@@ -23,7 +23,8 @@ from relay.core.credentials import Credential, integrity_key
 from relay.core.stun import Message, MessageClass, Method, decode, encode
 
 UDP = 17
-TIMEOUT = 5.0
+TIMEOUT = 30.0
+"""Seconds for an answer, or a packet, on a machine that has other work."""
 
 
 # An allocation outlives the client that a test closes: a port that the system gives out a second time would find it, and

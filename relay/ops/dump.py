@@ -4,37 +4,47 @@ Stacks name files, lines and functions; no value of any variable is shown, so no
 """
 
 import faulthandler
-import signal
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from relay.ops import threads
 from relay.ops.logs.log import Stream
 
 
-def register_wedged_dump() -> None:
-    """Let SIGQUIT write all stacks to standard error even if no Python code runs any more.
+def leave_last_words() -> None:
+    """Have whatever kills this process by SIGABRT, SIGSEGV or the like leave all stacks on standard error.
 
-    It is written by a signal handler in C, which knows no names of threads and stops after a hundred of them.
+    So also if no Python code runs any more: they are written by a signal handler in C, which knows no names of threads and
+    stops after a hundred of them. It reads the stack of a thread while that one goes on, which may go wrong: a process that
+    is to live has `dump_stacks`.
     """
-    if sys.stderr is None:
-        # It was closed before the start: there is nowhere to write to, and no reason to end.
-        signal.signal(signal.SIGQUIT, signal.SIG_IGN)
-        return
-    faulthandler.register(signal.SIGQUIT, file=sys.stderr, all_threads=True, chain=False)
+    # It may have been closed before the start: then there is nowhere to write to.
+    if sys.stderr is not None:
+        faulthandler.enable(file=sys.stderr, all_threads=True)
 
 
 def dump(summary: Mapping[str, object], stream: Stream) -> None:
     """Write the summary and the stack of each thread, by name, in one piece."""
-    lines = ["--- relay state", *(f"{name}: {_show(value)}" for name, value in summary.items())]
+    state = (f"{name}: {_show(value)}" for name, value in summary.items())
+    _write(["--- relay state", *state, *_stacks(), "--- end of dump"], stream)
+
+
+def dump_stacks(stream: Stream) -> None:
+    """Write the stacks alone, for which nobody is asked for anything."""
+    _write([*_stacks(), "--- end of stacks"], stream)
+
+
+def _stacks() -> Iterator[str]:
     names = threads.names()
     frames = sys._current_frames()  # noqa: SLF001 - the documented way to other threads' stacks
-    lines.append(f"--- {len(frames)} threads")
+    yield f"--- {len(frames)} threads"
     for ident, frame in sorted(frames.items(), key=lambda item: names.get(item[0], "")):
-        lines.append(f"thread {names.get(ident, 'unknown')}:")
-        lines += [line.rstrip("\n") for line in traceback.format_stack(frame)]
-    lines.append("--- end of dump")
+        yield f"thread {names.get(ident, 'unknown')}:"
+        yield from (line.rstrip("\n") for line in traceback.format_stack(frame))
+
+
+def _write(lines: list[str], stream: Stream) -> None:
     stream.write("\n".join(lines) + "\n")
     stream.flush()
 

@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Mapping
 
-_HELD = frozenset((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+_HELD = frozenset((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGQUIT))
 
 
 def hold() -> None:
@@ -26,7 +26,7 @@ def listen(actions: Mapping[signal.Signals, Callable[[], None]]) -> None:
     """Have each signal call a function, in a thread of its own.
 
     Args:
-        actions: for SIGINT, SIGTERM and SIGUSR1.
+        actions: for SIGINT, SIGTERM, SIGUSR1 and SIGQUIT.
     """
     hold()
 

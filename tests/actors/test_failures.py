@@ -23,12 +23,12 @@ from relay.ops import threads
 from tests.actors.conftest import JumpingClock, Relay
 from tests.actors.test_lifetime import allocate_refused, server_of, settle, wait_until_bindable
 from tests.conftest import wait_until
-from tests.turn_client import udp_socket
+from tests.turn_client import TIMEOUT, udp_socket
 
 
 def relayed_socket(relay: Relay) -> socket.socket:
     """The socket of the only allocation."""
-    (serving,) = server_of(relay).proxy().serving.get(timeout=5).values()
+    (serving,) = server_of(relay).proxy().serving.get(timeout=TIMEOUT).values()
     opened: socket.socket = serving.sockets.by_family[Family.IPV4]
     return opened
 

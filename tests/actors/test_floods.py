@@ -16,7 +16,7 @@ from benchmarks.servers import RELAY, Server
 from relay.core.credentials import RelaySecret, mint
 from tests.conftest import wait_until
 from tests.interop.conftest import Program
-from tests.turn_client import TurnClient, udp_socket
+from tests.turn_client import TIMEOUT, TurnClient, udp_socket
 
 SECRET = RelaySecret("secret of the floods")
 MIB = 1024
@@ -64,7 +64,7 @@ def summary(program: Program) -> dict[str, str]:
     """Have it dump its counters, and read them."""
     dumps = program.log.count("--- end of dump")
     program.process.send_signal(signal.SIGUSR1)
-    wait_until(lambda: program.log.count("--- end of dump") > dumps, 20)
+    wait_until(lambda: program.log.count("--- end of dump") > dumps)
     return dict(re.findall(r"^(\w+): (.*)$", program.log.rpartition("--- relay state")[2], re.MULTILINE))
 
 
@@ -90,5 +90,5 @@ def test_what_arrived_while_it_was_stopped_and_found_no_room_is_shown_afterwards
             while True:
                 client.socket.settimeout(0.3)
                 client.socket.recv(2048)
-        client.socket.settimeout(5)
+        client.socket.settimeout(TIMEOUT)
         assert client.refresh(600) is None

@@ -10,7 +10,7 @@ from relay.core.addresses import AllocationId
 from relay.core.instant import Instant
 from relay.core.stun import MessageClass, Method, encode
 from relay.core.trains import Arrival
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE, wait_until
 
 PACKET: Arrival = (b"\x40\0\0\0", ("127.0.0.1", 1), 0, 0)
 REQUEST = encode(MessageClass.REQUEST, Method.BINDING, bytes(12), [])
@@ -66,7 +66,7 @@ def test_a_deadline_that_is_set_while_the_reader_waits_is_kept() -> None:
     reader = threading.Thread(target=lambda: got.extend(inbox.get().message for _ in range(2)))
     reader.start()
     inbox.wake_at(time.monotonic() + 0.05, SystemClock())
-    reader.join(5)
+    reader.join(PATIENCE)
     assert got == [Tick(), Tick()]
 
 
@@ -77,7 +77,7 @@ def test_packets_are_worked_on_by_who_tells_of_them() -> None:
     for name in ("one", "two"):
         teller = threading.Thread(name=name, target=inbox.put, args=(Letter(FromClients([PACKET])),))
         teller.start()
-        teller.join(5)
+        teller.join(PATIENCE)
     assert threads == ["one", "two"]
     assert inbox.empty()
 
@@ -104,7 +104,7 @@ def test_one_thread_at_a_time_works_on_packets() -> None:
     for teller in tellers:
         teller.start()
     for teller in tellers:
-        teller.join(10)
+        teller.join(PATIENCE)
     assert most == 1
 
 
@@ -119,10 +119,10 @@ def test_packets_that_waited_too_long_for_the_turn_are_dropped_and_requests_are_
         for teller in tellers:
             teller.start()
         wait_until(lambda: inbox.dropped == 5)
-        tellers[1].join(5)
+        tellers[1].join(PATIENCE)
         assert not tellers[1].is_alive(), "who has nothing left to tell goes on reading"
         assert taken == []
-    tellers[0].join(5)
+    tellers[0].join(PATIENCE)
     assert taken == [FromClients([batch[1]])]
 
 

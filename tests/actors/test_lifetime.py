@@ -11,7 +11,7 @@ from relay.core.addresses import SocketAddress
 from relay.core.counters import DropReason, FreeReason
 from tests.actors.conftest import Relay, RelayMaker
 from tests.conftest import wait_until
-from tests.turn_client import TurnClient, udp_socket
+from tests.turn_client import TIMEOUT, TurnClient, udp_socket
 
 
 def server_of(_: Relay) -> pykka.ActorRef[ServerActor]:
@@ -22,7 +22,7 @@ def server_of(_: Relay) -> pykka.ActorRef[ServerActor]:
 
 def settle(relay: Relay) -> None:
     """Wait until the server actor has worked off what was told before."""
-    server_of(relay).ask(Tick(), timeout=5)
+    server_of(relay).ask(Tick(), timeout=TIMEOUT)
 
 
 def wait_until_bindable(address: SocketAddress) -> None:
@@ -54,7 +54,7 @@ def test_the_deadline_wakes_the_server_without_any_traffic(relay: Relay) -> None
     client.allocate()
     relay.clock.jump(599.8)
     # Any message makes its thread look at the clock, and sleep for the fifth of a second that is left.
-    server_of(relay).ask(AreYouThere(), timeout=5)
+    server_of(relay).ask(AreYouThere(), timeout=TIMEOUT)
     wait_until(lambda: not relay.system.core.allocations.by_id)
 
 

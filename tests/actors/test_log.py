@@ -37,7 +37,7 @@ class Logging(NamedTuple):
         query = "" if directives is None else "?" + urllib.parse.urlencode({"directives": directives})
         url = f"http://{self.relay.system._http[at]}/log_filter{query}"
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=10) as answer:
+            with urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=30) as answer:
                 return answer.status, json.loads(answer.read())
         except urllib.error.HTTPError as error:
             with error:

@@ -19,7 +19,7 @@ SUFFIXES = {Kind.COUNTER: "_total", Kind.GAUGE: "", Kind.HISTOGRAM: ""}
 def scrape(relay: Relay) -> tuple[str, str]:
     """Give the content type and the text."""
     at = relay.system._http["control"]
-    connection = http.client.HTTPConnection(at.host, at.port, timeout=5)
+    connection = http.client.HTTPConnection(at.host, at.port, timeout=30)
     try:
         connection.request("GET", "/metrics")
         answer = connection.getresponse()

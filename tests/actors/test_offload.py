@@ -88,7 +88,7 @@ def page(relay: Relay, method: str, path: str) -> tuple[int, dict[str, Any]]:
 
 def ask(relay: Relay, method: str, path: str) -> tuple[int, str]:
     at = relay.system._http["control"]
-    connection = http.client.HTTPConnection(at.host, at.port, timeout=10)
+    connection = http.client.HTTPConnection(at.host, at.port, timeout=30)
     try:
         connection.request(method, path)
         answer = connection.getresponse()
@@ -162,7 +162,7 @@ def test_what_is_detached_stays_so_whatever_happens_to_interfaces(here: Machine,
     page(offloading, "POST", "/offload/detach")
     here.run("ip", "link", "set", "near", "mtu", "1400")
     here.run("ip", "addr", "add", "192.0.2.1/24", "dev", "near")
-    offload_actor().ask(KernelNews([]), timeout=5)
+    offload_actor().ask(KernelNews([]), timeout=30)
     assert state(offloading)["xdp_attached"] == {"near": None}
 
 
@@ -230,18 +230,18 @@ def test_all_routes_are_asked_for_at_once_and_then_only_so_often(offloading: Rel
     client.allocate()
     assert relays(client)
     actor = offload_actor()
-    actor.ask(KernelNews([]), timeout=5)
+    actor.ask(KernelNews([]), timeout=30)
     monkeypatch.setattr(Network, "look_up", counted)
     begun = time.monotonic()
     while time.monotonic() < begun + 4 * ROUTES_REST:
-        actor.ask(KernelNews([RoutesChanged()]), timeout=5)
+        actor.ask(KernelNews([RoutesChanged()]), timeout=30)
     stormed = len(asked)
     # Four and one at once; fewer if this process was held up.
     assert 1 <= stormed <= 6
     assert all(later - earlier > 0.8 * ROUTES_REST for earlier, later in itertools.pairwise(asked))
     # The last change of all is followed, too, and then there is rest.
     wait_until(lambda: len(asked) == stormed + 1)
-    actor.ask(Tick(), timeout=5)
+    actor.ask(Tick(), timeout=30)
     assert len(asked) == stormed + 1
 
 

@@ -15,7 +15,7 @@ CHANNEL = 0x4000
 
 
 def ask(at: Endpoint, path: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection(at.host, at.port, timeout=10)
+    connection = http.client.HTTPConnection(at.host, at.port, timeout=30)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()

@@ -14,7 +14,7 @@ from tests.actors.conftest import Relay
 )
 def test_there_are_no_pages_for_it(relay: Relay, method: str, path: str) -> None:
     at = relay.system._http["control"]
-    connection = http.client.HTTPConnection(at.host, at.port, timeout=5)
+    connection = http.client.HTTPConnection(at.host, at.port, timeout=30)
     try:
         connection.request(method, path)
         assert connection.getresponse().status == 404

@@ -46,7 +46,7 @@ def answering(
 
     stopped = threading.Event()
     with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listening:
-        listening.settimeout(10)
+        listening.settimeout(30)
         thread = threading.Thread(target=serve)
         thread.start()
         yield Endpoint(host, listening.getsockname()[1])
@@ -114,7 +114,7 @@ def test_a_relay_that_waits_for_its_portal_is_well_but_not_ready() -> None:
         def check(*more: str) -> int:
             environment = os.environ | {"HEALTH_CHECK_ADDR": f"{program.host}:8080"}
             command = [sys.executable, "-m", "relay", *arguments, *more]
-            return subprocess.run(command, env=environment, capture_output=True, timeout=30, check=False).returncode
+            return subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False).returncode
 
         joined = portal.wait_until_joined()
         assert check() == 0

@@ -77,7 +77,7 @@ def series() -> Iterator[Series]:
 def scrape(program: Program) -> Series:
     found = re.search(r"control=\S*?:(\d+)", program.log)
     assert found is not None
-    connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=30)
     connection.request("GET", "/metrics")
     text = connection.getresponse().read().decode()
     connection.close()

@@ -26,7 +26,7 @@ __all__ = ["make_relay", "relay"]
 
 SECRET: Final = "secret of those that fail"
 CHANNEL: Final = 0x4000
-PATIENCE: Final = 20.0
+PATIENCE: Final = 30.0
 """Seconds for what a relay does by itself."""
 
 

@@ -98,7 +98,7 @@ def limit_threads(program: Failing, soft: str) -> None:
     status = Path(f"/proc/{program.process.pid}/status").read_text()
     user = next(line for line in status.splitlines() if line.startswith("Uid:")).split()[1]
     by = ("setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups")
-    subprocess.run([*by, "prlimit", f"--nproc={soft}:", f"--pid={program.process.pid}"], check=True, timeout=20)
+    subprocess.run([*by, "prlimit", f"--nproc={soft}:", f"--pid={program.process.pid}"], check=True, timeout=60)
 
 
 @is_root

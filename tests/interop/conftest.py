@@ -16,8 +16,8 @@ import pytest
 from relay.core.credentials import Credential
 from tests.conftest import wait_until
 
-START_SECONDS = 20
-STOP_SECONDS = 10
+START_SECONDS = 60
+STOP_SECONDS = 30
 
 # What the program gets of the environment of the tests: no setting of a relay, no proxy, and no authorities.
 _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "ALLOW_ROOT")

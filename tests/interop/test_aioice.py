@@ -15,7 +15,7 @@ from relay.core.credentials import Credential, RelaySecret, mint
 from tests.interop.conftest import Program, ProgramStarter
 from tests.interop.ice import converse
 
-SECONDS = 30
+SECONDS = 90
 
 Address: TypeAlias = tuple[str, int]
 

@@ -56,7 +56,7 @@ def test_it_relays_and_is_well_while_its_http_addresses_are_under_attack(start_p
         for each in troublemakers:
             each.join()
     for host, port in addresses:
-        with urllib.request.urlopen(f"http://{host}:{port}/healthz", timeout=20) as answer:
+        with urllib.request.urlopen(f"http://{host}:{port}/healthz", timeout=30) as answer:
             assert json.load(answer) == {"status": "ok", "version": __version__}
     assert program.stop() == 0
     assert "Traceback" not in program.log

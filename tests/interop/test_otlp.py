@@ -235,7 +235,7 @@ def test_whoever_asks_for_pushes_without_the_extra_is_told_what_to_install(tmp_p
         env={"PYTHONPATH": path, "ALLOW_ROOT": "1", "HEALTH_CHECK_ADDR": "127.0.0.1:0", "CONTROL_ENDPOINT": "127.0.0.1:0"},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=False,
     )
     assert done.returncode == 2

@@ -129,7 +129,7 @@ def mute_portal(authority: Authority) -> Iterator[RawServer]:
 def page(program: Program, name: str) -> tuple[int, str]:
     """Give the status and the body of a page at the health address."""
     try:
-        with urllib.request.urlopen(f"http://{program.host}:8080/{name}", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://{program.host}:8080/{name}", timeout=30) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         with error:
@@ -345,7 +345,7 @@ def test_uclient_relays_with_what_the_portal_mints(portal: ScriptedPortal, membe
             ],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=100,
             check=False,
         )
     assert "tot_send_msgs=50, tot_recv_msgs=50" in done.stdout, done
@@ -624,7 +624,7 @@ def test_neither_token_nor_secret_is_shown_anywhere_even_if_the_portal_sends_the
     program.process.send_signal(signal.SIGUSR1)
     program.wait_for_log("--- end of dump")
     program.process.send_signal(signal.SIGQUIT)
-    program.wait_for_log("Current thread")
+    program.wait_for_log("--- end of stacks")
     both = f"{TOKEN} {secret}"
     portal.script.join_error = both
     portal.script.refuse = Refusal.problem(401, both, both) if ending == "401" else None
@@ -688,7 +688,7 @@ def test_a_relay_without_a_name_tells_none(portal: ScriptedPortal, member: Progr
 
 def test_the_help_leads_with_the_portal() -> None:
     command = [str(Path(sys.executable).with_name("firezone-relay")), "--help"]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     introduction, _, options = said.partition("Options:")
     assert "FIREZONE_TOKEN" in introduction
     assert "token" in introduction

@@ -35,7 +35,7 @@ ALLOCATIONS = 1000
 def get(url: str) -> tuple[int, dict[str, str]]:
     """Give the status and the body of a page."""
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - an address of this machine
+        with urllib.request.urlopen(url, timeout=30) as answer:  # noqa: S310 - an address of this machine
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         with error:
@@ -55,7 +55,7 @@ def refusal(*options: str, limited: bool = False) -> str:
         [sys.executable, "-m", "relay", "--standalone", "--public-ip4-addr", HOST, *options],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=False,
         preexec_fn=drop_sys_resource if limited else None,
     )
@@ -103,7 +103,7 @@ def test_health_pages_tell_that_it_lives_and_answers(program: Program) -> None:
 
 
 def test_a_slow_client_of_the_health_address_keeps_nobody_waiting(program: Program) -> None:
-    with socket.create_connection((program.host, 8080), timeout=5) as slow:
+    with socket.create_connection((program.host, 8080), timeout=30) as slow:
         slow.sendall(b"GET /healthz HTTP/1.1\r\n")
         assert get(f"http://{program.host}:8080/healthz")[0] == 200
         slow.sendall(b"x" * 10_000 + b"\r\n\r\n")
@@ -267,14 +267,14 @@ def test_it_runs_with_standard_error_closed() -> None:
             assert "This credential is valid" in process.stdout.readline()
         finally:
             process.terminate()
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
 
 
 def test_a_credential_that_can_not_be_printed_is_bad_use() -> None:
     command = [sys.executable, "-m", "relay", "--standalone", "--public-ip4-addr", HOST, "--max-allocations", "10"]
     command += ["--health-address", f"{HOST}:0", "--control-address", f"{HOST}:0"]
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=20, check=False)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "can't print the credential" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -304,13 +304,27 @@ def test_sigusr1_shows_every_thread_by_name_and_the_state_while_packets_flow(pro
     assert program.stop() == 0
 
 
-def test_sigquit_shows_all_stacks_and_ends_nothing(program: Program) -> None:
-    program.process.send_signal(signal.SIGQUIT)
-    program.wait_for_log("Current thread")
-    program.process.send_signal(signal.SIGQUIT)
+def test_sigquit_shows_all_stacks_and_ends_nothing_however_often_and_whatever_else_is_done(program: Program) -> None:
+    """To read the stack of a thread that runs takes the interpreter: without it, one in a thousand dumps ended the relay."""
+    with TurnClient((program.host, 3478), program.credential, "127.0.0.1") as client:
+        client.allocate()
+        for number in range(1, 31):
+            program.process.send_signal(signal.SIGQUIT)
+            while program.log.count("--- end of stacks") < number:
+                assert client.refresh(600) is None
+    for thread in ("MainThread", "server", "signals"):
+        assert f"thread {thread}:" in program.log
     assert program.credential.password not in program.log
     assert get(f"http://{program.host}:8080/readyz")[0] == 200
     assert program.stop() == 0
+
+
+def test_sigabrt_ends_it_with_all_stacks_as_last_words(program: Program) -> None:
+    """That is what systemd sends to a relay that hangs, and a signal handler in C writes them."""
+    assert program.stop(signal.SIGABRT) == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in program.log
+    assert "relay/net/receiver.py" in program.log
+    assert program.credential.password not in program.log
 
 
 @needs_ipv6
@@ -367,7 +381,7 @@ def test_a_wheel_built_from_the_tree_runs_elsewhere(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=True,
     )
     assert done.stdout.splitlines() == [str(elsewhere / "relay" / "__init__.py"), __version__]

@@ -122,7 +122,7 @@ class Victim:
         self.program.process.send_signal(signal.SIGUSR1)
         wait_until(lambda: self.program.log.count("--- end of dump") > ends, 30)
         self.program.process.send_signal(signal.SIGQUIT)
-        self.program.wait_for_log("Current thread")
+        self.program.wait_for_log("--- end of stacks")
         self.shown += Path(f"/proc/{self.program.process.pid}/cmdline").read_text()
 
     def end(self) -> str:

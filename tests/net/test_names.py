@@ -15,7 +15,7 @@ from tests.conftest import wait_until
 SOON = 0.05
 """Seconds after which nobody waits for a look-up that hangs."""
 
-PATIENCE = 10.0
+PATIENCE = 30.0
 
 UNKNOWN = "fe80::1%no-such-interface"
 """A name that no name server is asked for."""

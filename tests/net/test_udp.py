@@ -73,7 +73,7 @@ def test_stop_wakes_a_thread_that_is_blocked_in_receive(open_socket: Opener, cou
     thread = threading.Thread(target=lambda: result.append(receiver.receive()))
     thread.start()
     receiver.stop()
-    thread.join(5)
+    thread.join(30)
     assert result == [[]]
 
 

@@ -23,7 +23,7 @@ from tests.turn_client import TurnClient
 
 SECRET: Final = "secret of those in the kernel"
 SERVICE: Final = 3478
-WITHIN: Final = 3.0
+WITHIN: Final = 30.0
 """Seconds in which what the network does is followed: less than half of one, on a machine that has nothing else to do."""
 
 MODES: Final = ("generic", "driver")
@@ -70,7 +70,7 @@ class Offloading:
     def read(self, path: str, method: str = "GET") -> bytes:
         """Give what its control address answers."""
         with self.host.entered():
-            connection = http.client.HTTPConnection(*self._control, timeout=10)
+            connection = http.client.HTTPConnection(*self._control, timeout=30)
             connection.connect()
         with contextlib.closing(connection):
             connection.request(method, path)
@@ -197,7 +197,7 @@ class Talk:
         self.to_peer(payload)
         self.to_client(payload)
 
-    def wait_for_kernel(self, seconds: float = 5) -> None:
+    def wait_for_kernel(self, seconds: float = WITHIN) -> None:
         """Go on until the kernel relays, both ways."""
 
         until = time.monotonic() + seconds

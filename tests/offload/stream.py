@@ -9,6 +9,7 @@ from typing import Final, Self
 
 from tests.conftest import wait_until
 from tests.offload.relays import Talk
+from tests.turn_client import TIMEOUT
 
 _NUMBER: Final = struct.Struct("!Q")
 _SIZE: Final = 200
@@ -29,7 +30,7 @@ class Stream:
         self._way = way
         self.to_client = to_client
         self._burst = max(1, round(per_second * _TICK))
-        self._patience = 0.05 if loses else 1.0
+        self._patience = 0.05 if loses else 30.0
         self._ended = threading.Event()
         self._quiet = threading.Event()
         self.sent = 0
@@ -63,7 +64,7 @@ class Stream:
         for each in self._threads:
             each.join()
         for sock in (self._way.peer, self._way.client.socket):
-            sock.settimeout(5)
+            sock.settimeout(TIMEOUT)
         assert self.strange == []
 
     @property
@@ -71,7 +72,7 @@ class Stream:
         """Those that have arrived, of both directions."""
         return len(self.at_peer) + len(self.at_client)
 
-    def wait_for(self, count: int, seconds: float = 10) -> None:
+    def wait_for(self, count: int, seconds: float = 30) -> None:
         """Wait until so many more have arrived."""
         wanted = self.arrived + count
         wait_until(lambda: self.arrived >= wanted, seconds)

@@ -51,7 +51,7 @@ def packet_socket(interface: str) -> socket.socket:
     """A socket for whole frames of any kind."""
     every_protocol = 3
     made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(every_protocol))
-    made.settimeout(5)
+    made.settimeout(30)
     made.bind((interface, every_protocol))
     return made
 

@@ -16,7 +16,7 @@ from tests.offload.topology import RELAY, Host
 
 pytestmark = [needs_bpf, needs_ipv6, pytest.mark.usefixtures("object_file")]
 
-SECONDS = 20
+SECONDS = 90
 MESSAGES = 50
 
 

@@ -104,7 +104,7 @@ def test_a_link_that_goes_down_and_comes_up(lab: Lab, elsewhere: Stream, familie
         goes_on(lab, elsewhere)
         network.relay.ip("link set r1 up")
         # The other end takes up to a second for that, and a question that is asked before is repeated a second later.
-        wait_until(lambda: "state UP" in network.peer.links() and "state DOWN" not in network.relay.links(), 5)
+        wait_until(lambda: "state UP" in network.peer.links() and "state DOWN" not in network.relay.links())
         way.wait_for_kernel(WITHIN)
 
 

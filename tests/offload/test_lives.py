@@ -27,7 +27,7 @@ from tests.conftest import needs_ipv6, wait_until
 from tests.offload.conftest import needs_bpf
 from tests.offload.relays import SECRET, Counts, Lab, Offloading, Talk, talk
 from tests.offload.topology import PEER, RELAY, Row, row
-from tests.turn_client import code_of
+from tests.turn_client import TIMEOUT, code_of
 
 pytestmark = [needs_bpf, needs_ipv6, pytest.mark.usefixtures("object_file")]
 
@@ -76,7 +76,7 @@ def drain(way: Talk) -> int:
             while True:
                 sock.recv(65535)
                 count += 1
-        sock.settimeout(5)
+        sock.settimeout(TIMEOUT)
     return count
 
 
@@ -146,7 +146,7 @@ class Here(Offloading):
         """Let time pass for all of it but the kernel."""
         self.clock.jump(seconds)
         (server,) = pykka.ActorRegistry.get_by_class(ServerActor)
-        server.ask(Tick(), timeout=5)
+        server.ask(Tick(), timeout=TIMEOUT)
 
     def settle(self) -> None:
         """Let it work off what the kernel left to its sockets: requests may be taken before that."""

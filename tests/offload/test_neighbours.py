@@ -85,7 +85,7 @@ def test_stale_neighbours_are_asked_again_though_all_packets_are_the_kernels(
                 questions.extend(each for each in at_peer.frames() if asks_for(each, PEER[families[1]]))
                 return len(questions) >= 2 and lab.relay.counts().since(before).passed["stale_neighbour"] >= 2
 
-            wait_until(is_asked_often, 10)
+            wait_until(is_asked_often)
             counts = lab.relay.counts().since(before)
         assert stream.lost() == 0
         assert counts.passed.total() < 20 < counts.to_peer, counts
@@ -127,7 +127,7 @@ def test_a_neighbour_that_is_lost_is_found_again(lab: Lab, families: tuple[Famil
             for knob in knobs:
                 network.peer.set_knob(knob, 1)
         # Once it is stale: a packet by the sockets, some questions to where it was, some to everybody.
-        wait_until(lambda: any(each.to == mac for each in at_peer.take()), 5)
+        wait_until(lambda: any(each.to == mac for each in at_peer.take()))
         wait_until(arrives_by_kernel(lab, stream), WITHIN)
     assert stream.lost() > 0, "it had to be lost first"
 

@@ -79,7 +79,7 @@ def ipv6(machine: Machine) -> Machine:
 def monitor(machine: Machine) -> Iterator[Monitor]:
     with machine.entered(), Monitor() as opened:
         # What is waited for in vain fails, and does not hang.
-        giving_up = threading.Timer(20, opened.stop)
+        giving_up = threading.Timer(60, opened.stop)
         giving_up.start()
         yield opened
         giving_up.cancel()
@@ -338,7 +338,7 @@ def test_who_waits_for_news_can_be_stopped(monitor: Monitor) -> None:
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(lambda: list(iter(monitor.receive, None)))
         monitor.stop()
-        waiting.result(timeout=10)
+        waiting.result(timeout=30)
     assert monitor.receive() is None
 
 
@@ -354,15 +354,15 @@ def test_it_takes_no_privilege(machine: Machine) -> None:
             socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP)
         with Monitor() as monitor, Network() as network:
             ready.set()
-            assert changed.wait(10)
+            assert changed.wait(30)
             return way_to(network, ON_LINK), monitor.receive()
 
     with ThreadPoolExecutor(1) as pool:
         doing = pool.submit(unprivileged)
-        assert ready.wait(10)
+        assert ready.wait(30)
         ip(machine, f"neigh add {GATEWAY} lladdr {MAC} dev one")
         changed.set()
-        outcome, news = doing.result(timeout=10)
+        outcome, news = doing.result(timeout=30)
     assert isinstance(outcome, Route)
     assert news
 

@@ -20,7 +20,7 @@ from tests.offload.topology import Host, configure, connect, hosts
 
 pytestmark = [needs_bpf, pytest.mark.usefixtures("object_file")]
 
-SECONDS: Final = 20
+SECONDS: Final = 60
 ADDRESS: Final = "10.77.1.1"
 PASS: Final = bytes.fromhex("b7000000020000009500000000000000")
 """A program: r0 = XDP_PASS; exit."""

@@ -70,13 +70,13 @@ class Host(Machine):
         opened = self.open_socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
         opened.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 << 20)
         opened.bind((host, port))
-        opened.settimeout(5)
+        opened.settimeout(30)
         return opened
 
     def links(self) -> str:
         """Give what `ip link` shows."""
         with self.entered():
-            return subprocess.run(("ip", "link"), capture_output=True, text=True, timeout=10, check=True).stdout
+            return subprocess.run(("ip", "link"), capture_output=True, text=True, timeout=60, check=True).stdout
 
     def ifindex(self, link: str) -> int:
         with self.entered():

@@ -51,7 +51,7 @@ def endpoint(switch: Switch) -> Iterator[HttpEndpoint]:
 
 
 def ask(endpoint: HttpEndpoint, method: str, path: str, body: bytes | None = None) -> Answer:
-    connection = http.client.HTTPConnection(HOST, endpoint.port, timeout=5)
+    connection = http.client.HTTPConnection(HOST, endpoint.port, timeout=30)
     try:
         connection.request(method, path, body)
         answer = connection.getresponse()
@@ -172,7 +172,7 @@ def test_a_query_that_is_too_long_or_no_text_is_400(echoing: HttpEndpoint, query
 
 
 def test_a_page_may_be_a_text_of_its_own_kind(echoing: HttpEndpoint) -> None:
-    connection = http.client.HTTPConnection(HOST, echoing.port, timeout=5)
+    connection = http.client.HTTPConnection(HOST, echoing.port, timeout=30)
     connection.request("GET", "/text")
     answer = connection.getresponse()
     assert answer.getheader("Content-Type") == "text/plain; version=0.0.4; charset=utf-8"

@@ -11,7 +11,7 @@ from relay.ops.logs.stats import MANY_DROPS, PERIOD, Flow, StatsLine, report
 from tests.log_lines import KeptLog
 
 NOTHING = Flow(0, 0, 0, 0, 0, 0, 0, 0)
-PATIENCE = 10
+PATIENCE = 30
 """Seconds; no test takes so long unless it fails."""
 
 
