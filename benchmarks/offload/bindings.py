@@ -7,8 +7,8 @@ from benchmarks.offload.cases import Case
 from benchmarks.offload.network import RELAY_HOSTS
 from benchmarks.packets import Metrics
 from relay.config import HIGHEST_PORT, LOWEST_PORT
-from relay.core.addresses import ChannelNumber, ClientAddress, Family, PeerAddress, RelayedPort
-from relay.core.commands import ExtendAllocation, InstallChannel, OffloadCommand, RemoveChannel
+from relay.core.addresses import ChannelNumber, ClientAddress, PeerAddress, RelayedPort
+from relay.core.commands import InstallChannel, OffloadCommand, RemoveChannel
 from relay.offload.channels import Channels
 from relay.offload.program import XdpProgram, bindings_for
 
@@ -29,8 +29,7 @@ def measure_bindings(case: Case, count: int) -> Metrics:
     program = XdpProgram(bindings_for(count))
     try:
         channels = Channels(program, range(LOWEST_PORT, HIGHEST_PORT + 1), RELAY_HOSTS[:1])
-        extending, installing, removing = _commands(count, shared=case.name == "bindings-shared")
-        _carry_out(channels, extending)
+        installing, removing = _commands(count, shared=case.name == "bindings-shared")
         metrics = {
             "install_ms": _carry_out(channels, installing),
             "refresh_ms": _carry_out(channels, installing),
@@ -51,19 +50,17 @@ def _carry_out(channels: Channels, commands: list[OffloadCommand]) -> float:
     return (time.perf_counter() - before) * _MILLISECONDS
 
 
-def _commands(count: int, *, shared: bool) -> tuple[list[OffloadCommand], list[OffloadCommand], list[OffloadCommand]]:
-    """Give what extends all allocations, installs all channels, and removes them."""
+def _commands(count: int, *, shared: bool) -> tuple[list[OffloadCommand], list[OffloadCommand]]:
+    """Give what installs all channels, and what removes them."""
     until = time.monotonic() + _SECONDS
-    extending: list[OffloadCommand] = []
     installing: list[OffloadCommand] = []
     removing: list[OffloadCommand] = []
     for number in range(count):
         port = RelayedPort(LOWEST_PORT + number)
         client, peer = _ends(number, shared=shared)
-        extending.append(ExtendAllocation(port, (Family.IPV4,), until))
         installing.append(InstallChannel(client, _CHANNEL, port, peer, until))
         removing.append(RemoveChannel(client, _CHANNEL, port, peer))
-    return extending, installing, removing
+    return installing, removing
 
 
 def _ends(number: int, *, shared: bool) -> tuple[ClientAddress, PeerAddress]:

@@ -21,7 +21,7 @@ from relay.core.addresses import (
     family_of,
     network_of,
 )
-from relay.core.commands import ExtendAllocation, InstallChannel, OffloadCommand, RemoveChannel, StopAllocation
+from relay.core.commands import InstallChannel, OffloadCommand, RemoveChannel
 from relay.core.deadlines import Deadlines
 
 CHANNEL_LIFETIME = 600
@@ -88,6 +88,8 @@ class Allocation:
     """The answer that established it, for retransmissions of the request."""
     channels: dict[ChannelNumber, ChannelBinding] = field(default_factory=dict)
     peers: dict[PeerAddress, ChannelBinding] = field(default_factory=dict)
+    cut_short: dict[ChannelNumber, float] = field(default_factory=dict)
+    """Live channels that would last longer than it does, so that the kernel was told its end for theirs; and their own."""
     to_peer_packets: int = 0
     """This and the next three are what was relayed for channels that are gone, without those in `channels`."""
     to_peer_bytes: int = 0
@@ -134,12 +136,13 @@ class Allocations:
     def extend(self, allocation: Allocation, deadline: float) -> None:
         """Move the end of an allocation that is established."""
         self.deadlines.set((allocation.id, None), deadline)
-        if self._offload is not None:
-            self._offload.append(ExtendAllocation(allocation.port, allocation.families, deadline))
+        # No channel is cut short by this: each lifetime that is granted is as long as a channel's, at least.
+        cut_short, allocation.cut_short = allocation.cut_short, {}
+        for number, until in cut_short.items():
+            self._install(allocation, allocation.channels[number], until)
 
     def remove(self, allocation: Allocation) -> None:
         """Take an allocation and all its channels out of every table."""
-        self._stop(allocation, allocation.families)
         for binding in tuple(allocation.channels.values()):
             self.unbind_channel(allocation, binding)
         self.deadlines.discard((allocation.id, None))
@@ -165,8 +168,7 @@ class Allocations:
         self.live_peers[allocation.id, peer] = binding
         until = now + CHANNEL_LIFETIME
         self.deadlines.set((allocation.id, number), until)
-        if self._offload is not None:
-            self._offload.append(InstallChannel(allocation.client, number, allocation.port, peer, until))
+        self._install(allocation, binding, until)
         return True
 
     def cool_channel(self, binding: ChannelBinding, expired_at: float) -> None:
@@ -188,20 +190,26 @@ class Allocations:
     def remove_family(self, allocation: Allocation, family: Family) -> None:
         """Take one of its relayed addresses, and the channels to peers of that family, from a dual allocation."""
         allocation.families = tuple(each for each in allocation.families if each is not family)
-        self._stop(allocation, (family,))
         for binding in tuple(allocation.channels.values()):
             if family_of(binding.peer) is family:
                 self.unbind_channel(allocation, binding)
 
-    def _stop(self, allocation: Allocation, families: tuple[Family, ...]) -> None:
-        """Have the kernel relay nothing more for some families, if it ever was to."""
-        if self._offload is not None and allocation.state is AllocationState.ESTABLISHED:
-            self._offload.append(StopAllocation(allocation.port, families))
+    def _install(self, allocation: Allocation, binding: ChannelBinding, until: float) -> None:
+        """Have the kernel relay a channel until its end, or for as long as its allocation is sure to last."""
+        if self._offload is None:
+            return
+        end = self.deadlines[allocation.id, None]
+        if until > end:
+            allocation.cut_short[binding.number] = until
+        else:
+            allocation.cut_short.pop(binding.number, None)
+        self._offload.append(InstallChannel(binding.client, binding.number, allocation.port, binding.peer, min(until, end)))
 
     def _uninstall(self, allocation: Allocation, binding: ChannelBinding) -> None:
         if binding.live:
             binding.live = False
             del self.live_channels[binding.client, binding.number]
             del self.live_peers[binding.allocation, binding.peer]
+            allocation.cut_short.pop(binding.number, None)
             if self._offload is not None:
                 self._offload.append(RemoveChannel(binding.client, binding.number, allocation.port, binding.peer))

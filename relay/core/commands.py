@@ -60,10 +60,10 @@ class Drained:
 
 
 class InstallChannel(NamedTuple):
-    """Have the kernel relay a channel, both ways; comes again, with a later end, when the channel is refreshed.
+    """Have the kernel relay a channel, both ways; comes again when it is to relay for longer.
 
-    Like the three after it, it comes only if the kernel relays (`ServerConfig.offloads`), and before any answer that tells
-    the client of what it does.
+    Like the one after it, it comes only if the kernel relays (`ServerConfig.offloads`), and before any answer that tells the
+    client of what it does.
     """
 
     client: ClientAddress
@@ -71,7 +71,7 @@ class InstallChannel(NamedTuple):
     port: RelayedPort
     peer: PeerAddress
     until: float
-    """Monotonic seconds."""
+    """Monotonic seconds: the end of the channel or of its allocation, whichever comes first."""
 
 
 class RemoveChannel(NamedTuple):
@@ -83,25 +83,9 @@ class RemoveChannel(NamedTuple):
     peer: PeerAddress
 
 
-class ExtendAllocation(NamedTuple):
-    """Let the kernel relay an allocation's channels, installed and to come, until then and no longer."""
+OffloadCommand: TypeAlias = InstallChannel | RemoveChannel
 
-    port: RelayedPort
-    families: tuple[Family, ...]
-    until: float
-    """Monotonic seconds."""
-
-
-class StopAllocation(NamedTuple):
-    """Have the kernel relay nothing more for some of an allocation's relayed addresses. Their channels are removed next."""
-
-    port: RelayedPort
-    families: tuple[Family, ...]
-
-
-OffloadCommand: TypeAlias = InstallChannel | RemoveChannel | ExtendAllocation | StopAllocation
-
-OFFLOAD_COMMANDS = (InstallChannel, RemoveChannel, ExtendAllocation, StopAllocation)
+OFFLOAD_COMMANDS = (InstallChannel, RemoveChannel)
 
 Command: TypeAlias = SendToClient | SendToPeer | BindPort | FreeAllocation | Drained | OffloadCommand | CoreEvent
 """Of events, nothing is asked but that they be heard; they come only if someone watches."""

@@ -40,6 +40,10 @@ class Deadlines(Generic[K]):
         if self._at.pop(key, None) is not None:
             self._tidy()
 
+    def __getitem__(self, key: K) -> float:
+        """Give the deadline of a key that has one."""
+        return self._at[key][0]
+
     def get(self, key: K) -> float | None:
         """Give a key's deadline, None if it has none; any thread may ask."""
         entry = self._at.get(key)

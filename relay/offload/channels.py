@@ -1,8 +1,7 @@
 """Which channels the kernel relays: carries out the core's commands on the tables of the XDP program.
 
-Both directions of a channel are installed and removed together, and all commands are carried out in their order. What ends
-an allocation is a store to `ends`, which stops its channels before their entries are removed; and its time is not extended
-before the entries of whoever had its port are gone.
+Both directions of a channel are installed and removed together, and all commands are carried out in their order: so the
+channels of whoever had a port are gone before those of its next owner come.
 
 A client may come with thousands of neighbours, and packets wait meanwhile: so this makes no objects that it can do without.
 """
@@ -15,8 +14,8 @@ from collections.abc import Callable, Iterable
 from socket import inet_aton
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
-from relay.core.addresses import ChannelNumber, ClientAddress, Family, SocketAddress
-from relay.core.commands import ExtendAllocation, InstallChannel, OffloadCommand, RemoveChannel, StopAllocation
+from relay.core.addresses import ChannelNumber, ClientAddress, SocketAddress
+from relay.core.commands import InstallChannel, OffloadCommand, RemoveChannel
 from relay.offload import layout
 from relay.offload.channel_tables import (
     BOTH_HALVES,
@@ -67,9 +66,6 @@ class ChannelTables(Protocol):
 
     def clear(self, indices: list[int]) -> None:
         """Have the usage of channels begin at 0; `OSError` if the kernel won't."""
-
-    def set_end(self, index: int, tick: int) -> None:
-        """Set until when anything is relayed for a relayed address."""
 
 
 class Follow(NamedTuple):
@@ -211,8 +207,6 @@ class Channels:
         self._act: dict[type, Callable[[Iterable[Any]], None]] = {
             InstallChannel: self._install,
             RemoveChannel: self._remove,
-            ExtendAllocation: self._extend,
-            StopAllocation: self._stop,
         }
 
     def carry_out(self, commands: Iterable[OffloadCommand]) -> list[Follow | Unfollow]:
@@ -344,14 +338,6 @@ class Channels:
             unfollow(to_client)
             unfollow(to_peer)
 
-    def _extend(self, commands: Iterable[ExtendAllocation]) -> None:
-        for port, families, until in commands:
-            self._set_ends(port, families, self._ticks.at(until))
-
-    def _stop(self, commands: Iterable[StopAllocation]) -> None:
-        for port, families in commands:
-            self._set_ends(port, families, 0)
-
     def _clear(self) -> None:
         """Have the usage of indices that were used begin at 0, and let other channels have them."""
         try:
@@ -360,10 +346,6 @@ class Channels:
             self.failures += 1
         else:
             self._indices.cleared()
-
-    def _set_ends(self, port: int, families: Iterable[Family], until: int) -> None:
-        for family in families:
-            self._tables.set_end(port * 2 + (family is Family.IPV6), until)
 
     def _is_relayed(self, peer: SocketAddress) -> bool:
         """Tell whether a peer at a public host is a relayed address of this relay: the other end is its client, too."""

@@ -60,9 +60,6 @@ DEVICE: Final = struct.Struct("=I6sH")
 SEND_BACK: Final = 1
 """A flag of `DEVICE`: may send from where it receives (XDP_TX)."""
 
-ENDS: Final = 1 << 17
-"""Entries of `ends`: two for each port there is."""
-
 DIRECTIONS: Final = ("to_peer", "to_client")
 SIZES: Final = 16
 SIZE_STEP: Final = 128

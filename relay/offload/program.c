@@ -66,7 +66,7 @@ struct end {  // of a channel: where its packets come from, or go to
 struct __attribute__((aligned(8))) channel {  // as large as a line of the cache, since with many flows it is waited for
     struct end client, peer;
     u32 client_hop, peer_hop;  // indices into next_hops
-    u32 expires;               // tick, its lower half
+    u32 expires;               // tick, its lower half; the allocation lasts no less
     u32 flow_label;            // of IPv6, 20 bits
     u32 flags;
     u32 version;  // odd while there is a channel here, and another one for each that comes
@@ -152,9 +152,6 @@ SECTION("maps") struct map clients = {ARRAY, sizeof(u32), sizeof(struct bucket),
 SECTION("maps") struct map peers = {ARRAY, sizeof(u32), sizeof(struct bucket), 1, MMAPABLE};
 SECTION("maps") struct map next_hops = {ARRAY, sizeof(u32), sizeof(struct next_hop), 1, MMAPABLE};
 SECTION("maps") struct map usage = {PERCPU_ARRAY, sizeof(u32), sizeof(struct usage), 1, 0};
-// Until which tick anything is relayed for a relayed address, by its port * 2, + 1 for IPv6. Whoever frees an allocation
-// writes 0 here, and all its channels have ended with that one store.
-SECTION("maps") struct map ends = {ARRAY, sizeof(u32), sizeof(u64), 2 << 16, MMAPABLE};
 SECTION("maps") struct map settings = {ARRAY, sizeof(u32), sizeof(struct settings), 1, MMAPABLE};
 SECTION("maps") struct map totals = {PERCPU_ARRAY, sizeof(u32), sizeof(struct totals), 1, 0};
 
@@ -422,13 +419,9 @@ INLINE int is_still(const struct channel *channel, u32 version)
     return *(volatile const u32 *)&channel->version == version;
 }
 
-// An allocation's end is found by the relayed port and by the peer's family.
 INLINE int is_over(const struct channel *channel, u64 now)
 {
-    u32 index = BE16(channel->peer.tag) * 2 + !is_ipv4(&channel->peer.address);
-    const u64 *allocation_ends = bpf_map_lookup_elem(&ends, &index);
-
-    return !allocation_ends || now >= *allocation_ends || (int)((u32)now - channel->expires) >= 0;
+    return (int)((u32)now - channel->expires) >= 0;
 }
 
 // By the channel of a peer's end, to its client.

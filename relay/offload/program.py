@@ -105,13 +105,12 @@ class XdpProgram:
             self._usage, self._totals = maps["usage"], maps["totals"]
             self.ticks = ticks.measure()
             # Written by plain stores: no system call, and none of these 8 bytes is ever seen half written.
-            ends, self._next_hops, self._settings, channels, clients, peers = (
+            self._next_hops, self._settings, channels, clients, peers = (
                 stack.enter_context(memoryview(stack.enter_context(contextlib.closing(maps[name].mapped()))))
-                for name in ("ends", "next_hops", "settings", "channels", "clients", "peers")
+                for name in ("next_hops", "settings", "channels", "clients", "peers")
             )
             self.channels = stack.enter_context(contextlib.closing(ChannelTable(channels)))
             self.clients, self.peers = (stack.enter_context(contextlib.closing(EndTable(each))) for each in (clients, peers))
-            self._ends = stack.enter_context(ends.cast("Q"))
             self._versions = stack.enter_context(self._next_hops.cast("I"))
             self._opened = stack.pop_all()
         self._settled: tuple[int, range] = (0, range(0))
@@ -132,10 +131,6 @@ class XdpProgram:
         """Have the usage of channels begin at 0."""
         keys = [entry.to_bytes(4, "little") for slot in slots for entry in (2 * slot, 2 * slot + 1)]
         self._usage.update_batch(keys, [bytes(self._usage.size)] * len(keys))
-
-    def set_end(self, index: int, tick: int) -> None:
-        """Set until when anything is relayed for a relayed address: its port * 2, + 1 for IPv6."""
-        self._ends[index] = tick
 
     def write_next_hop(self, entry: int, hop: NextHop) -> None:
         """Write where packets for a destination go next."""

@@ -31,13 +31,11 @@ from relay.core.commands import (
     OFFLOAD_COMMANDS,
     BindPort,
     Command,
-    ExtendAllocation,
     FreeAllocation,
     InstallChannel,
     RemoveChannel,
     SendToClient,
     SendToPeer,
-    StopAllocation,
 )
 from relay.core.credentials import Credential, integrity_key, mint
 from relay.core.lifecycle import BindRefusal
@@ -168,23 +166,15 @@ class Mirror:
     def __init__(self) -> None:
         self.channels: dict[tuple[ClientAddress, int], tuple[int, PeerAddress, float]] = {}
         """Relayed port, peer and end, by client and number."""
-        self.ends: dict[tuple[int, Family], float] = {}
 
     def take(self, commands: list[Command]) -> list[Command]:
         """Carry out what is for the kernel; give the rest."""
         for command in commands:
             match command:
                 case InstallChannel(client, number, port, peer, until):
-                    assert (port, families_of(peer)) in self.ends
                     self.channels[client, number] = port, peer, until
                 case RemoveChannel(client, number, port, peer):
                     assert self.channels.pop((client, number))[:2] == (port, peer)
-                case ExtendAllocation(port, families, until):
-                    assert families
-                    self.ends |= dict.fromkeys(((port, family) for family in families), until)
-                case StopAllocation(port, families):
-                    for family in families:
-                        del self.ends[port, family]
         return [each for each in commands if not isinstance(each, OFFLOAD_COMMANDS)]
 
 
@@ -761,16 +751,14 @@ class ServerMachine(RuleBasedStateMachine):
     @invariant()
     def the_kernel_relays_what_the_sockets_would_and_for_as_long(self) -> None:
         assert self.mirror.channels == {
-            (client, number): (allocation.ports[-1], channel.peer, channel.bound + CHANNEL_LIVES)
+            (client, number): (
+                allocation.ports[-1],
+                channel.peer,
+                min(channel.bound + CHANNEL_LIVES, allocation.ends),
+            )
             for client, allocation in self.allocations.items()
             for number, channel in allocation.channels.items()
             if channel.live(self.seen)
-        }
-        assert self.mirror.ends == {
-            (allocation.ports[-1], family): allocation.ends
-            for allocation in self.allocations.values()
-            if allocation.answer is not None
-            for family in allocation.families
         }
 
     @invariant()
@@ -795,7 +783,7 @@ class ServerMachine(RuleBasedStateMachine):
             self.wake()
         tables = self.relay.server.allocations
         assert not self.allocations
-        assert not any((self.mirror.channels, self.mirror.ends))
+        assert not self.mirror.channels
         assert not any((tables.by_id, tables.by_client, tables.by_username, tables.by_network))
         assert not any((tables.live_channels, tables.live_peers))
         assert len(tables.deadlines) == 0

@@ -16,13 +16,11 @@ from relay.core.commands import (
     OFFLOAD_COMMANDS,
     BindPort,
     Command,
-    ExtendAllocation,
     FreeAllocation,
     InstallChannel,
     OffloadCommand,
     RemoveChannel,
     SendToClient,
-    StopAllocation,
 )
 from relay.core.counters import FreeReason
 from relay.core.lifecycle import BindRefusal
@@ -40,13 +38,11 @@ from tests.core.driver import (
     AttributeValue,
     Client,
     Relay,
-    answer_in,
     relay_with,
     the,
 )
 
 DUAL = (ADDITIONAL_ADDRESS_FAMILY, 2)
-IPV4, BOTH = (Family.IPV4,), (Family.IPV4, Family.IPV6)
 ADDRESS = ClientAddress(CLIENT)
 
 
@@ -107,48 +103,71 @@ def test_without_a_kernel_that_relays_none_of_it_comes() -> None:
     assert relay.counters.channels_bound == 3
 
 
-def test_an_allocation_may_relay_from_its_answer_to_its_end(relay: Relay, client: Client) -> None:
-    assert for_kernel(client.send(client.write(Method.ALLOCATE, UDP, DUAL, (LIFETIME, 700)))) == []
-    (allocation,) = relay.server.allocations.by_id.values()
-    relay.pass_time(1)
-    extend = ExtendAllocation(allocation.port, BOTH, relay.now.monotonic + 700)
-    assert told(relay.report_bound(allocation.id)) == [extend, ANSWER]
-    assert relay.server.poll_timeout() == extend.until
-
-
-def test_a_repeated_allocate_tells_the_kernel_nothing(relay: Relay, client: Client) -> None:
-    data = client.write(Method.ALLOCATE, UDP)
+def test_an_allocation_without_channels_tells_the_kernel_nothing(relay: Relay, client: Client) -> None:
+    data = client.write(Method.ALLOCATE, UDP, DUAL)
     begun = the(BindPort, client.send(data))
-    relay.report_bound(begun.allocation)
+    assert told(relay.report_bound(begun.allocation)) == [ANSWER]
     relay.pass_time(10)
     assert told(client.send(data)) == [ANSWER]
-
-
-def test_a_refreshed_allocation_goes_on_before_its_client_is_told(relay: Relay, client: Client) -> None:
-    allocated = client.allocate()
-    relay.pass_time(100)
-    until = relay.now.monotonic + 1200
-    assert told(refresh(client, 1200)) == [ExtendAllocation(allocated.port, IPV4, until), ANSWER]
-
-
-def test_a_refresh_may_bring_the_end_nearer(relay: Relay, client: Client) -> None:
-    allocated = client.allocate()
-    refresh(client, 3600)
-    assert told(refresh(client, 600)) == [ExtendAllocation(allocated.port, IPV4, relay.now.monotonic + 600), ANSWER]
+    assert told(refresh(client, 600)) == [ANSWER]
+    assert [type(each) for each in told(refresh(client, 0))] == [FreeAllocation, SendToClient]
 
 
 def test_a_bound_channel_is_installed_before_its_client_is_told(relay: Relay, client: Client) -> None:
-    allocated = client.allocate()
+    allocated = client.allocate((LIFETIME, 601))
     relay.pass_time(1)
     until = relay.now.monotonic + 600
     assert told(bind(client)) == [installed(allocated, until), ANSWER]
 
 
 def test_a_refreshed_channel_comes_again_with_its_new_end(relay: Relay, client: Client) -> None:
-    allocated = client.allocate()
+    allocated = client.allocate((LIFETIME, 3600))
     bind(client)
     relay.pass_time(300)
     assert told(bind(client)) == [installed(allocated, relay.now.monotonic + 600), ANSWER]
+
+
+def test_a_channel_is_installed_for_no_longer_than_its_allocation_is_sure_to_last(relay: Relay, client: Client) -> None:
+    allocated = client.allocate()
+    end = relay.now.monotonic + 600
+    relay.pass_time(1)
+    assert told(bind(client)) == [installed(allocated, end), ANSWER]
+    relay.pass_time(598.5)
+    assert told(bind(client)) == [installed(allocated, end), ANSWER]
+
+
+def test_channels_that_were_cut_short_go_on_once_their_allocation_does(relay: Relay, client: Client) -> None:
+    allocated = client.allocate()
+    bind(client)
+    relay.pass_time(1)
+    bind(client, OTHER_CHANNEL, OTHER_PEER)
+    until = relay.now.monotonic + 600
+    relay.pass_time(100)
+    # Only the one that would have lasted longer, and only the first time.
+    assert told(refresh(client, 600)) == [installed(allocated, until, OTHER_CHANNEL, OTHER_PEER), ANSWER]
+    assert told(refresh(client, 3600)) == [ANSWER]
+
+
+def test_a_channel_that_was_cut_short_and_then_refreshed_is_told_of_once(relay: Relay, client: Client) -> None:
+    allocated = client.allocate()
+    for _ in range(3):
+        relay.pass_time(100)
+        bind(client)
+    assert told(refresh(client, 600)) == [installed(allocated, relay.now.monotonic + 600), ANSWER]
+    bind(client)
+    assert told(refresh(client, 600)) == [ANSWER]
+
+
+@pytest.mark.parametrize("lifetime", [None, 1, 600])
+def test_a_refresh_that_brings_the_end_nearer_cuts_no_channel_short(
+    relay: Relay, client: Client, lifetime: int | None
+) -> None:
+    allocated = client.allocate((LIFETIME, 3600))
+    bound = bind(client)
+    assert told(bound) == [installed(allocated, relay.now.monotonic + 600), ANSWER]
+    shorter = client.write(Method.REFRESH, *([] if lifetime is None else [(LIFETIME, lifetime)]))
+    assert told(client.send(shorter)) == [ANSWER]
+    assert relay.server.poll_timeout() == relay.now.monotonic + 600
 
 
 @pytest.mark.parametrize(("number", "peer"), [(CHANNEL, OTHER_PEER), (OTHER_CHANNEL, PEER), (0x3FFF, OTHER_PEER)])
@@ -191,90 +210,67 @@ def test_the_end_of_a_cool_down_tells_the_kernel_nothing(relay: Relay, client: C
     assert told(bind(client, OTHER_CHANNEL)) == [installed(allocated, until, OTHER_CHANNEL), ANSWER]
 
 
-def test_a_deleted_allocation_is_stopped_and_its_live_channels_removed_before_its_client_is_told(
-    relay: Relay, client: Client
-) -> None:
+def test_a_deleted_allocations_live_channels_are_removed_before_its_client_is_told(relay: Relay, client: Client) -> None:
     allocated = client.allocate(DUAL)
     refresh(client, 3600)
     bind(client)
     relay.pass_time(600)
     bind(client, OTHER_CHANNEL, PEER6)
     assert told(refresh(client, 0)) == [
-        StopAllocation(allocated.port, BOTH),
         removed(allocated, OTHER_CHANNEL, PEER6),
         FreeAllocation(allocated.id, FreeReason.DELETED),
         ANSWER,
     ]
 
 
-def test_an_allocation_that_expires_is_stopped_and_its_channels_removed(relay: Relay, client: Client) -> None:
+def test_the_channels_of_an_allocation_that_expires_are_removed(relay: Relay, client: Client) -> None:
     allocated = client.allocate()
     relay.pass_time(1)
     bind(client)
     relay.pass_time(599)
-    assert for_kernel(relay.wake()) == [StopAllocation(allocated.port, IPV4), removed(allocated)]
+    assert for_kernel(relay.wake()) == [removed(allocated)]
 
 
-def test_an_allocation_whose_sockets_fail_is_stopped_and_its_channels_removed(relay: Relay, client: Client) -> None:
+def test_the_channels_of_an_allocation_whose_sockets_fail_are_removed(relay: Relay, client: Client) -> None:
     allocated = client.allocate()
     bind(client)
-    commands = for_kernel(relay.report_failed(allocated.id))
-    assert commands == [StopAllocation(allocated.port, IPV4), removed(allocated)]
+    assert for_kernel(relay.report_failed(allocated.id)) == [removed(allocated)]
 
 
-def test_a_client_that_moves_has_its_old_allocation_stopped_before_a_port_is_bound(relay: Relay, client: Client) -> None:
+def test_a_client_that_moves_has_its_old_channels_removed_before_a_port_is_bound(relay: Relay, client: Client) -> None:
     allocated = client.allocate()
     bind(client)
     moved = Client(relay, OTHER_CLIENT)
     begun = told(moved.send(moved.write(Method.ALLOCATE, UDP)))
-    assert begun[:2] == [StopAllocation(allocated.port, IPV4), removed(allocated)]
-    assert [type(each) for each in begun[2:]] == [FreeAllocation, BindPort]
+    assert begun[:1] == [removed(allocated)]
+    assert [type(each) for each in begun[1:]] == [FreeAllocation, BindPort]
 
 
-def test_one_port_for_all_is_stopped_before_it_goes_on_for_the_next() -> None:
-    relay = relay_with(offloads=True, ports=range(50000, 50001))
-    client = Client(relay)
-    allocated = client.allocate()
-    bind(client)
-    moved = Client(relay, OTHER_CLIENT)
-    begun = moved.send(moved.write(Method.ALLOCATE, UDP))
-    bound = relay.report_bound(the(BindPort, begun).allocation)
-    assert for_kernel(begun + bound) == [
-        StopAllocation(allocated.port, IPV4),
-        removed(allocated),
-        ExtendAllocation(allocated.port, IPV4, relay.now.monotonic + 600),
-    ]
-
-
-def test_a_deleted_family_is_stopped_alone_with_its_channels(relay: Relay, client: Client) -> None:
+def test_a_deleted_family_takes_its_channels_along_and_no_others(client: Client) -> None:
     allocated = client.allocate(DUAL)
     bind(client)
     bind(client, OTHER_CHANNEL, PEER6)
     assert told(refresh(client, 0, (REQUESTED_ADDRESS_FAMILY, Family.IPV6))) == [
-        StopAllocation(allocated.port, (Family.IPV6,)),
         removed(allocated, OTHER_CHANNEL, PEER6),
         ANSWER,
     ]
-    assert for_kernel(refresh(client, 600)) == [ExtendAllocation(allocated.port, IPV4, relay.now.monotonic + 600)]
-    assert for_kernel(refresh(client, 0)) == [StopAllocation(allocated.port, IPV4), removed(allocated)]
+    assert for_kernel(refresh(client, 0)) == [removed(allocated)]
 
 
-def test_a_family_that_is_deleted_before_it_was_there_tells_the_kernel_nothing(relay: Relay, client: Client) -> None:
-    begun = client.begin_allocate(DUAL)
-    assert told(refresh(client, 0, (REQUESTED_ADDRESS_FAMILY, Family.IPV6))) == [ANSWER]
-    extend = ExtendAllocation(begun.port, IPV4, relay.now.monotonic + 600)
-    assert for_kernel(relay.report_bound(begun.allocation)) == [extend]
+def test_a_channel_that_was_cut_short_and_deleted_with_its_family_does_not_come_back(relay: Relay, client: Client) -> None:
+    client.allocate(DUAL)
+    relay.pass_time(1)
+    bind(client, OTHER_CHANNEL, PEER6)
+    refresh(client, 0, (REQUESTED_ADDRESS_FAMILY, Family.IPV6))
+    assert told(refresh(client, 600)) == [ANSWER]
 
 
-def test_only_the_port_that_was_bound_may_relay(relay: Relay, client: Client) -> None:
+def test_a_channel_is_installed_for_the_port_that_was_bound_at_last(relay: Relay, client: Client) -> None:
     begun = client.begin_allocate()
-    again = relay.report_refused(begun.allocation)
-    assert for_kernel(again) == []
-    bound = relay.report_bound(begun.allocation)
-    port = the(BindPort, again).port
+    port = the(BindPort, relay.report_refused(begun.allocation)).port
+    relay.report_bound(begun.allocation)
     assert port != begun.port
-    assert for_kernel(bound) == [ExtendAllocation(port, IPV4, relay.now.monotonic + 600)]
-    assert answer_in(bound).code is None
+    assert [each.port for each in for_kernel(bind(client))] == [port]
 
 
 @pytest.mark.parametrize("end", ["refused", "failed", "late", "deleted"])
@@ -301,6 +297,7 @@ def test_what_ends_at_once_is_told_in_the_order_in_which_it_ends(relay: Relay, c
     relay.pass_time(1)
     other = Client(relay, OTHER_CLIENT, salt="other")
     others = other.allocate()
+    bind(other)
     refresh(client, 3600)
     relay.pass_time(700)
-    assert for_kernel(relay.wake()) == [removed(allocated), StopAllocation(others.port, IPV4)]
+    assert for_kernel(relay.wake()) == [removed(allocated), removed(others)._replace(client=OTHER_CLIENT)]

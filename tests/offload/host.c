@@ -58,13 +58,11 @@ struct table {
     u32 count;
     u8 *values[INDEXED];  // by index
     u8 *before[INDEXED];  // what they were before the packet
-    u8 *flat;             // of `ends`, which has too many for that
 };
 
 static struct table tables[] = {
     {.map = &channels}, {.map = &clients}, {.map = &peers}, {.map = &next_hops},
-    {.map = &usage, .is_programs = 1},     {.map = &ends},
-    {.map = &settings}, {.map = &totals, .is_programs = 1},
+    {.map = &usage, .is_programs = 1}, {.map = &settings}, {.map = &totals, .is_programs = 1},
 };
 enum { TABLES = sizeof(tables) / sizeof(tables[0]) };
 
@@ -72,7 +70,7 @@ static u32 entries(const struct table *table)
 {
     if (table->map == &settings || table->map == &totals)
         return 1;
-    return table->map->max_entries > 1 ? table->map->max_entries : INDEXED;
+    return INDEXED;
 }
 
 static void empty(struct table *table)
@@ -82,14 +80,7 @@ static void empty(struct table *table)
         free(table->before[i]);
         table->values[i] = table->before[i] = NULL;
     }
-    free(table->flat);
-    table->flat = NULL;
-    table->count = 0;
-    if (entries(table) > INDEXED) {
-        table->flat = copy_of(NULL, (size_t)entries(table) * table->map->value_size);
-        return;
-    }
-    for (; table->count < entries(table); table->count++) {
+    for (table->count = 0; table->count < entries(table); table->count++) {
         table->values[table->count] = copy_of(NULL, table->map->value_size);
         table->before[table->count] = copy_of(NULL, table->map->value_size);
     }
@@ -111,7 +102,7 @@ static void *find_in(struct table *table, const void *key)
     memcpy(&index, key, sizeof(index));
     if (index >= entries(table))
         return NULL;
-    return table->flat ? table->flat + (size_t)index * table->map->value_size : table->values[index];
+    return table->values[index];
 }
 
 static void store(struct table *table, const u8 *key, const u8 *value)
@@ -256,7 +247,7 @@ static void tell_layout(void)
     NUMBER(NO_CHANNEL_DATA), NUMBER(ODD_LENGTH), NUMBER(UNBOUND), NUMBER(EXPIRED), NUMBER(NO_NEXT_HOP);
     NUMBER(STALE_NEIGHBOUR), NUMBER(TOO_LONG), NUMBER(NO_CHECKSUM), NUMBER(PARTIAL_CHECKSUM), NUMBER(SHORT_FRAME);
     NUMBER(LAST_HOP), NUMBER(NO_ROOM), NUMBER(REASONS);
-    printf("= ENDS %u\n\n", ends.max_entries);
+    putchar('\n');
 }
 
 static void obey(const struct command *command, const u8 *body)
@@ -313,10 +304,8 @@ int main(void)
         if (strchr("grl", command.what))
             fflush(stdout);
     }
-    for (u32 i = 0; i < TABLES; i++) {
+    for (u32 i = 0; i < TABLES; i++)
         for (u32 j = 0; j < tables[i].count; j++)
             free(tables[i].values[j]), free(tables[i].before[j]);
-        free(tables[i].flat);
-    }
     return 0;
 }

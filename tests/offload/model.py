@@ -177,18 +177,15 @@ class Tables:
     settings: Settings
     channels: dict[int, Channel]
     next_hops: dict[int, Hop]
-    ends: dict[int, int]
     clients: dict[End, int]
     peers: dict[End, int]
 
     @classmethod
-    def of(
-        cls, settings: Settings, channels: dict[int, Channel], next_hops: dict[int, Hop], ends: dict[int, int]
-    ) -> "Tables":
+    def of(cls, settings: Settings, channels: dict[int, Channel], next_hops: dict[int, Hop]) -> "Tables":
         """Those in which all channels are found."""
         clients = {each.client: index for index, each in channels.items()}
         peers = {each.peer: index for index, each in channels.items()}
-        return cls(settings, channels, next_hops, ends, clients, peers)
+        return cls(settings, channels, next_hops, clients, peers)
 
     def with_channels(self, *indices: int, **changes: object) -> "Tables":
         """The same with some channels changed in some fields; without any named, all."""
@@ -196,7 +193,7 @@ class Tables:
             index: each._replace(**changes) if not indices or index in indices else each  # type: ignore[arg-type]
             for index, each in self.channels.items()
         }
-        return Tables.of(self.settings, changed, self.next_hops, self.ends)
+        return Tables.of(self.settings, changed, self.next_hops)
 
     def with_next_hops(self, **changes: object) -> "Tables":
         """The same with all next hops changed, in fields of either part."""
@@ -357,9 +354,7 @@ class Model:
         mine = None if channel is None else channel.client if table is self._tables.clients else channel.peer
         if channel is None or channel.version % 2 == 0 or mine != end:
             raise _Passed(PassReason.UNBOUND)
-        address, _, relayed = channel.peer
-        allocation_end = self._tables.ends.get(2 * relayed + (not is_ipv4(address)), 0)
-        if now >= allocation_end or (channel.expires is not None and (now - channel.expires) % TICKS < TICKS // 2):
+        if channel.expires is not None and (now - channel.expires) % TICKS < TICKS // 2:
             raise _Passed(PassReason.EXPIRED)
         return index, channel
 

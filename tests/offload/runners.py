@@ -22,7 +22,7 @@ _SOURCES: Final = Path(layout.__file__).parent
 _SANITIZERS: Final = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 _WARNINGS: Final = ("-Wall", "-Wextra", "-Werror")
 
-_CHANNELS, _CLIENTS, _PEERS, _NEXT_HOPS, _USAGE, _ENDS, _SETTINGS, _TOTALS = range(8)
+_CHANNELS, _CLIENTS, _PEERS, _NEXT_HOPS, _USAGE, _SETTINGS, _TOTALS = range(7)
 """Tables, as host.c numbers them."""
 _ZERO: Final = bytes(4)
 
@@ -100,8 +100,6 @@ class HostRunner:
                 self._tell("s", struct.pack("=I", index) + bucket, table)
         for index, hop in tables.next_hops.items():
             self._tell("s", struct.pack("=I", index) + hop.packed(), _NEXT_HOPS)
-        for index, end in tables.ends.items():
-            self._tell("s", struct.pack("=IQ", index, end), _ENDS)
         self._tell("s", _ZERO + tables.settings.packed(), _SETTINGS)
 
     def now(self) -> int:
@@ -191,10 +189,9 @@ class KernelRunner:
         parsed = elf.parse(compiled)
         self._ticks = ticks.measure()
         self._maps: dict[str, bpf.Map] = {}
-        self._used: set[int] = set()
         try:
             for each in parsed.maps:
-                definition = each if each.name in {"ends", "settings", "totals"} else each._replace(max_entries=ENTRIES)
+                definition = each if each.name in {"settings", "totals"} else each._replace(max_entries=ENTRIES)
                 self._maps[each.name] = bpf.Map(definition)
             instructions = parsed.linked({name: each.fd for name, each in self._maps.items()})
             self._program = bpf.Program(instructions, license=parsed.license, name="relay_test")
@@ -221,9 +218,6 @@ class KernelRunner:
             hop: Hop | None = tables.next_hops.get(index)
             self._maps["next_hops"].update(struct.pack("=I", index), hop.packed() if hop else empty)
             self._maps["usage"].update(struct.pack("=I", index), bytes(self._maps["usage"].size))
-        for index in {*self._used, *tables.ends}:
-            self._maps["ends"].update(struct.pack("=I", index), struct.pack("=Q", tables.ends.get(index, 0)))
-        self._used = set(tables.ends)
         self._maps["settings"].update(_ZERO, tables.settings.packed())
         self._maps["totals"].update(_ZERO, bytes(self._maps["totals"].size))
 

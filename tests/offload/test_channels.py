@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from relay.core.addresses import ChannelNumber, ClientAddress, Family, PeerAddress, RelayedPort, SocketAddress
-from relay.core.commands import ExtendAllocation, InstallChannel, OffloadCommand, RemoveChannel, StopAllocation
+from relay.core.commands import InstallChannel, OffloadCommand, RemoveChannel
 from relay.offload.channel_tables import ChannelTable, EndTable, HashKeys
 from relay.offload.channels import Channels, ChannelTables, Follow, Unfollow
 from relay.offload.layout import CHANNEL, CHANNEL_SIZE, PLACES, packed_address
@@ -61,8 +61,8 @@ class Observed(Protocol):
     @property
     def tables(self) -> ChannelTables: ...
 
-    def contents(self) -> tuple[dict[int, Read], dict[int, int]]:
-        """Give the channels, and what isn't 0 of `ends`."""
+    def contents(self) -> dict[int, Read]:
+        """Give the channels."""
 
     def usage(self, entry: int) -> int:
         """Give the packets that were counted."""
@@ -83,10 +83,7 @@ class Memory:
         self._ends = bytearray(buckets * PLACES * 8), bytearray(buckets * PLACES * 8)
         self.channels = ChannelTable(memoryview(self._channels))
         self.clients, self.peers = (EndTable(memoryview(each)) for each in self._ends)
-        self.ends: dict[int, int] = {}
         self.counted: dict[int, int] = {}
-        self.at_set_end: list[dict[int, Read]] = []
-        """The channels there were whenever an end was set."""
         self.clears = True
         """Whether the kernel lets counters begin at 0."""
 
@@ -100,13 +97,8 @@ class Memory:
         for index in indices:
             self.counted[2 * index] = self.counted[2 * index + 1] = 0
 
-    def set_end(self, index: int, tick: int) -> None:
-        self.at_set_end.append(self.contents()[0])
-        self.ends[index] = tick
-
-    def contents(self) -> tuple[dict[int, Read], dict[int, int]]:
-        ends = {index: end for index, end in self.ends.items() if end}
-        return read(bytes(self._channels), (bytes(self._ends[0]), bytes(self._ends[1])), KEYS.numbers), ends
+    def contents(self) -> dict[int, Read]:
+        return read(bytes(self._channels), (bytes(self._ends[0]), bytes(self._ends[1])), KEYS.numbers)
 
     def usage(self, entry: int) -> int:
         return self.counted.get(entry, 0)
@@ -131,11 +123,10 @@ class Kernel:
     def tables(self) -> ChannelTables:
         return self._program
 
-    def contents(self) -> tuple[dict[int, Read], dict[int, int]]:
+    def contents(self) -> dict[int, Read]:
         program = self._program
-        ends = {index: end for index, end in enumerate(program._ends) if end}
         tables = bytes(program.clients._memory), bytes(program.peers._memory)
-        return read(bytes(program.channels.memory), tables, program.hash_keys.numbers), ends
+        return read(bytes(program.channels.memory), tables, program.hash_keys.numbers)
 
     def usage(self, entry: int) -> int:
         return self._program.usage(entry // 2, 1)[0][entry % 2].packets
@@ -182,7 +173,6 @@ class ChannelsMachine(RuleBasedStateMachine):
         self.allocations: dict[ClientAddress, Allocation] = {}
         self.batch: list[OffloadCommand] = []
         self.installed: dict[tuple[ClientAddress, ChannelNumber], Channel] = {}
-        self.ends: dict[int, int] = {}
         self.followed: dict[int, str] = {}
         self.refused = 0
         self.failures = 0
@@ -204,14 +194,6 @@ class ChannelsMachine(RuleBasedStateMachine):
         if client not in self.allocations and free:
             port = RelayedPort(data.draw(st.sampled_from(sorted(free))))
             self.allocations[client] = Allocation(port, families)
-            self.extend(client)
-
-    @rule(client=st.sampled_from(CLIENTS))
-    def extend(self, client: ClientAddress) -> None:
-        self.now += 0.5
-        if client in self.allocations:
-            allocation = self.allocations[client]
-            self.batch.append(ExtendAllocation(allocation.port, allocation.families, self.now + 600))
 
     @rule(client=st.sampled_from(CLIENTS), number=st.sampled_from(NUMBERS), peer=st.sampled_from(PEERS))
     def bind(self, client: ClientAddress, number: ChannelNumber, peer: PeerAddress) -> None:
@@ -237,7 +219,6 @@ class ChannelsMachine(RuleBasedStateMachine):
     def free(self, client: ClientAddress) -> None:
         allocation = self.allocations.pop(client, None)
         if allocation is not None:
-            self.batch.append(StopAllocation(allocation.port, allocation.families))
             for number, peer in allocation.channels.items():
                 self.batch.append(RemoveChannel(client, number, allocation.port, peer))
 
@@ -263,11 +244,6 @@ class ChannelsMachine(RuleBasedStateMachine):
                     self.expect_installed(client, number, Channel(port, peer, until))
                 case RemoveChannel(client, number, _, _):
                     self.used += self.installed.pop((client, number), None) is not None
-                case ExtendAllocation(port, families, until):
-                    self.ends |= {2 * port + (each is Family.IPV6): self.observed.ticks.at(until) for each in families}
-                case StopAllocation(port, families):
-                    for each in families:
-                        self.ends.pop(2 * port + (each is Family.IPV6), None)
         if self.used:
             self.expect_cleared()
 
@@ -308,8 +284,7 @@ class ChannelsMachine(RuleBasedStateMachine):
                 assert self.followed.pop(each.entry) == each.host
 
     def check(self) -> None:
-        channels, ends = self.observed.contents()
-        assert ends == self.ends
+        channels = self.observed.contents()
         assert (self.channels.refused, self.channels.failures) == (self.refused, self.failures)
         assert set(self.channels.installed) == set(self.installed)
         assert sorted(self.followed.values()) == sorted(self.hosts())
@@ -347,7 +322,7 @@ class ChannelsMachine(RuleBasedStateMachine):
             self.free(client)
         if self.batch:
             self.carry_out()
-        assert self.observed.contents() == ({}, {})
+        assert self.observed.contents() == {}
         assert not self.followed
 
 
@@ -402,7 +377,7 @@ def many(count: int) -> list[InstallChannel]:
 
 
 def there(tables: Memory) -> list[Read]:
-    return list(tables.contents()[0].values())
+    return list(tables.contents().values())
 
 
 @pytest.mark.parametrize(
@@ -474,15 +449,13 @@ def test_flow_labels_have_20_bits_are_never_0_and_differ() -> None:
     assert min(abs(a - b) for a, b in itertools.pairwise(labels)) > 1 << 16
 
 
-def test_an_allocation_is_stopped_before_its_channels_are_removed_and_its_port_goes_on_only_afterwards() -> None:
+def test_a_peer_goes_on_with_its_ports_next_owner() -> None:
     tables = Memory()
     channels = new_channels(tables)
     mine = installing()
     others = installing(CLIENTS[1])
     channels.carry_out([mine])
-    extending = ExtendAllocation(PORT, BOTH[:1], UNTIL)
-    channels.carry_out([StopAllocation(PORT, BOTH[:1]), removing(mine), extending, others])
-    assert [[each.client[1] for each in seen.values()] for seen in tables.at_set_end] == [[CLIENT[1]], []]
+    channels.carry_out([removing(mine), others])
     assert [each.client[1] for each in there(tables)] == [CLIENTS[1][1]]
 
 
@@ -500,7 +473,7 @@ def test_a_channel_that_was_installed_twice_at_once_has_the_later_end_and_one_in
     tables = Memory()
     channels = new_channels(tables)
     news = channels.carry_out([installing(), installing(until=UNTIL + 1)])
-    assert [(index, each.expires) for index, each in tables.contents()[0].items()] == [(0, TICKS.at(UNTIL + 1))]
+    assert [(index, each.expires) for index, each in tables.contents().items()] == [(0, TICKS.at(UNTIL + 1))]
     assert [each.host for each in news] == [CLIENT[0], PEER[0]]
     assert [type(each) for each in channels.carry_out([removing(installing())])] == [Unfollow, Unfollow]
 

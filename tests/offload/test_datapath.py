@@ -11,8 +11,8 @@ from typing import TypeVar
 import pytest
 
 from relay.config import AttachMode, BadUseError, Config, OffloadConfig
-from relay.core.addresses import ChannelNumber, ClientAddress, Family, PeerAddress, RelayedPort
-from relay.core.commands import ExtendAllocation, InstallChannel
+from relay.core.addresses import ChannelNumber, ClientAddress, PeerAddress, RelayedPort
+from relay.core.commands import InstallChannel
 from relay.offload import capabilities, elf
 from relay.offload.bpf import XdpMode
 from relay.offload.datapath import ChannelUsage, Datapath, open_datapath, usage_by_client
@@ -170,7 +170,7 @@ def test_usage_is_told_by_channel() -> None:
             InstallChannel(CLIENT, ChannelNumber(0x4000 + i), RelayedPort(50000), PeerAddress(("192.0.2.9", 9000 + i)), 1e6)
             for i in range(300)
         ]
-        opened.channels.carry_out([ExtendAllocation(RelayedPort(50000), (Family.IPV4,), 1e6), *commands])
+        opened.channels.carry_out(commands)
         portions = list(opened.usage())
         assert [len(each) for each in portions] == [256, 44]
         assert sorted(each.number for portion in portions for each in portion) == [each.number for each in commands]

@@ -117,7 +117,6 @@ def test_numbers_are_the_programs(host: HostRunner) -> None:
     assert in_program["= DEVICES"] == layout.DEVICES
     assert in_program["= SIZES"] == layout.SIZES
     assert 1 << in_program["= SIZE_SHIFT"] == layout.SIZE_STEP
-    assert in_program["= ENDS"] == layout.ENDS
     assert in_program["= PLACES"] == layout.PLACES
     assert in_program["= HASH_KEYS"] == layout.HASH_KEYS
     assert in_program["= HAIRPIN"] == layout.HAIRPIN

@@ -11,7 +11,7 @@ from typing import Final
 import pytest
 
 from relay.offload.layout import PLACES, NextHop, Own, PassReason, packed_address
-from tests.offload.model import BUCKETS, NEVER, SECOND, TICKS, Channel, Device, End, Hop, Tables, Verdict, hash_of, tick_of
+from tests.offload.model import BUCKETS, SECOND, TICKS, Channel, Device, End, Hop, Tables, Verdict, hash_of, tick_of
 from tests.offload.packets import (
     IPV4,
     IPV6,
@@ -55,7 +55,6 @@ from tests.offload.world import (
     agreed,
     client_says,
     datagram,
-    end_of,
     from_client,
     from_peer,
     hairpin,
@@ -247,7 +246,7 @@ def test_channel_numbers_are_those_of_old_clients_too(runner: Runner, number: in
 
 @pytest.mark.parametrize("port", [49152, 49153, 65534, 65535])
 def test_relayed_ports_are_those_from_the_lowest_to_the_highest(runner: Runner, port: int) -> None:
-    tables = replace(world().with_channels(peer=(PEER[4], PEER_PORT, port)), ends={end_of(port, 4): NEVER})
+    tables = world().with_channels(peer=(PEER[4], PEER_PORT, port))
     frame = datagram((PEER[4], PEER_PORT), (OWN[4], port), PAYLOAD)
     outside = tables.with_settings(
         lowest_port=port + 1 if port < 65535 else 1, highest_port=65535 if port < 65535 else 65534
@@ -261,20 +260,12 @@ def test_the_service_comes_first_if_its_port_is_among_the_relayed(runner: Runner
     assert agreed(runner, world().with_settings(lowest_port=SERVICE), from_client())[0].verdict is Verdict.TX
 
 
-@clients
-@peers
-def test_only_the_allocations_of_the_peers_family_need_to_stand(runner: Runner, client: int, peer: int) -> None:
-    tables = replace(world(client, peer), ends={end_of(RELAYED, peer): NEVER, end_of(RELAYED, 10 - peer): 0})
-    assert {each.verdict for each in agreed(runner, tables, from_client(client), from_peer(peer))} == {Verdict.TX}
-
-
 def test_channels_of_a_client_are_told_apart(runner: Runner) -> None:
     tables = world()
     (channel,) = tables.channels.values()
     more = Channel((CLIENT[4], CLIENT_PORT, OTHER_NUMBER), (PEER[6], 7, RELAYED), TO_CLIENT, TO_OTHER)
     hops = {**tables.next_hops, TO_OTHER: next_hop(PEER[6], FRONT_MAC)}
-    ends = {end_of(RELAYED, family): NEVER for family in (4, 6)}
-    tables = Tables.of(tables.settings, {CHANNEL: channel, OTHER_CHANNEL: more}, hops, ends)
+    tables = Tables.of(tables.settings, {CHANNEL: channel, OTHER_CHANNEL: more}, hops)
     agreed(runner, tables, from_client(), from_client(number=OTHER_NUMBER), from_client(number=OTHER_NUMBER))
     assert runner.usage(2 * CHANNEL).packets == 1
     assert runner.usage(2 * OTHER_CHANNEL).packets == 2
@@ -293,7 +284,7 @@ def test_a_bucket_is_searched_to_its_last_place(runner: Runner, client: int, pee
         other = channel._replace(client=(*channel.client[:2], tag), peer=(*channel.peer[:2], tag))
         if bucket_of(other.client) == bucket_of(channel.client) and bucket_of(other.peer) == bucket_of(channel.peer):
             before[OTHER_CHANNEL + len(before)] = other
-    tables = Tables.of(tables.settings, {**before, CHANNEL: channel}, tables.next_hops, tables.ends)
+    tables = Tables.of(tables.settings, {**before, CHANNEL: channel}, tables.next_hops)
     assert {each.verdict for each in agreed(runner, tables, from_client(client), from_peer(peer))} == {Verdict.TX}
 
 
@@ -557,18 +548,10 @@ def test_a_channel_whose_time_is_over_is_none(runner: Runner) -> None:
     assert both_ways(runner, world().with_channels(expires=now + 60 * SECOND)) == [None] * 2
 
 
-def test_all_channels_end_with_their_allocation(runner: Runner) -> None:
-    now = runner.now()
-    for ends in ({end_of(RELAYED, 4): now - SECOND}, {end_of(RELAYED, 4): 0}, {end_of(RELAYED, 6): NEVER}, {}):
-        assert both_ways(runner, replace(world(), ends=ends)) == [PassReason.EXPIRED] * 2
-    assert both_ways(runner, replace(world(), ends={end_of(RELAYED, 4): now + 60 * SECOND})) == [None, None]
-
-
-def test_a_channel_stands_until_its_last_nanosecond(host: HostRunner) -> None:
+def test_a_channel_stands_until_its_last_tick(host: HostRunner) -> None:
     now = host.now()
     for until, reason in ((now, PassReason.EXPIRED), (now + 1, None)):
         assert both_ways(host, world().with_channels(expires=until)) == [reason] * 2
-        assert both_ways(host, replace(world(), ends={end_of(RELAYED, 4): until})) == [reason] * 2
 
 
 def test_between_clients_both_channels_have_to_stand(runner: Runner) -> None:
@@ -577,8 +560,6 @@ def test_between_clients_both_channels_have_to_stand(runner: Runner) -> None:
     for broken, reason in (
         (tables.with_channels(CHANNEL, expires=past), PassReason.EXPIRED),
         (tables.with_channels(OTHER_CHANNEL, expires=past), PassReason.EXPIRED),
-        (replace(tables, ends={end_of(RELAYED, 4): NEVER}), PassReason.EXPIRED),
-        (replace(tables, ends={end_of(OTHER_RELAYED, 4): NEVER}), PassReason.EXPIRED),
         (replace(tables, peers={}), PassReason.UNBOUND),
         (tables.with_channels(CHANNEL, peer=(OWN[4], OTHER_RELAYED + 1, RELAYED)), PassReason.UNBOUND),
         (tables.with_channels(OTHER_CHANNEL, peer=(OWN[4], RELAYED + 1, OTHER_RELAYED)), PassReason.UNBOUND),
@@ -620,7 +601,7 @@ def test_without_an_entry_there_is_no_next_hop(runner: Runner) -> None:
 def test_usage_without_an_entry_is_not_counted(runner: Runner) -> None:
     tables = world()
     (channel,) = tables.channels.values()
-    agreed(runner, Tables.of(tables.settings, {ENTRIES // 2: channel}, tables.next_hops, tables.ends), from_client())
+    agreed(runner, Tables.of(tables.settings, {ENTRIES // 2: channel}, tables.next_hops), from_client())
     assert runner.totals().packets == [1, 0]
 
 

@@ -4,7 +4,6 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import product
 from typing import Any, Final
 
 from hypothesis import given, settings
@@ -37,7 +36,6 @@ from tests.offload.world import (
     check,
     check_counters,
     datagram,
-    end_of,
     hairpin,
     world,
 )
@@ -57,7 +55,6 @@ INDICES: Final = (0, 1, 2, 3, ENTRIES - 1, ENTRIES, 0xFFFFFFFF)
 TIMES: Final = (0, NOW - SECOND, NOW - SECOND + 1, NOW - 1, NOW, NOW + 1, NOW + SECOND, NEVER, (1 << 64) - 1)
 NUDGED: Final = (0, *(tick_of(NOW + each) for each in (-SECOND, 1 - SECOND, -1, 0, 1, 2 * SECOND)))
 VLANS: Final = (0, 0, 0, 7, 0x0FFF)
-ENDS: Final = tuple(end_of(port, family) for port, family in product((RELAYED, OTHER_RELAYED, 49152, 65535), (4, 6)))
 MTUS: Final = (0, 60, 68, 127, 128, 576, 1280, 1500, 9000, 0xFFFFFFFF)
 SIZES: Final = (*range(24), 60, 61, 127, 128, 129, 1279, 1452, 1468, 1472, 1473, 2047, 8000)
 MACS: Final = (OUR_MAC, FRONT_MAC, BACK_MAC, b"\xff" * 6)
@@ -104,7 +101,6 @@ class Source:
             lambda it: it.with_next_hops(mtu=self.one(MTUS), ifindex=self.one((0, HERE, ELSEWHERE))),
             lambda it: it.with_next_hops(version=self.bits(2), stale=bool(self.bits(1)), nudged=self.one(NUDGED)),
             lambda it: it.with_next_hops(vlan=self.bits(16), to_mac=self.octets(6), from_mac=self.octets(6)),
-            lambda it: replace(it, ends={each: self.one(TIMES) for each in ENDS}),
             lambda it: it.with_settings(own=self._settings().own),
             lambda it: it.in_vlan(self.one(VLANS)),
             lambda it: it.with_settings(devices=self._settings().devices),
@@ -124,7 +120,6 @@ class Source:
             self._settings(),
             {self.one((*range(10), ENTRIES - 1)): self._channel() for _ in range(self.below(9))},
             {index: self._hop() for index in range(4)},
-            {each: self.one(TIMES) for each in ENDS},
         )
 
     def _index(self, tables: Tables) -> int:

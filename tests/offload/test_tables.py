@@ -107,17 +107,6 @@ def test_no_two_programs_hash_alike(program: XdpProgram) -> None:
     assert sum(each.bit_count() for each in keys) > 200, "of 768 bits"
 
 
-@needs_bpf
-def test_an_end_is_in_the_kernels_table_at_once(program: XdpProgram) -> None:
-    program.set_end(2 * 65535 + 1, 1 << 60)
-    program.set_end(2 * 65535, 5)
-    program.set_end(0, 1)
-    with memoryview(program._ends) as ends:
-        assert [at for at, end in enumerate(ends) if end] == [0, 2 * 65535, 2 * 65535 + 1]
-        assert ends[2 * 65535 + 1] == 1 << 60
-        assert len(ends) == layout.ENDS
-
-
 def entry(program: XdpProgram, number: int) -> bytes:
     return bytes(program._next_hops[number * NEXT_HOP_SIZE : (number + 1) * NEXT_HOP_SIZE])
 

@@ -4,7 +4,6 @@ from typing import Final
 
 from relay.offload.layout import NextHop, Own, packed_address
 from tests.offload.model import (
-    NEVER,
     TICKS,
     Channel,
     Device,
@@ -45,11 +44,6 @@ PAYLOAD: Final = bytes(range(100))
 SETTINGS: Final = Settings((Own(OWN[4]), Own(OWN[6])), (Device(HERE, OUR_MAC, sends_back=True),), SERVICE)
 
 
-def end_of(port: int, family: int) -> int:
-    """Index into `ends`."""
-    return 2 * port + (family == 6)
-
-
 def next_hop(destination: bytes, mac: bytes, vlan: int = 0) -> Hop:
     """The way there, by the interface that all comes from."""
     source = OWN[4 if is_ipv4(destination) else 6]
@@ -63,7 +57,6 @@ def world(client: int = 4, peer: int = 4, vlan: int = 0) -> Tables:
         SETTINGS,
         {CHANNEL: Channel(*ends, TO_CLIENT, TO_PEER, flow_label=0xABCDE)},
         {TO_PEER: next_hop(PEER[peer], BACK_MAC, vlan), TO_CLIENT: next_hop(CLIENT[client], FRONT_MAC, vlan)},
-        {end_of(RELAYED, peer): NEVER},
     )
 
 
@@ -79,7 +72,6 @@ def hairpin(client: int = 4, other: int = 4, relayed: int = 4) -> Tables:
             ),
         },
         {TO_OTHER: next_hop(OTHER[other], FRONT_MAC)},
-        dict.fromkeys((end_of(RELAYED, relayed), end_of(OTHER_RELAYED, relayed)), NEVER),
     )
 
 

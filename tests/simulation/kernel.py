@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from relay.core.commands import Command, ExtendAllocation, InstallChannel, RemoveChannel, StopAllocation
+from relay.core.commands import Command, InstallChannel, RemoveChannel
 from tests.simulation.clock import BrokenError
 from tests.simulation.wire import Address
 
@@ -24,8 +24,6 @@ class Kernel:
     def __init__(self) -> None:
         self.by_channel: dict[tuple[Address, int], Entry] = {}
         self.by_peer: dict[tuple[int, Address], Entry] = {}
-        self.ends: dict[tuple[int, int], float] = {}
-        """Of relayed addresses, by port and family."""
 
     def take(self, commands: Iterable[Command]) -> None:
         """Carry out what concerns it.
@@ -41,25 +39,16 @@ class Kernel:
                     entry = self.by_channel.pop((client, number), None)
                     if entry is None or entry[:4] != command or self.by_peer.pop((port, peer), None) is not entry:
                         raise BrokenError(f"the kernel is to remove {command}, and has {entry}")
-                case ExtendAllocation(port, families, until):
-                    self.ends |= dict.fromkeys(((port, family) for family in families), until)
-                case StopAllocation(port, families):
-                    for family in families:
-                        if self.ends.pop((port, family), None) is None:
-                            raise BrokenError(f"the kernel is to stop port {port}, which it does not relay for")
                 case _:
                     pass
 
     def to_peer(self, client: Address, number: int, now: float) -> Entry | None:
         entry = self.by_channel.get((client, number))
-        return entry if entry is not None and self._is_live(entry, now) else None
+        return entry if entry is not None and now < entry.until else None
 
     def to_client(self, port: int, peer: Address, now: float) -> Entry | None:
         entry = self.by_peer.get((port, peer))
-        return entry if entry is not None and self._is_live(entry, now) else None
-
-    def _is_live(self, entry: Entry, now: float) -> bool:
-        return now < entry.until and now < self.ends.get((entry.port, 2 if ":" in entry.peer[0] else 1), 0)
+        return entry if entry is not None and now < entry.until else None
 
     def _install(self, entry: Entry) -> None:
         old, other = self.by_channel.get((entry.client, entry.number)), self.by_peer.get((entry.port, entry.peer))

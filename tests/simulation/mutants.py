@@ -58,14 +58,20 @@ MUTANTS = (
     Mutant(
         "the kernel is told of a later end of a channel",
         "allocations",
-        "InstallChannel(allocation.client, number, allocation.port, peer, until)",
-        "InstallChannel(allocation.client, number, allocation.port, peer, until + 1)",
+        "binding.peer, min(until, end))",
+        "binding.peer, min(until + 1, end))",
+    ),
+    Mutant(
+        "the kernel is told of no end of an allocation",
+        "allocations",
+        "        end = self.deadlines[allocation.id, None]\n",
+        "        end = until\n",
     ),
     Mutant(
         "the kernel is not told that an allocation lives longer",
         "allocations",
-        "        if self._offload is not None:\n            self._offload.append(ExtendAllocation",
-        "        if self._offload is not None and not allocation.peers:\n            self._offload.append(ExtendAllocation",
+        "            self._install(allocation, allocation.channels[number], until)\n",
+        "            pass\n",
     ),
     Mutant(
         "channels of a deleted family go on",

@@ -104,7 +104,7 @@ def check_quiet(world: "World") -> None:
     if machine.server.poll_timeout() is not None:
         raise BrokenError(f"after quiet, the relay wants to be woken at {machine.server.poll_timeout()}")
     kernel = machine.kernel
-    left = (machine.sockets, kernel.by_channel, kernel.by_peer, kernel.ends)
+    left = (machine.sockets, kernel.by_channel, kernel.by_peer)
     if any(left):
         raise BrokenError(f"after quiet, the machine still has {left}")
     if world.link.channel.drain():

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable
 from random import Random
 
 from relay.core.addresses import AllocationId, ClientAddress, RelayedPort
-from relay.core.allocations import AllocationState
 from relay.core.commands import BindPort, Command, Drained, FreeAllocation, SendToClient, SendToPeer
 from relay.core.events import CORE_EVENTS
 from relay.core.instant import Instant
@@ -123,9 +122,7 @@ class _Sequence:
         self._settle()
         tables = self.server.allocations
         held = (tables.by_id, tables.by_client, tables.by_username, tables.live_channels, tables.live_peers)
-        left = [
-            each for each in (*held, tables.deadlines, self.ports, self.kernel.by_channel, self.kernel.ends) if len(each)
-        ]
+        left = [each for each in (*held, tables.deadlines, self.ports, self.kernel.by_channel) if len(each)]
         assert left == []
         assert self.server.poll_timeout() is None
 
@@ -339,7 +336,12 @@ class _Sequence:
         assert all(each.channels.keys() == {c.number for c in each.peers.values()} for each in held)
         assert all(len(each.channels) <= CONFIG.max_channels for each in held)
         assert len(tables.deadlines) == len(held) + sum(len(each.channels) for each in held)
-        kernel = {key: (entry.port, entry.peer) for key, entry in self.kernel.by_channel.items()}
-        assert kernel == {(each.client, channel.number): (each.port, channel.peer) for each, channel in live}
-        established = [each for each in held if each.state is AllocationState.ESTABLISHED]
-        assert self.kernel.ends.keys() == {(each.port, family) for each in established for family in each.families}
+        kernel = {key: (entry.port, entry.peer, entry.until) for key, entry in self.kernel.by_channel.items()}
+        assert kernel == {
+            (each.client, channel.number): (
+                each.port,
+                channel.peer,
+                min(tables.deadlines[each.id, channel.number], tables.deadlines[each.id, None]),
+            )
+            for each, channel in live
+        }
