@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from relay.core.addresses import ClientAddress
 from relay.core.attributes import ERROR_CODE, SOFTWARE, Attribute, ErrorValue
-from relay.core.authentication import ErrorCode
+from relay.core.authentication import ErrorCode, Reason
 from relay.core.commands import Commands, SendToClient
 from relay.core.counters import Counters
 from relay.core.events import Answered, RequestRefused
@@ -54,27 +54,33 @@ class Answers:
             attributes = (*attributes, (SOFTWARE, self._software))
         return self._send(to, MessageClass.SUCCESS, attributes, None)
 
-    def refuse(self, to: Recipient, code: ErrorCode, attributes: AttributeValues = ()) -> None:
-        """Answer a request with an error."""
+    def refuse(self, to: Recipient, code: ErrorCode, attributes: AttributeValues = (), reason: Reason | None = None) -> None:
+        """Answer a request with an error; the reason is told to who watches, and not to the client."""
         error = ErrorValue(code, code.phrase if to.authenticated else "")
-        self._send(to, MessageClass.ERROR, ((ERROR_CODE, error), *attributes), code)
-        if to.authenticated and code in _TELLING_CODES and RequestRefused in self._commands.watched:
-            self._commands.append(RequestRefused(to.client, to.method, code))
+        self._send(to, MessageClass.ERROR, ((ERROR_CODE, error), *attributes), code, reason)
+        tells = code in _TELLING_CODES or reason is not None
+        if to.authenticated and tells and RequestRefused in self._commands.watched:
+            self._commands.append(RequestRefused(to.client, to.method, code, reason))
 
     def repeat(self, to: Recipient, answer: bytes) -> None:
         """Answer a repeated request with the very bytes of the success it had."""
         self._note(to, None, answer)
 
     def _send(
-        self, to: Recipient, message_class: MessageClass, attributes: AttributeValues, code: ErrorCode | None
+        self,
+        to: Recipient,
+        message_class: MessageClass,
+        attributes: AttributeValues,
+        code: ErrorCode | None,
+        reason: Reason | None = None,
     ) -> bytes:
         answer = encode(message_class, to.method, to.transaction_id, attributes, key=to.key, fingerprint=to.fingerprint)
-        self._note(to, code, answer)
+        self._note(to, code, answer, reason)
         return answer
 
-    def _note(self, to: Recipient, code: ErrorCode | None, answer: bytes) -> None:
+    def _note(self, to: Recipient, code: ErrorCode | None, answer: bytes, reason: Reason | None = None) -> None:
         """Send an answer, and count it."""
         self._counters.count_answer(to.method, code)
         self._commands.append(SendToClient(answer, to.client))
         if Answered in self._commands.watched:
-            self._commands.append(Answered(to.client, to.method, code))
+            self._commands.append(Answered(to.client, to.method, code, reason))

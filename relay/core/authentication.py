@@ -1,6 +1,6 @@
 """Who sent a request, and how its answer is signed: the checks that every request but Binding passes, in order."""
 
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import NamedTuple, TypeVar
 
 from relay.core.addresses import ClientAddress
@@ -42,6 +42,55 @@ class ErrorCode(IntEnum):
         return self in (ErrorCode.UNAUTHENTICATED, ErrorCode.STALE_NONCE)
 
 
+class Reason(StrEnum):
+    """Why a request is refused, where its code stands for several things. For the log; no client is told."""
+
+    NO_CREDENTIALS = "no_credentials"
+    """401: no MESSAGE-INTEGRITY, as when a client begins."""
+    NO_NONCE = "no_nonce"
+    """401: likewise, as when a Firezone client does."""
+    NO_CREDENTIAL_OF_OURS = "no_credential_of_ours"
+    """401: the username has not the form that the portal gives it."""
+    CREDENTIAL_EXPIRED = "credential_expired"
+    """401, by this machine's clock."""
+    WRONG_PASSWORD = "wrong_password"  # noqa: S105
+    """401: MESSAGE-INTEGRITY does not hold. The credential is another relay's, or from before this one's start."""
+    INCOMPLETE_CREDENTIALS = "incomplete_credentials"
+    """400: MESSAGE-INTEGRITY and NONCE, but no USERNAME or no REALM."""
+    MALFORMED_ATTRIBUTE = "malformed_attribute"
+    """400."""
+    NO_TRANSPORT = "no_transport"
+    """400: no REQUESTED-TRANSPORT."""
+    CONTRADICTING_FAMILIES = "contradicting_families"
+    """400: ADDITIONAL-ADDRESS-FAMILY with REQUESTED-ADDRESS-FAMILY, or of IPv4."""
+    NO_PEER = "no_peer"
+    """400: no XOR-PEER-ADDRESS, or port 0."""
+    NO_CHANNEL_NUMBER = "no_channel_number"
+    """400: no CHANNEL-NUMBER, or one that is none."""
+    CHANNEL_TAKEN = "channel_taken"
+    """400: the channel is bound to another peer, or was in the last five minutes."""
+    PEER_TAKEN = "peer_taken"
+    """400: the peer is bound to another channel, or was."""
+    RESERVATION = "reservation"
+    """508: the next port was to be reserved (EVEN-PORT, RESERVATION-TOKEN), which this relay does not do."""
+
+
+class Unproven(NamedTuple):
+    """The error for a request that does not prove who sent it."""
+
+    code: ErrorCode
+    reason: Reason | None = None
+
+
+_NO_CREDENTIALS = Unproven(ErrorCode.UNAUTHENTICATED, Reason.NO_CREDENTIALS)
+_NO_NONCE = Unproven(ErrorCode.UNAUTHENTICATED, Reason.NO_NONCE)
+_INCOMPLETE = Unproven(ErrorCode.BAD_REQUEST, Reason.INCOMPLETE_CREDENTIALS)
+_STALE = Unproven(ErrorCode.STALE_NONCE)
+_NOT_OURS = Unproven(ErrorCode.UNAUTHENTICATED, Reason.NO_CREDENTIAL_OF_OURS)
+_EXPIRED = Unproven(ErrorCode.UNAUTHENTICATED, Reason.CREDENTIAL_EXPIRED)
+_WRONG_PASSWORD = Unproven(ErrorCode.UNAUTHENTICATED, Reason.WRONG_PASSWORD)
+
+
 class Claim(NamedTuple):
     """The username that a request bears, and the key that belongs to it."""
 
@@ -62,7 +111,7 @@ def claim_of(message: Message, realm: str, secret: RelaySecret) -> Claim | None:
 
 def authenticate(
     message: Message, client: ClientAddress, now: Instant, nonces: Nonces, realm: str, secret: RelaySecret
-) -> Claim | ErrorCode:
+) -> Claim | Unproven:
     """Check that a request is from who it claims; give that, or the error to answer.
 
     The order matters to clients: one that gets 401 for a request with a NONCE drops its credentials for good, where 438
@@ -70,21 +119,21 @@ def authenticate(
     nonce, that they get what is sent to their address.
     """
     if message.integrity_at is None:
-        return ErrorCode.UNAUTHENTICATED
+        return _NO_CREDENTIALS
     nonce = _read(message, NONCE)
     # A Firezone client's first Allocate has USERNAME, REALM and MESSAGE-INTEGRITY but no NONCE; RFC 8489 §9.2.4 would have
     # 400 for it, which that client can't recover from.
     if nonce is None:
-        return ErrorCode.UNAUTHENTICATED
+        return _NO_NONCE
     if not (message.has(USERNAME) and message.has(REALM)):
-        return ErrorCode.BAD_REQUEST
+        return _INCOMPLETE
     if not nonces.is_valid(nonce, client, now):
-        return ErrorCode.STALE_NONCE
+        return _STALE
     username = _username_of(message)
     if username is None or username.is_expired(now.unix):
-        return ErrorCode.UNAUTHENTICATED
+        return _NOT_OURS if username is None else _EXPIRED
     claim = _claim(username, realm, secret)
-    return claim if message.integrity_holds(claim.key) else ErrorCode.UNAUTHENTICATED
+    return claim if message.integrity_holds(claim.key) else _WRONG_PASSWORD
 
 
 def _username_of(message: Message) -> Username | None:

@@ -8,8 +8,9 @@ from enum import StrEnum
 from typing import NamedTuple, TypeAlias, get_args
 
 from relay.core.addresses import AllocationId, ChannelNumber, ClientAddress, Family, PeerAddress, SocketAddress
-from relay.core.authentication import ErrorCode
+from relay.core.authentication import ErrorCode, Reason
 from relay.core.counters import FreeReason
+from relay.core.peers import PeerRule
 from relay.core.stun import Method
 
 
@@ -107,6 +108,7 @@ class PeerRefused(NamedTuple):
     client: ClientAddress
     method: Method
     peer: PeerAddress
+    rule: PeerRule
 
 
 class LimitReached(NamedTuple):
@@ -123,6 +125,8 @@ class RequestRefused(NamedTuple):
     client: ClientAddress
     method: Method
     code: ErrorCode
+    reason: Reason | None = None
+    """None if the code says it all."""
 
 
 class Answered(NamedTuple):
@@ -132,6 +136,8 @@ class Answered(NamedTuple):
     method: Method
     code: ErrorCode | None
     """None is success."""
+    reason: Reason | None = None
+    """None if the code says it all."""
 
 
 CoreEvent: TypeAlias = (

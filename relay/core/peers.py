@@ -11,6 +11,7 @@ its own loopback interface. ``ipaddress.is_global`` can't judge it: it calls ``:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 
 from relay.core.addresses import PeerAddress
@@ -61,6 +62,19 @@ _SIX_TO_FOUR = 0x2002
 _TEREDO = 0x2001_0000
 _LOOPBACK = 1
 """Before it is the unspecified address."""
+
+
+class PeerRule(StrEnum):
+    """What a peer is refused by."""
+
+    OWN_PORT = "own_port"
+    """The relay itself answers there."""
+    DENIED = "denied"
+    """`PeerPolicy.deny` has it."""
+    OWN_ADDRESS = "own_address"
+    """An address of this machine, or not a port of allocations at its public one."""
+    NEVER_A_PEER = "never_a_peer"
+    """`DENIED_BY_DEFAULT` has it."""
 
 
 def judged_addresses(address: Address) -> tuple[Address, ...]:
@@ -118,33 +132,46 @@ class PeerPolicy:
 
     def permits(self, peer: PeerAddress) -> bool:
         """Tell whether packets may be relayed to a peer."""
-        return self._decide(_read(peer[0]), peer[1])
+        return self.rule_against(peer) is None
 
     def permits_host(self, peer: PeerAddress) -> bool:
         """Tell whether packets may be relayed to some port of a peer's host."""
-        return self._decide(_read(peer[0]), None)
+        return self.rule_against_host(peer) is None
 
-    def _decide(self, address: Address, port: int | None) -> bool:
+    def rule_against(self, peer: PeerAddress) -> PeerRule | None:
+        """Give what a peer is refused by; None if it may be relayed to."""
+        return self._judge(_read(peer[0]), peer[1])
+
+    def rule_against_host(self, peer: PeerAddress) -> PeerRule | None:
+        """Give what all ports of a peer's host are refused by; None if some may be relayed to."""
+        return self._judge(_read(peer[0]), None)
+
+    def _judge(self, address: Address, port: int | None) -> PeerRule | None:
         # A relay may itself have an address that embeds IPv4; then that address is what counts.
         judged = judged_addresses(address)
         if judged[0] is not address and self._is_this_machine(address):
             judged = (address,)
         if port in self.service_ports and any(self._is_this_machine(each) for each in judged):
-            return False
+            return PeerRule.OWN_PORT
         # An operator may mean an IPv6 range that embeds IPv4 as such; so deny looks at both forms, and allow does not.
         if _within(address, self.deny):
-            return False
-        return all(self._permits(each, port) for each in judged)
+            return PeerRule.DENIED
+        for each in judged:
+            rule = self._judge_alone(each, port)
+            if rule is not None:
+                return rule
+        return None
 
-    def _permits(self, address: Address, port: int | None) -> bool:
+    def _judge_alone(self, address: Address, port: int | None) -> PeerRule | None:
         if _within(address, self.deny):
-            return False
+            return PeerRule.DENIED
         if _within(address, self.allow):
-            return True
+            return None
         text = str(address)
         if text in self.relay_addresses:
-            return text in self.public_addresses and (port is None or port in self.relayed_ports)
-        return not _is_denied_by_default(address)
+            is_relayed = text in self.public_addresses and (port is None or port in self.relayed_ports)
+            return None if is_relayed else PeerRule.OWN_ADDRESS
+        return PeerRule.NEVER_A_PEER if _is_denied_by_default(address) else None
 
     def _is_this_machine(self, address: Address) -> bool:
         return address.is_loopback or address.is_unspecified or str(address) in self.relay_addresses

@@ -16,7 +16,7 @@ from relay.core.attributes import (
     XOR_PEER_ADDRESS,
     MalformedAttributeError,
 )
-from relay.core.authentication import ErrorCode
+from relay.core.authentication import ErrorCode, Reason
 from relay.core.commands import Commands
 from relay.core.config import ServerConfig
 from relay.core.counters import Counters, DropReason, FreeReason
@@ -30,6 +30,7 @@ from relay.core.events import (
     RelayedAddressDeleted,
 )
 from relay.core.lifecycle import AllocationRequest, Lifecycle
+from relay.core.peers import PeerRule
 from relay.core.stun import Message, Method
 
 DEFAULT_LIFETIME = 600
@@ -56,11 +57,12 @@ class Request(NamedTuple):
 
 
 class RefusalError(Exception):
-    """The error that a request is answered with."""
+    """The error that a request is answered with, and why, if the code leaves that open."""
 
-    def __init__(self, code: ErrorCode) -> None:
-        super().__init__(code)
+    def __init__(self, code: ErrorCode, reason: Reason | None = None) -> None:
+        super().__init__(code, reason)
         self.code = code
+        self.reason = reason
 
 
 class Requests:
@@ -105,9 +107,9 @@ class Requests:
         try:
             attributes = self._handlers[request.recipient.method](request)
         except MalformedAttributeError:
-            self._answers.refuse(request.recipient, ErrorCode.BAD_REQUEST)
+            self._answers.refuse(request.recipient, ErrorCode.BAD_REQUEST, reason=Reason.MALFORMED_ATTRIBUTE)
         except RefusalError as refusal:
-            self._answers.refuse(request.recipient, refusal.code)
+            self._answers.refuse(request.recipient, refusal.code, reason=refusal.reason)
         else:
             if attributes is not None:
                 self._answers.succeed(request.recipient, attributes)
@@ -120,14 +122,14 @@ class Requests:
             return None
         transport = message.get(REQUESTED_TRANSPORT)
         if transport is None:
-            raise RefusalError(ErrorCode.BAD_REQUEST)
+            raise RefusalError(ErrorCode.BAD_REQUEST, Reason.NO_TRANSPORT)
         if transport != UDP:
             raise RefusalError(ErrorCode.UNSUPPORTED_TRANSPORT_PROTOCOL)
         families, missing = self._families(message)
         reserve = message.get(EVEN_PORT)
         if reserve or message.has(RESERVATION_TOKEN):
             # Reservations serve RTP and RTCP on neighbouring ports, which nobody in a Firezone network asks for.
-            raise RefusalError(ErrorCode.INSUFFICIENT_CAPACITY)
+            raise RefusalError(ErrorCode.INSUFFICIENT_CAPACITY, Reason.RESERVATION)
         error = self._lifecycle.begin(
             AllocationRequest(
                 client=request.client,
@@ -159,7 +161,7 @@ class Requests:
         requested = message.get(REQUESTED_ADDRESS_FAMILY)
         additional = message.get(ADDITIONAL_ADDRESS_FAMILY)
         if additional is not None and (requested is not None or additional != Family.IPV6):
-            raise RefusalError(ErrorCode.BAD_REQUEST)
+            raise RefusalError(ErrorCode.BAD_REQUEST, Reason.CONTRADICTING_FAMILIES)
         single = Family.IPV4 if requested is None else requested
         served, missing = self._service.get((single, additional is not None), ((), ()))
         if not served:
@@ -203,41 +205,46 @@ class Requests:
         allocation = self._own_allocation(request)
         peers = [PeerAddress(peer) for peer in request.message.get_all(XOR_PEER_ADDRESS)]
         if not peers:
-            raise RefusalError(ErrorCode.BAD_REQUEST)
+            raise RefusalError(ErrorCode.BAD_REQUEST, Reason.NO_PEER)
         if any(family_of(peer) not in allocation.families for peer in peers):
             raise RefusalError(ErrorCode.PEER_ADDRESS_FAMILY_MISMATCH)
         # The port in a permission means nothing (RFC 8656 §10.2).
         for peer in peers:
-            if not self._config.peers.permits_host(peer):
-                raise self._forbidden(allocation, request, peer)
+            rule = self._config.peers.rule_against_host(peer)
+            if rule is not None:
+                raise self._forbidden(allocation, request, peer, rule)
         return ()
 
     def _bind_channel(self, request: Request) -> AttributeValues:
         allocation = self._own_allocation(request)
         number = request.message.get(CHANNEL_NUMBER)
         address = request.message.get(XOR_PEER_ADDRESS)
-        if number is None or number not in CHANNEL_NUMBERS or address is None or address[1] == 0:
-            raise RefusalError(ErrorCode.BAD_REQUEST)
+        if number is None or number not in CHANNEL_NUMBERS:
+            raise RefusalError(ErrorCode.BAD_REQUEST, Reason.NO_CHANNEL_NUMBER)
+        if address is None or address[1] == 0:
+            raise RefusalError(ErrorCode.BAD_REQUEST, Reason.NO_PEER)
         peer = PeerAddress(address)
         if family_of(peer) not in allocation.families:
             raise RefusalError(ErrorCode.PEER_ADDRESS_FAMILY_MISMATCH)
-        if not self._config.peers.permits(peer):
-            raise self._forbidden(allocation, request, peer)
+        rule = self._config.peers.rule_against(peer)
+        if rule is not None:
+            raise self._forbidden(allocation, request, peer, rule)
         before = allocation.channels.get(ChannelNumber(number))
         if before is None and peer not in allocation.peers and len(allocation.channels) >= self._config.max_channels:
             raise self._limited(request)
         kind = ChannelBound if before is None or not before.live else ChannelRefreshed
         if not self._tables.bind_channel(allocation, ChannelNumber(number), peer, request.now):
-            raise RefusalError(ErrorCode.BAD_REQUEST)
+            raise RefusalError(ErrorCode.BAD_REQUEST, Reason.PEER_TAKEN if before is None else Reason.CHANNEL_TAKEN)
         self._counters.channels_bound += 1
         if kind in self._commands.watched:
             self._commands.append(kind(allocation.id, allocation.client, ChannelNumber(number), peer))
         return ()
 
-    def _forbidden(self, allocation: Allocation, request: Request, peer: PeerAddress) -> RefusalError:
+    def _forbidden(self, allocation: Allocation, request: Request, peer: PeerAddress, rule: PeerRule) -> RefusalError:
         """Tell of a peer that is never relayed to, and give the error that a client is answered for it."""
         if PeerRefused in self._commands.watched:
-            self._commands.append(PeerRefused(allocation.id, allocation.client, request.recipient.method, peer))
+            method = request.recipient.method
+            self._commands.append(PeerRefused(allocation.id, allocation.client, method, peer, rule))
         return RefusalError(ErrorCode.FORBIDDEN)
 
     def _limited(self, request: Request) -> RefusalError:

@@ -43,7 +43,7 @@ from relay.core.addresses import AllocationId, ClientAddress, PeerAddress
 from relay.core.allocations import Allocation, Allocations, AllocationState
 from relay.core.answers import Answers, AttributeValues, Recipient
 from relay.core.attributes import NONCE, REALM, UNKNOWN_ATTRIBUTES, XOR_MAPPED_ADDRESS
-from relay.core.authentication import ErrorCode, authenticate, claim_of
+from relay.core.authentication import ErrorCode, Unproven, authenticate, claim_of
 from relay.core.commands import Command, Commands
 from relay.core.config import ServerConfig
 from relay.core.counters import MALFORMED_DROPS, Counters, DropReason, FreeReason
@@ -267,13 +267,13 @@ class Server:
             return
         to = Recipient(client, method, message.transaction_id, message.has_fingerprint)
         if unknown := message.unknown_attributes():
-            self._refuse_unproven(to, ErrorCode.UNKNOWN_ATTRIBUTE, message, now, [(UNKNOWN_ATTRIBUTES, unknown)])
+            self._refuse_unproven(to, Unproven(ErrorCode.UNKNOWN_ATTRIBUTE), message, now, [(UNKNOWN_ATTRIBUTES, unknown)])
         elif method is Method.BINDING:
             if self._may_answer(to, None, now):
                 self._answers.succeed(to, [(XOR_MAPPED_ADDRESS, client)])
         else:
             checked = authenticate(message, client, now, self._nonces, self._config.realm, self._config.secret)
-            if isinstance(checked, ErrorCode):
+            if isinstance(checked, Unproven):
                 self._refuse_unproven(to, checked, message, now)
             else:
                 username, key = checked
@@ -281,9 +281,10 @@ class Server:
                 self._requests.handle(Request(message, client, username.text, proven, now.monotonic))
 
     def _refuse_unproven(
-        self, to: Recipient, code: ErrorCode, message: Message, now: Instant, attributes: AttributeValues = ()
+        self, to: Recipient, unproven: Unproven, message: Message, now: Instant, attributes: AttributeValues = ()
     ) -> None:
         """Refuse a request whose sender is not known, unless its address has had enough answers."""
+        code, reason = unproven
         if not self._may_answer(to, code, now):
             return
         if code.is_challenge:
@@ -291,7 +292,7 @@ class Server:
         if to.method is not Method.BINDING:
             claim = claim_of(message, self._config.realm, self._config.secret)
             to = to if claim is None else to._replace(key=claim.key)
-        self._answers.refuse(to, code, attributes)
+        self._answers.refuse(to, code, attributes, reason)
 
     def _may_answer(self, to: Recipient, code: ErrorCode | None, now: Instant) -> bool:
         """Tell whether an answer may go to who has proven nothing; before any work is done for it."""

@@ -1,16 +1,25 @@
 """What the core tells of: each thing that happens once, in its place, to whoever watches for it, and never a username."""
 
+from typing import Any
+
 import pytest
 
 from relay.core.addresses import AllocationId, ChannelNumber, ClientAddress, Family, PeerAddress
 from relay.core.allocations import CHANNEL_LIFETIME
 from relay.core.attributes import (
     ADDITIONAL_ADDRESS_FAMILY,
+    CHANNEL_NUMBER,
     EVEN_PORT,
+    NONCE,
+    REALM,
     REQUESTED_ADDRESS_FAMILY,
     REQUESTED_TRANSPORT,
+    RESERVATION_TOKEN,
+    USERNAME,
+    XOR_PEER_ADDRESS,
+    Attribute,
 )
-from relay.core.authentication import ErrorCode
+from relay.core.authentication import ErrorCode, Reason
 from relay.core.commands import FreeAllocation, SendToClient
 from relay.core.counters import FreeReason
 from relay.core.events import (
@@ -30,6 +39,7 @@ from relay.core.events import (
     RequestRefused,
 )
 from relay.core.lifecycle import BindRefusal
+from relay.core.peers import PeerRule
 from relay.core.stun import MessageClass, Method, encode
 from tests.core.driver import (
     CHANNEL,
@@ -43,6 +53,7 @@ from tests.core.driver import (
     PEER,
     PEER6,
     START,
+    AttributeValue,
     Client,
     Relay,
     answer_in,
@@ -189,16 +200,16 @@ def test_a_channel_that_can_not_be_bound_is_not_told_to_be(relay: Relay, client:
     client.bind_channel()
     relay.take_events()
     assert client.bind_channel(OTHER_CHANNEL, PEER).code == 400
-    assert relay.take_events() == [RequestRefused(HERE, Method.CHANNEL_BIND, ErrorCode.BAD_REQUEST)]
+    assert relay.take_events() == [RequestRefused(HERE, Method.CHANNEL_BIND, ErrorCode.BAD_REQUEST, Reason.PEER_TAKEN)]
 
 
 def test_a_peer_that_is_refused_is_named(relay: Relay, client: Client) -> None:
     client.allocate()
     relay.take_events()
     assert client.bind_channel(CHANNEL, FORBIDDEN_PEER).code == 403
-    assert relay.take_events() == [PeerRefused(FIRST, HERE, Method.CHANNEL_BIND, FORBIDDEN_PEER)]
+    assert relay.take_events() == [PeerRefused(FIRST, HERE, Method.CHANNEL_BIND, FORBIDDEN_PEER, PeerRule.NEVER_A_PEER)]
     assert client.create_permission(PEER, FORBIDDEN_PEER, PeerAddress(("127.0.0.9", 1))).code == 403
-    assert relay.take_events() == [PeerRefused(FIRST, HERE, Method.CREATE_PERMISSION, FORBIDDEN_PEER)]
+    assert relay.take_events() == [PeerRefused(FIRST, HERE, Method.CREATE_PERMISSION, FORBIDDEN_PEER, PeerRule.NEVER_A_PEER)]
 
 
 def test_each_limit_is_told_of_with_the_error_that_its_client_got() -> None:
@@ -259,7 +270,7 @@ def test_answers_are_told_one_by_one_the_expected_errors_among_them() -> None:
     client.allocate()
     assert relay.take_events() == [
         Answered(HERE, Method.BINDING, None),
-        Answered(HERE, Method.ALLOCATE, ErrorCode.UNAUTHENTICATED),
+        Answered(HERE, Method.ALLOCATE, ErrorCode.UNAUTHENTICATED, Reason.NO_CREDENTIALS),
         Answered(HERE, Method.REFRESH, ErrorCode.ALLOCATION_MISMATCH),
         AllocationCreated(FIRST, HERE, ((HOSTS[Family.IPV4], relay.server.allocations.by_id[FIRST].port),), (), LIFETIME),
         Answered(HERE, Method.ALLOCATE, None),
@@ -286,6 +297,86 @@ def test_a_client_that_asks_for_what_can_not_be_had_is_told_of(relay: Relay, cli
     assert relay.take_events() == [
         RequestRefused(HERE, Method.CHANNEL_BIND, ErrorCode.PEER_ADDRESS_FAMILY_MISMATCH),
     ]
+
+
+@pytest.mark.parametrize(
+    ("method", "attributes", "code", "reason"),
+    [
+        (Method.ALLOCATE, [], ErrorCode.BAD_REQUEST, Reason.NO_TRANSPORT),
+        (Method.ALLOCATE, [(opaque(REQUESTED_TRANSPORT.type), b"")], ErrorCode.BAD_REQUEST, Reason.MALFORMED_ATTRIBUTE),
+        (
+            Method.ALLOCATE,
+            [(REQUESTED_TRANSPORT, 17), BOTH, (REQUESTED_ADDRESS_FAMILY, Family.IPV4)],
+            ErrorCode.BAD_REQUEST,
+            Reason.CONTRADICTING_FAMILIES,
+        ),
+        (
+            Method.ALLOCATE,
+            [(REQUESTED_TRANSPORT, 17), (EVEN_PORT, True)],
+            ErrorCode.INSUFFICIENT_CAPACITY,
+            Reason.RESERVATION,
+        ),
+        (
+            Method.ALLOCATE,
+            [(REQUESTED_TRANSPORT, 17), (RESERVATION_TOKEN, bytes(8))],
+            ErrorCode.INSUFFICIENT_CAPACITY,
+            Reason.RESERVATION,
+        ),
+    ],
+)
+def test_why_an_allocation_is_refused_is_told(
+    relay: Relay, client: Client, method: Method, attributes: list[AttributeValue], code: ErrorCode, reason: Reason
+) -> None:
+    assert client.ask(method, *attributes).code == code
+    assert relay.take_events() == [RequestRefused(HERE, method, code, reason)]
+
+
+@pytest.mark.parametrize(
+    ("method", "attributes", "reason"),
+    [
+        (Method.CREATE_PERMISSION, [], Reason.NO_PEER),
+        (Method.CHANNEL_BIND, [(XOR_PEER_ADDRESS, PEER)], Reason.NO_CHANNEL_NUMBER),
+        (Method.CHANNEL_BIND, [(CHANNEL_NUMBER, 0x3FFF), (XOR_PEER_ADDRESS, PEER)], Reason.NO_CHANNEL_NUMBER),
+        (Method.CHANNEL_BIND, [(CHANNEL_NUMBER, OTHER_CHANNEL)], Reason.NO_PEER),
+        (Method.CHANNEL_BIND, [(CHANNEL_NUMBER, OTHER_CHANNEL), (XOR_PEER_ADDRESS, (PEER[0], 0))], Reason.NO_PEER),
+        (Method.CHANNEL_BIND, [(CHANNEL_NUMBER, CHANNEL), (XOR_PEER_ADDRESS, OTHER_PEER)], Reason.CHANNEL_TAKEN),
+        (Method.CHANNEL_BIND, [(CHANNEL_NUMBER, OTHER_CHANNEL), (XOR_PEER_ADDRESS, PEER)], Reason.PEER_TAKEN),
+    ],
+)
+def test_why_a_peer_or_a_channel_is_refused_is_told(
+    relay: Relay, client: Client, method: Method, attributes: list[AttributeValue], reason: Reason
+) -> None:
+    client.allocate()
+    client.bind_channel()
+    relay.take_events()
+    assert client.ask(method, *attributes).code == ErrorCode.BAD_REQUEST
+    assert relay.take_events() == [RequestRefused(HERE, method, ErrorCode.BAD_REQUEST, reason)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "reason"),
+    [
+        ({"leave_out": {NONCE}}, ErrorCode.UNAUTHENTICATED, Reason.NO_NONCE),
+        ({"leave_out": {REALM}}, ErrorCode.BAD_REQUEST, Reason.INCOMPLETE_CREDENTIALS),
+        ({"key": b"wrong"}, ErrorCode.UNAUTHENTICATED, Reason.WRONG_PASSWORD),
+        ({"username": "alice"}, ErrorCode.UNAUTHENTICATED, Reason.NO_CREDENTIAL_OF_OURS),
+        ({"username": f"{int(START.unix) - 1}:salt"}, ErrorCode.UNAUTHENTICATED, Reason.CREDENTIAL_EXPIRED),
+        ({"nonce": b"somebody else's"}, ErrorCode.STALE_NONCE, None),
+    ],
+    ids=str,
+)
+def test_who_watches_answers_sees_why_a_client_could_not_prove_itself(
+    changes: dict[str, Any], code: ErrorCode, reason: Reason | None
+) -> None:
+    relay = Relay()
+    client = Client(relay)
+    client.take_nonce()
+    changed: dict[Attribute[Any], Any] = {USERNAME: changes.pop("username", None), NONCE: changes.pop("nonce", None)}
+    given = [(attribute, value) for attribute, value in changed.items() if value is not None]
+    left_out = changes.pop("leave_out", set()) | {attribute for attribute, _ in given}
+    relay.watch(Answered)
+    assert answer_in(client.send(client.write(Method.REFRESH, *given, leave_out=left_out, **changes))).code == code
+    assert relay.take_events() == [Answered(HERE, Method.REFRESH, code, reason)]
 
 
 def test_watching_changes_nothing_that_is_done() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.core.peers import DENIED_BY_DEFAULT, Address, Network, PeerPolicy, judged_addresses
+from relay.core.peers import DENIED_BY_DEFAULT, Address, Network, PeerPolicy, PeerRule, judged_addresses
 from tests.core.driver import peer_at
 
 OWN = "198.51.100.1"
@@ -43,6 +43,29 @@ def embedding(host: str) -> dict[str, str]:
 
 
 FORMS = list(embedding("0.0.0.0"))
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "rule"),
+    [
+        ("127.0.0.1", 3478, PeerRule.OWN_PORT),
+        (OWN, 8080, PeerRule.OWN_PORT),
+        (OWN, 22, PeerRule.OWN_ADDRESS),
+        (OWN, 50000, None),
+        (INNER, 50000, PeerRule.OWN_ADDRESS),
+        ("127.0.0.1", 50000, PeerRule.NEVER_A_PEER),
+        ("::ffff:127.0.0.1", 50000, PeerRule.NEVER_A_PEER),
+        ("169.254.169.254", 80, PeerRule.NEVER_A_PEER),
+        ("10.9.9.9", 80, PeerRule.DENIED),
+        ("64:ff9b::a09:909", 80, PeerRule.DENIED),
+        ("10.8.8.8", 80, None),
+    ],
+)
+def test_what_a_peer_is_refused_by_is_told(host: str, port: int, rule: PeerRule | None) -> None:
+    policy = replace(POLICY, deny=networks("10.9.0.0/16"))
+    assert policy.rule_against(peer_at(host, port)) is rule
+    if rule is not PeerRule.OWN_PORT and (host, port) != (OWN, 22):
+        assert policy.rule_against_host(peer_at(host, port)) is rule
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from relay.core.addresses import Family
+from relay.core.addresses import ClientAddress, Family
 from relay.core.attributes import ADDITIONAL_ADDRESS_FAMILY, REQUESTED_ADDRESS_FAMILY, REQUESTED_TRANSPORT
-from relay.core.events import CORE_EVENTS, AllocationCreated, AllocationFreed, Answered, LimitReached
+from relay.core.authentication import ErrorCode
+from relay.core.events import (
+    CORE_EVENTS,
+    AllocationCreated,
+    AllocationFreed,
+    Answered,
+    LimitReached,
+    RequestRefused,
+)
 from relay.core.stun import MessageClass, Method, encode
 from relay.ops.logs.core import WATCHED, CoreLog, wanted
 from relay.ops.logs.filter import Level, LogFilter
@@ -100,10 +108,18 @@ def test_lines_name_client_peer_channel_addresses_and_reasons(log: KeptLog) -> N
         "client": client,
         "peer": "127.0.0.1:5000",
         "request": "channel_bind",
+        "rule": "never_a_peer",
     }
     assert fields("limit reached") == {"client": "203.0.113.6:40000", "limit": "allocations", "code": 486}
-    assert fields("request refused") == {"client": client, "request": "channel_bind", "code": 400}
+    assert fields("request refused") == {"client": client, "request": "channel_bind", "code": 400, "reason": "channel_taken"}
     assert fields("answered") == {"client": client, "request": "refresh", "success": True}
+
+
+def test_a_refusal_whose_code_says_it_all_is_told_in_words_too(log: KeptLog) -> None:
+    events = CoreLog(lambda: 0.0)
+    events.write(RequestRefused(ClientAddress(("203.0.113.5", 1)), Method.REFRESH, ErrorCode.WRONG_CREDENTIALS))
+    events.write(Answered(ClientAddress(("203.0.113.5", 1)), Method.REFRESH, ErrorCode.STALE_NONCE))
+    assert [(line["code"], line["reason"]) for line in log.take()] == [(441, "wrong_credentials"), (438, "stale_nonce")]
 
 
 def test_a_family_that_is_not_served_and_an_ipv6_client_are_shown(log: KeptLog) -> None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 import structlog
 
 from relay.core.addresses import ChannelNumber, PeerAddress, show
+from relay.core.authentication import ErrorCode, Reason
 from relay.core.events import (
     CORE_EVENTS,
     AllocationCreated,
@@ -134,7 +135,9 @@ def _write_expired(event: ChannelExpired) -> None:
 
 
 def _write_peer_refused(event: PeerRefused) -> None:
-    _REQUESTS.info("peer refused", **_whose(event), peer=show(event.peer), request=_name(event.method))
+    _REQUESTS.info(
+        "peer refused", **_whose(event), peer=show(event.peer), request=_name(event.method), rule=event.rule.value
+    )
 
 
 def _write_limit(event: LimitReached) -> None:
@@ -142,16 +145,22 @@ def _write_limit(event: LimitReached) -> None:
 
 
 def _write_request_refused(event: RequestRefused) -> None:
-    _REQUESTS.info("request refused", client=show(event.client), request=_name(event.method), code=int(event.code))
+    _REQUESTS.info(
+        "request refused", client=show(event.client), request=_name(event.method), **_why(event.code, event.reason)
+    )
 
 
 def _write_answered(event: Answered) -> None:
-    outcome = {"success": True} if event.code is None else {"success": False, "code": int(event.code)}
+    outcome = {"success": True} if event.code is None else {"success": False, **_why(event.code, event.reason)}
     _ANSWERS.debug("answered", client=show(event.client), request=_name(event.method), **outcome)
 
 
 def _whose(event: _OfAllocation) -> dict[str, object]:
     return {"allocation": event.allocation, "client": show(event.client)}
+
+
+def _why(code: ErrorCode, reason: Reason | None) -> dict[str, object]:
+    return {"code": int(code), "reason": reason.value if reason is not None else code.name.lower()}
 
 
 def _channel(number: ChannelNumber, peer: PeerAddress) -> dict[str, object]:
