@@ -1,5 +1,6 @@
 """TURN clients: what they want from the relay, and what they do with it."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -14,9 +15,7 @@ from tests.simulation.profiles import Profile
 from tests.simulation.transactions import Transactions, peer_attribute
 from tests.simulation.wire import Address, Wire
 
-PATIENCE = 100.0
-"""Seconds within which a client has an allocation if nothing stands against it: one request that times out, and the few
-that follow."""
+_FAMILIES = {1: {1}, 2: {2}, 3: {1, 2}}
 
 
 class Surroundings(Protocol):
@@ -37,8 +36,15 @@ class Surroundings(Protocol):
     def credential(self, seconds: float) -> Credential | None:
         """Ask the portal for one; None if there is no relay."""
 
+    @property
+    def patience(self) -> float:
+        """Seconds within which a client has an allocation if nothing stands against it."""
+
     def is_outdated(self, credential: Credential) -> bool:
         """Tell whether the relay that it is for is gone."""
+
+    def is_withheld(self, transaction: bytes) -> bool:
+        """Tell whether a request was not answered since too many were, to that address."""
 
     def new_address(self, *, is_ipv6: bool) -> Address:
         """Give an address that nobody had."""
@@ -71,7 +77,7 @@ class Client:
         self.profile = profile
         self.link = Link()
         self.random = Random(f"{world.seed} client {id_}")
-        self.asking = Transactions(world.scheduler, self.random, self.link, self._send, world.is_outdated)
+        self.asking = Transactions(world.scheduler, self.random, self.link, self._send, world.is_outdated, world.is_withheld)
         self.asking.fingerprint = profile.fingerprint
         self.asking.impatience = profile.impatience
         self.asking.without_nonce = profile.first_shows_credential
@@ -81,10 +87,15 @@ class Client:
         self.is_active = False
         self.wants_since: float | None = None
         """Since when it has waited for an allocation."""
+        self.refusals: set[int] = set()
+        """What it was refused an allocation with, since it last had one."""
+        self.recovered: Counter[int] = Counter()
+        """By code: how often it had one after all."""
         self.sessions = 0
         self.sent = 0
         self.got = 0
         self._era = 0
+        self._asks = profile.asks
         self._scheduler = world.scheduler
         self._network = world.network
         self._post = world.post
@@ -133,7 +144,7 @@ class Client:
         """
         if self.wants_since is not None and self.link.is_calm:
             since = max(self.wants_since, self.link.calm_since, self.asking.disturbed_at)
-            if self._scheduler.now - since > PATIENCE:
+            if self._scheduler.now - since > self._world.patience:
                 raise BrokenError(f"client {self.id} ({self.profile.name}) has had no allocation since {since}")
 
     def _end_session(self, session: int) -> None:
@@ -177,20 +188,21 @@ class Client:
     # Allocations.
 
     def _want_credential(self) -> None:
-        self.wants_since = None
         self.asking.credential = self._world.credential(self.profile.credential_lives)
         if self.asking.credential is None:
+            self.wants_since = None
             self._later(5 + 5 * self.random.random(), self._want_credential)
         else:
             self._allocate()
 
     def _allocate(self) -> None:
         """Ask for an allocation, as often as it takes."""
+        since = self.wants_since
         self._new_era()
-        self.wants_since = self._scheduler.now
+        self.wants_since = self._scheduler.now if since is None else since
         attributes: tuple[tuple[int, bytes], ...] = (wire.UDP,)
-        if self.profile.asks > 1:
-            attributes += (wire.DUAL,) if self.profile.asks == 3 else (wire.IPV6_ONLY,)
+        if self._asks > 1:
+            attributes += (wire.DUAL,) if self._asks == 3 else (wire.IPV6_ONLY,)
         if self.profile.even_port:
             attributes += (wire.EVEN,)
         if self.profile.lifetime is not None:
@@ -214,7 +226,13 @@ class Client:
                 self.asking.ask(wire.REFRESH, ((wire.LIFETIME, bytes(4)),), lambda _: self._allocate())
             case 401:
                 self._later(1, self._want_credential)
-            case 486 | 508:
+            case 440 if self._asks != 3:
+                # The other family, then: one of them is served.
+                self.refusals.add(440)
+                self._asks = 3 - self._asks
+                self._allocate()
+            case 486 | 508 as code:
+                self.refusals.add(code)
                 self.asking.be_disturbed(self._scheduler.now)
                 self._later(10 + 20 * self.random.random(), self._allocate)
             case code:
@@ -230,11 +248,14 @@ class Client:
 
     def _begin_relaying(self, answer: Wire) -> None:
         self.wants_since = None
+        self.recovered.update(self.refusals)
+        self.refusals.clear()
         for value in answer.get_all(wire.RELAYED_ADDRESS):
             relayed = wire.read_address(value, answer.transaction)
             self.relayed[2 if ":" in relayed[0] else 1] = relayed
-        if sum(self.relayed) != self.profile.asks:
-            raise BrokenError(f"client {self.id} asked for {self.profile.asks} and got {self.relayed}")
+        missing = {value[0] for value in answer.get_all(wire.ADDRESS_ERROR)}
+        if self.relayed.keys() | missing != _FAMILIES[self._asks] or self.relayed.keys() & missing:
+            raise BrokenError(f"client {self.id} asked for {self._asks} and got {self.relayed}, without {missing}")
         lifetime = answer.number(wire.LIFETIME) or 0
         if self.profile.refreshes:
             self._later(lifetime - 60, self._refresh)
@@ -242,7 +263,7 @@ class Client:
             self._later(lifetime + 1, self._allocate)
         if self.profile.roams_after:
             self._later(self.random.expovariate(1 / self.profile.roams_after), self._roam)
-        if self.profile.asks == 3 and self.random.random() < 0.1:
+        if self._asks == 3 and self.random.random() < 0.1:
             self._later(100 * self.random.random(), self._drop_family)
         for n in range(self.profile.channels):
             self._later(0.2 * n, lambda n=n: self._bind_new(0x4000 + n))  # type: ignore[misc] # mypy takes n for a parameter
@@ -276,6 +297,9 @@ class Client:
             self.relayed.pop(family, None)
             for number in [n for n, each in self.channels.items() if (2 if ":" in each.peer[0] else 1) == family]:
                 del self.channels[number]
+            if not self.relayed:
+                # It was the only one.
+                self._allocate()
 
     # Channels.
 
@@ -284,7 +308,8 @@ class Client:
         families = list(self.relayed)
         if not families:
             return
-        peer = self._world.choose_peer(self, self.random.choice(families))
+        # One that has no relayed address of the peer's family is told so.
+        peer = self._world.choose_peer(self, self.random.choice(families if self.random.random() < 0.97 else (1, 2)))
         if peer is None or any(peer == each.peer for each in self.channels.values()):
             return
         if self.random.random() < 0.3:

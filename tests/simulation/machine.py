@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from relay.core.server import Server
 from relay.core.trains import Arrival, cut
 from tests.simulation.batches import ending_at_allocates, trains
 from tests.simulation.clock import BrokenError, Scheduler
+from tests.simulation.health import Health
 from tests.simulation.holdings import Allocation, Channel
 from tests.simulation.kernel import Kernel
 from tests.simulation.network import Network, Relayed
@@ -29,28 +29,9 @@ from tests.simulation.wire import Address, channel_data
 
 HOSTS = {1: "192.0.2.1", 2: "2001:db8::1"}
 UNIX_AT_ZERO = 1_700_000_000.0
-USUALLY_SLOW = 0.03
-"""Share of binds that are reported on late, or never, when all is well."""
 
 SOCKET_BUFFER = 2000
 """Datagrams that wait while nobody reads."""
-
-
-@dataclass(slots=True)
-class Health:
-    """What is wrong with a machine at the moment."""
-
-    foreign_ports: frozenset[int] = frozenset()
-    """Those that other programs have."""
-    is_exhausted: bool = False
-    """No descriptor or thread is to be had."""
-    slow_binds: float = USUALLY_SLOW
-    """Share of binds that are reported on late, or never."""
-    lateness: float = 0.001
-    """Seconds by which a wake-up comes late, at most."""
-    stopped_until: float = 0.0
-    clock_error: float = 0.0
-    """Seconds by which the wall clock is wrong."""
 
 
 class Waiting(NamedTuple):
@@ -72,7 +53,7 @@ class Machine:
         secret = Random(f"{seed} secret").randbytes(32).hex()
         self.secret = secret
         hosts = {family: HOSTS[family] for family in setting.families}
-        served = frozenset(hosts.values())
+        served = self.hosts = frozenset(hosts.values())
         self.config = ServerConfig(
             secret=RelaySecret(secret),
             public_hosts={Family(family): host for family, host in hosts.items()},
@@ -83,6 +64,8 @@ class Machine:
             max_allocations_per_address=setting.per_address,
             software="relay under simulation",
             offloads=setting.offloads,
+            unauthenticated_rate=setting.rate,
+            unauthenticated_burst=setting.burst,
         )
         self.server = Server(self.config, Random(f"{seed} core"))
         self.referee = Referee(Rules(secret, hosts, setting, self._is_forbidden))
@@ -125,11 +108,11 @@ class Machine:
 
     def connect(self) -> None:
         """Be where the relay's addresses lead."""
-        self._network.relay = Relayed(frozenset(HOSTS.values()), self.from_client, self.from_peer)
+        self._network.relay = Relayed(self.hosts, self.from_client, self.from_peer)
 
     def owner_of(self, address: Address) -> int | None:
         """Tell who is at an address, or behind it if it is a relayed one."""
-        if address[0] in HOSTS.values():
+        if address[0] in self.hosts:
             held = self.referee.holdings.by_port.get(address[1])
             return None if held is None else self._network.owner_of(held.client)
         return self._network.owner_of(address)
@@ -150,12 +133,30 @@ class Machine:
             self._arrive(Waiting(allocation, (data, source, 0, traffic_class)))
 
     def fail_allocation(self) -> None:
-        """Let the sockets of one allocation break, if there is any."""
-        if self.sockets:
-            id_ = AllocationId(self.random.choice(list(self.sockets.values())))
-            self.referee.take_failed(id_, self._scheduler.now)
-            self.server.handle_allocation_failed(id_, self._now())
-            self._carry_out("failed", id_)
+        """Let the sockets of one allocation break, if there is any; also such as are just being bound."""
+        if self.referee.holdings.by_id:
+            self._fail(AllocationId(self.random.choice(list(self.referee.holdings.by_id))))
+
+    def report_oddly(self) -> None:
+        """Report on sockets that were reported on before, that are closed, or that nobody asked for."""
+        known = self.referee.holdings.by_id
+        id_ = AllocationId(self.random.choice([*(each for each in known if known[each].is_established), 1, 10**9]))
+        draw = self.random.random()
+        if id_ not in known and draw < 0.3:
+            self._fail(id_)
+        elif draw < 0.6:
+            self.referee.take_bound(id_, self._scheduler.now)
+            self.server.handle_bound(id_, self._now())
+        else:
+            refusal = self.random.choice(list(BindRefusal))
+            self.referee.take_refused(id_, self._scheduler.now, only_port=refusal is BindRefusal.PORT)
+            self.server.handle_bind_refused(id_, refusal, self._now())
+        self._carry_out("odd", id_)
+
+    def _fail(self, id_: AllocationId) -> None:
+        self.referee.take_failed(id_, self._scheduler.now)
+        self.server.handle_allocation_failed(id_, self._now())
+        self._carry_out("failed", id_)
 
     def drain(self) -> None:
         if not self.is_over:
@@ -391,6 +392,6 @@ class Machine:
         return Instant(self._scheduler.now, self.unix)
 
     def _is_forbidden(self, peer: Address) -> bool:
-        if peer[0] in HOSTS.values():
+        if peer[0] in self.hosts:
             return peer[1] not in self.setting.ports
         return peer[0].startswith("127.") or peer[0] == "::1"

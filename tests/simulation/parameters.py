@@ -10,6 +10,9 @@ from tests.simulation.setting import Setting
 
 HOUR, DAY = 3600.0, 86400.0
 
+_LIMITS = (((500, 5000), 49), ((500, 5000), 49), ((0, 1), 49), ((10, 20), 4), ((2, 3), 2), ((1, 1), 2))
+"""Rate and burst of answers to whoever has proven nothing, and the NATs that all clients are behind."""
+
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
@@ -34,6 +37,8 @@ class Parameters:
     noise: float = 5.0
     batching: float = 0.0
     """Seconds for which arrivals wait to be read together."""
+    nats: int = 49
+    """Behind which all clients are, of each family."""
 
     TROUBLES: ClassVar[tuple[str, ...]] = (
         "weather", "partitions", "rebinds", "machine", "portal", "restarts", "noise", "batching",
@@ -48,6 +53,8 @@ class Parameters:
         # Where ports are short, they are used again soon.
         first = random.choice((49152, 50001))
         count = clients * 3 if random.random() < 0.6 else clients // 2
+        limits = Random(f"{seed} limits")
+        (rate, burst), nats = limits.choice(_LIMITS)
         return cls(
             # Nonces live for an hour.
             hours=hours,
@@ -61,9 +68,23 @@ class Parameters:
                 max_channels=2 if random.random() < 0.2 else 4096,
                 tells=random.random() < 0.5,
                 per_address=max(2, clients // 40) if random.random() < 0.2 else None,
+                families=limits.choice(((1, 2), (1, 2), (1,), (2,))),
+                rate=rate,
+                burst=burst,
             ),
             batching=random.choice((0.0, 0.005, 0.05)),
+            nats=nats,
         )
+
+    @property
+    def patience(self) -> float:
+        """Seconds within which a client has an allocation if nothing stands against it.
+
+        One request that times out, and the few that follow. Where answers are limited, all clients behind a NAT may want
+        one at once, and each of them more than one: copies are answered as well.
+        """
+        rate = self.setting.rate
+        return 100.0 + (6.0 * self.clients / self.nats / rate if rate else 0.0)
 
     def without(self, troubles: Iterable[str]) -> "Parameters":
         """Give the same world without some of its troubles."""

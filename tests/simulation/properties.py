@@ -70,6 +70,8 @@ def check_counters(machine: Machine) -> None:
     answers = {(int(method), 0): n for method, n in counters.successes.items()}
     answers |= {(int(method), int(code)): n for (method, code), n in counters.errors.items()}
     _same("answers", answers, dict(referee.answers))
+    withheld = {(int(method), int(code or 0)): n for (method, code), n in counters.withheld.items()}
+    _same("withheld", withheld, dict(referee.withheld))
     _same("freed", {str(reason): n for reason, n in counters.allocations_freed.items() if n}, dict(referee.frees))
     _same("made", counters.allocations_made, referee.established)
     if machine.setting.tells:

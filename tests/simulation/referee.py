@@ -12,11 +12,15 @@ from typing import Any, NamedTuple
 from relay.core.commands import BindPort, Command, Drained, FreeAllocation, SendToClient, SendToPeer
 from relay.core.trains import cut
 from tests.simulation import wire
+from tests.simulation.budgets import Budgets
 from tests.simulation.clock import BrokenError
 from tests.simulation.holdings import BIND_WAIT, NONCE_LIVES, Allocation, Channel, Holdings
 from tests.simulation.requests import Judge
 from tests.simulation.setting import Setting
 from tests.simulation.wire import Address, Wire
+
+WITHHELD_KEPT = 8192
+"""Transactions: more than are under way."""
 
 
 class Rules(NamedTuple):
@@ -57,6 +61,11 @@ class Referee:
         self.holdings = Holdings(rules.setting.ports)
         self.answers: Counter[tuple[int, int]] = Counter()
         """By method and code, 0 for success."""
+        self.withheld: Counter[tuple[int, int]] = Counter()
+        """As the answers: those that were not given, since their address had had enough."""
+        self.withheld_of: dict[bytes, None] = {}
+        """The last transactions with such a one."""
+        self.budgets = Budgets(rules.setting.rate, rules.setting.burst)
         self.drops: Counter[str] = Counter()
         self.to_peer = [0, 0]
         """Packets and bytes, as in the next one."""
@@ -205,6 +214,12 @@ class Referee:
 
     def owe_again(self, client: Address, request: Wire, key: bytes, answer: bytes) -> None:
         self.owe(Expected(client, request, 0, key, repeats=answer))
+
+    def withhold(self, request: Wire, code: int) -> None:
+        self.withheld[request.method, code] += 1
+        self.withheld_of[request.transaction] = None
+        if len(self.withheld_of) > WITHHELD_KEPT:
+            del self.withheld_of[next(iter(self.withheld_of))]
 
     def begin(self, allocation: Allocation, now: float) -> None:
         allocation.ends = now + BIND_WAIT

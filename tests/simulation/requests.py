@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from tests.simulation import wire
+from tests.simulation.budgets import network_of
 from tests.simulation.holdings import Allocation
 from tests.simulation.wire import Address, Wire
 
@@ -27,12 +28,12 @@ class Judge:
         username = None if request.method == wire.BINDING else _username(request.get(wire.USERNAME))
         key = None if username is None else self._key_of(username)
         if any(type_ < 0x8000 and type_ not in _KNOWN for type_, _ in request.attributes):
-            self._owe(client, request, 420, key)
+            self._owe_unproven(client, request, 420, key, now)
         elif request.method == wire.BINDING:
             mapped = (wire.MAPPED_ADDRESS, wire.address(client, request.transaction))
-            self._owe(client, request, 0, None, mapped)
+            self._owe_unproven(client, request, 0, None, now, mapped)
         elif code := self._challenge(request, client, now, unix):
-            self._owe(client, request, code, key)
+            self._owe_unproven(client, request, code, key, now)
         elif username is not None and key is not None:
             self._judge_proven(request, client, username, key, now)
 
@@ -105,8 +106,8 @@ class Judge:
             return True
         if setting.per_address is None:
             return False
-        networks = [_network(each.client) for each in held.values() if each is not old]
-        return networks.count(_network(client)) >= setting.per_address
+        networks = [network_of(each.client) for each in held.values() if each is not old]
+        return networks.count(network_of(client)) >= setting.per_address
 
     def _repeat(self, request: Wire, held: Allocation, username: str, key: bytes) -> int:
         if (held.transaction, held.username) != (request.transaction, username):
@@ -175,6 +176,15 @@ class Judge:
     def _owe(self, client: Address, request: Wire, code: int, key: bytes | None, *values: tuple[int, bytes]) -> None:
         self._referee.owe_answer(client, request, code, key, values)
 
+    def _owe_unproven(
+        self, client: Address, request: Wire, code: int, key: bytes | None, now: float, *values: tuple[int, bytes]
+    ) -> None:
+        """Owe an answer to who has proven nothing, unless its address has had as many as it may."""
+        if self._referee.budgets.take(client, now):
+            self._owe(client, request, code, key, *values)
+        else:
+            self._referee.withhold(request, code)
+
     def _key_of(self, username: str) -> bytes:
         key = self._keys.get(username)
         if key is None:
@@ -197,8 +207,3 @@ def _granted(asked: int | None) -> int:
 
 def _family(address: Address) -> int:
     return 2 if ":" in address[0] else 1
-
-
-def _network(address: Address) -> str:
-    """Give what belongs to one customer: an IPv4 address, or the first half of an IPv6 one."""
-    return address[0] if "." in address[0] else address[0].partition("::")[0]

@@ -17,3 +17,8 @@ class Setting(NamedTuple):
     tells: bool = False
     """Whether someone wants to hear of all that happens."""
     families: tuple[int, ...] = (1, 2)
+    """Of its own addresses, which clients talk to and which are relayed."""
+    rate: int = 500
+    """Answers a second to an address that has proven nothing; 0 for no limit."""
+    burst: int = 5000
+    """Such answers at once."""

@@ -4,6 +4,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from tests.simulation import wire
+from tests.simulation.machine import HOSTS
 from tests.simulation.network import Link
 from tests.simulation.wire import Address
 
@@ -44,8 +45,11 @@ class Strangers:
                 replayed[: random.randrange(len(replayed) + 1)],
             )
         )
-        to = ("192.0.2.1", random.choice(world.machine.setting.ports)) if random.random() < 0.3 else ("192.0.2.1", 3478)
-        world.network.send(data, self._address(), to, 0, Link())
+        port = random.choice(world.machine.setting.ports) if random.random() < 0.3 else 3478
+        address = self._address()
+        # Now and then, more than anyone may ask.
+        for _ in range(100 if random.random() < 0.03 else 1):
+            world.network.send(data, address, self._relay(address, port), 0, Link())
 
     def _forge(self) -> None:
         """Get a nonce, and ask for something in the name of a client, with a password that was guessed."""
@@ -64,11 +68,22 @@ class Strangers:
                 ask(wire.write(wire.REQUEST, method, random.randbytes(12), (wire.UDP, *proof), random.randbytes(16)))
 
         def ask(data: bytes) -> None:
-            world.network.send(data, address, ("192.0.2.1", 3478), 0, Link())
+            world.network.send(data, address, self._relay(address, 3478), 0, Link())
 
         method = random.choice((wire.ALLOCATE, wire.REFRESH, wire.CHANNEL_BIND))
         world.network.settle_at(address, NOBODY, receive, Link())
         ask(wire.write(wire.REQUEST, method, random.randbytes(12), (wire.UDP,)))
 
     def _address(self) -> Address:
-        return (f"198.18.0.{self._random.randrange(1, 255)}", self._random.randrange(65536))
+        """Choose where one of them is: elsewhere, or behind a NAT of the clients, at a port that none of them has."""
+        random = self._random
+        families = self._world.parameters.setting.families
+        is_among_clients = random.random() < 0.2
+        host = random.randrange(1, 1 + (self._world.parameters.nats if is_among_clients else 30))
+        port = random.randrange(1024) if is_among_clients else random.randrange(65536)
+        if random.choice(families) == 1:
+            return (f"203.0.113.{host}" if is_among_clients else f"198.18.0.{host}", port)
+        return (f"2001:db8:{5 if is_among_clients else 6}:{host:x}::5", port, 0, 0)
+
+    def _relay(self, address: Address, port: int) -> Address:
+        return (HOSTS[2], port, 0, 0) if ":" in address[0] else (HOSTS[1], port)

@@ -46,6 +46,7 @@ class Transactions:
         link: Link,
         send: Callable[[bytes], None],
         is_outdated: Callable[[Credential], bool],
+        is_withheld: Callable[[bytes], bool],
     ) -> None:
         self.fingerprint = False
         self.impatience = 0.0
@@ -64,6 +65,7 @@ class Transactions:
         self._link = link
         self._send = send
         self._is_outdated = is_outdated
+        self._is_withheld = is_withheld
 
     def __len__(self) -> int:
         return len(self._under_way)
@@ -138,7 +140,11 @@ class Transactions:
             return
         del self._under_way[transaction]
         self.timeouts += 1
-        if self._link.is_calm and max(self.disturbed_at, self._link.calm_since) < asked.begun:
+        if (
+            self._link.is_calm
+            and max(self.disturbed_at, self._link.calm_since) < asked.begun
+            and not self._is_withheld(transaction)
+        ):
             raise BrokenError(f"{asked.addresses}: method {asked.method} is not answered within {TIMEOUT} s")
         asked.then(None)
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING
 
-from tests.simulation.machine import USUALLY_SLOW
 from tests.simulation.network import Link
+from tests.simulation.parameters import DAY
 from tests.simulation.strangers import Strangers
 
 if TYPE_CHECKING:
@@ -47,9 +47,13 @@ class Troubles:
 
     def _strike(self, seconds: float, trouble: Callable[[], None], of_round: int) -> None:
         if of_round == self._round:
-            self._world.note("trouble", trouble.__name__)
+            self._note(trouble.__name__)
             trouble()
             self._plan(seconds, trouble, of_round)
+
+    def _note(self, trouble: object) -> None:
+        self._world.note("trouble", trouble)
+        self._world.happened["trouble", trouble] += 1
 
     # The network.
 
@@ -92,7 +96,7 @@ class Troubles:
     def _machine_trouble(self) -> None:
         machine, random = self._world.machine, self._random
         health = machine.health
-        match random.randrange(6):
+        match random.randrange(8):
             case 0:
                 ports = machine.setting.ports
                 # Where there are many, trying them all takes its time.
@@ -106,25 +110,21 @@ class Troubles:
                 health.lateness = random.choice((0.1, 5.0))
             case 4:
                 machine.stop(random.choice((0.2, 3.0, 30.0)))
+            case 5:
+                health.clock_error = random.choice((-DAY, -300.0, 300.0, DAY))
+            case 6:
+                for _ in range(5):
+                    machine.report_oddly()
             case _:
                 machine.fail_allocation()
         self._disturb(random.choice((5, 60)))
 
     def _disturb(self, seconds: float) -> None:
         machine = self._world.machine
-        self._scheduler.after(seconds, self._heal)
+        self._scheduler.after(seconds, machine.health.recover)
         for client in self._world.clients:
             # A request that waited for its answer then may be lost with its repetitions.
             client.asking.be_disturbed(max(machine.health.stopped_until, self._scheduler.now + seconds))
-
-    def _heal(self) -> None:
-        health = self._world.machine.health
-        health.foreign_ports, health.is_exhausted, health.slow_binds, health.lateness = (
-            frozenset(),
-            False,
-            USUALLY_SLOW,
-            0.001,
-        )
 
     def _restart(self) -> None:
         self._world.restart(politely=self._random.random() < 0.5)

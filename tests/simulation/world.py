@@ -2,6 +2,7 @@
 
 import math
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from random import Random
 
@@ -37,6 +38,8 @@ class World:
         self.network = Network(self.scheduler, Random(f"{seed} network"))
         self.portal = Portal(str(seed), self.scheduler)
         self.machines = 0
+        self.happened: Counter[tuple[object, ...]] = Counter()
+        """What came to pass, and how often: troubles; and answers, ends and the like, of relays that are over."""
         self._answers = 0
         self._relayed = 0
         self._addresses = 0
@@ -67,6 +70,9 @@ class World:
         # Nothing is left to wait for; and once is enough.
         self.machine.drain()
         self.machine.drain()
+        self._take_stock()
+        for client in self.clients:
+            self.happened.update({("recovered from", code): n for code, n in client.recovered.items()})
 
     def run_for(self, seconds: float) -> None:
         """Let clients come and go."""
@@ -124,6 +130,7 @@ class World:
 
     def _end_machine(self) -> None:
         self._answers, self._relayed = self.answers, self.relayed
+        self._take_stock()
         self.machine.end()
         self.scheduler.after(1 + 9 * self.random.random(), self._start_again)
 
@@ -149,6 +156,13 @@ class World:
         machine.connect()
         return machine, PortalLink(machine, self.machines, self.portal, self.scheduler)
 
+    def _take_stock(self) -> None:
+        """Note what came to pass with a relay."""
+        referee = self.machine.referee
+        for what, counted in (("answered", referee.answers), ("withheld", referee.withheld)):
+            self.happened.update({(what, *about): n for about, n in counted.items()})
+        self.happened.update({("freed", reason): n for reason, n in referee.frees.items()})
+
     @property
     def answers(self) -> int:
         """All that any relay gave."""
@@ -167,6 +181,9 @@ class World:
 
     def _make_client(self, n: int) -> Client:
         profile = profile_of(self.random, self.parameters.pace)
+        families = self.parameters.setting.families
+        if len(families) == 1:
+            profile = profile._replace(is_ipv6=families == (2,))
         return Client(n, profile, self)
 
     def credential(self, seconds: float) -> Credential | None:
@@ -175,10 +192,17 @@ class World:
     def is_outdated(self, credential: Credential) -> bool:
         return credential.relay != self.machines
 
+    def is_withheld(self, transaction: bytes) -> bool:
+        return transaction in self.machine.referee.withheld_of
+
+    @property
+    def patience(self) -> float:
+        return self.parameters.patience
+
     def new_address(self, *, is_ipv6: bool) -> Address:
         # Several clients behind each NAT.
         self._addresses += 1
-        host, port = self.random.randrange(1, 50), 1024 + self._addresses % 60000
+        host, port = self.random.randrange(1, self.parameters.nats + 1), 1024 + self._addresses % 60000
         return (f"2001:db8:5:{host:x}::5", port, 0, 0) if is_ipv6 else (f"203.0.113.{host}", port)
 
     def choose_peer(self, client: Client, family: int) -> Address | None:
