@@ -40,7 +40,7 @@ def main() -> int:
         if options.clients is not None:
             parameters = dataclasses.replace(parameters, clients=options.clients)
         parameters = parameters.without(filter(None, options.without.split(",")))
-        failure = run(seed, parameters, is_traced=options.trace)
+        failure = run(World(seed, parameters), is_traced=options.trace)
         if failure is not None:
             print(failure.account)
             print(
@@ -68,16 +68,15 @@ class Failure(NamedTuple):
     """What happened before."""
 
 
-def run(seed: int, parameters: Parameters, *, is_traced: bool = False) -> Failure | None:
+def run(world: World, *, is_traced: bool = False) -> Failure | None:
     """Run one world; None if nothing breaks."""
     began = time.process_time()
-    world = World(seed, parameters)
     world.trace.is_printed = is_traced
     try:
-        world.run(lambda world, day: show(world, f"{seed} day {day}", began) if parameters.hours > 24 else None)
+        world.run(lambda world, day: show(world, f"{world.seed} day {day}", began) if world.parameters.hours > 24 else None)
     except Exception as error:  # noqa: BLE001 - what is no BrokenError is a bug of the relay, most likely: what led to it is of use
         return Failure(f"{type(error)} {''.join(re.findall('[a-z ]{5,}', str(error)))}", world.account_of(error))
-    show(world, str(seed), began)
+    show(world, str(world.seed), began)
     return None
 
 
@@ -100,7 +99,7 @@ def smaller(seed: int, parameters: Parameters, kind: str) -> str:
     """Look for a smaller world in which a seed fails the same way, and give the command that runs it."""
 
     def fails(smaller_one: Parameters) -> bool:
-        failure = run(seed, smaller_one)
+        failure = run(World(seed, smaller_one))
         return failure is not None and failure.kind == kind
 
     clients = parameters.clients

@@ -84,7 +84,7 @@ class Parameters:
         one at once, and each of them more than one: copies are answered as well.
         """
         rate = self.setting.rate
-        return 100.0 + (6.0 * self.clients / self.nats / rate if rate else 0.0)
+        return 100.0 + (3.0 * self.clients / self.nats / rate if rate else 0.0)
 
     def without(self, troubles: Iterable[str]) -> "Parameters":
         """Give the same world without some of its troubles."""

@@ -11,6 +11,16 @@ from tests.simulation.strangers import Strangers
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
+_OF_MACHINES = (
+    "ports refused", "no descriptors", "slow binds", "late timers", "stopped", "clock stepped", "odd reports",
+    "sockets failed",
+)  # fmt: skip
+_OF_PORTALS = ("portal restarted", "portal out of reach", "channel forgotten", "connection closed")
+KINDS = frozenset(
+    (*_OF_MACHINES, *_OF_PORTALS, "bad_weather", "partition", "rebind", "machine_trouble", "portal_trouble", "restart")
+)
+"""What troubles there are."""
+
 
 class Troubles:
     """Begins troubles, and ends each."""
@@ -47,11 +57,11 @@ class Troubles:
 
     def _strike(self, seconds: float, trouble: Callable[[], None], of_round: int) -> None:
         if of_round == self._round:
-            self._note(trouble.__name__)
+            self._note(trouble.__name__.strip("_"))
             trouble()
             self._plan(seconds, trouble, of_round)
 
-    def _note(self, trouble: object) -> None:
+    def _note(self, trouble: str) -> None:
         self._world.note("trouble", trouble)
         self._world.happened["trouble", trouble] += 1
 
@@ -96,23 +106,24 @@ class Troubles:
     def _machine_trouble(self) -> None:
         machine, random = self._world.machine, self._random
         health = machine.health
-        match random.randrange(8):
-            case 0:
+        self._note(trouble := random.choice(_OF_MACHINES))
+        match trouble:
+            case "ports refused":
                 ports = machine.setting.ports
                 # Where there are many, trying them all takes its time.
                 share = random.choice((0.1, 0.5, 1.0 if len(ports) < 50 else 0.8))
                 health.foreign_ports = frozenset(random.sample(ports, int(len(ports) * share)))
-            case 1:
+            case "no descriptors":
                 health.is_exhausted = True
-            case 2:
+            case "slow binds":
                 health.slow_binds = 0.5
-            case 3:
+            case "late timers":
                 health.lateness = random.choice((0.1, 5.0))
-            case 4:
+            case "stopped":
                 machine.stop(random.choice((0.2, 3.0, 30.0)))
-            case 5:
+            case "clock stepped":
                 health.clock_error = random.choice((-DAY, -300.0, 300.0, DAY))
-            case 6:
+            case "odd reports":
                 for _ in range(5):
                     machine.report_oddly()
             case _:
@@ -133,12 +144,13 @@ class Troubles:
 
     def _portal_trouble(self) -> None:
         portal, random = self._world.portal, self._random
-        match random.randrange(4):
-            case 0:
+        self._note(trouble := random.choice(_OF_PORTALS))
+        match trouble:
+            case "portal restarted":
                 portal.crash(random.choice((0.5, 20, 300)))
-            case 1:
+            case "portal out of reach":
                 portal.cut_off(random.choice((10, 45, 300)))
-            case 2:
+            case "channel forgotten":
                 portal.forget_channel()
             case _:
                 portal.close_channel()

@@ -73,6 +73,7 @@ class World:
         self._take_stock()
         for client in self.clients:
             self.happened.update({("recovered from", code): n for code, n in client.recovered.items()})
+        self.happened.update({("network", "lost"): self.network.lost, ("network", "doubled"): self.network.doubled})
 
     def run_for(self, seconds: float) -> None:
         """Let clients come and go."""
@@ -139,8 +140,8 @@ class World:
         self.scheduler.after(1, self._tell_of_relay)
 
     def _tell_of_relay(self) -> None:
-        """Let clients hear that there is another relay, as soon as the portal knows."""
-        if not self.portal.has_relay:
+        """Let clients hear that there is another relay, once it has joined; the portal may still know the last one."""
+        if not self.machine.is_serving:
             self.scheduler.after(5, self._tell_of_relay)
             return
         for client in self.clients:
