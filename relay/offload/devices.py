@@ -57,6 +57,9 @@ NATIVE_DRIVERS: Final = frozenset(
 """Drivers that run XDP programs themselves, by the names they give. Not veth, which does too: its other end gets nothing
 unless it polls for it (NAPI), and nobody here can tell whether it does."""
 
+_ONLY_BACK: Final = frozenset(("ixgbevf", "mlx4_en", "nfp"))
+"""Those of them that send where they received, but lose what is for another interface, or from one."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Attached:
@@ -75,6 +78,7 @@ class Devices:
         self._program = program
         self._mode = config.mode
         self._attached: dict[str, _Attached] = {}
+        self._unclear: frozenset[str] = frozenset()
         self.failures: dict[str, str] = {}
         """Why those that could have the program don't."""
 
@@ -90,10 +94,15 @@ class Devices:
         return {each.ifindex: each.mode for each in self._attached.values()}
 
     def packed(self) -> list[Device]:
-        """Give them as the program has to know them."""
+        """Give those whose packets the program may take, as it has to know them.
+
+        In generic mode an interface with VLANs on it is none of them: there a packet's tag is not in the packet. The program
+        does not see it, and what it sends on would leave with it.
+        """
         return [
             Device(each.ifindex, each.mac, each.mode is Mode.NATIVE and each.driver != _VETH)
-            for each in self._attached.values()
+            for name, each in self._attached.items()
+            if name not in self._unclear
         ]
 
     def attach(self, links: Mapping[int, Link]) -> list[str]:
@@ -104,22 +113,19 @@ class Devices:
         """
         by_name = {each.name: each for each in links.values()}
         notes = self._let_go(by_name)
+        before = {name: each.mode for name, each in self._attached.items()}
         for name in self.names:
             link = by_name.get(name)
-            if name in self._attached or link is None:
-                continue
-            try:
-                attached = self._attach(link)
-            except OSError as error:
-                reason = _why_not(link, driver_of(name), error, self._mode)
-                if self.failures.get(name) != reason:
-                    notes.append(reason)
-                self.failures[name] = reason
-            else:
-                self.failures.pop(name, None)
-                self._attached[name] = attached
-                notes.append(f"{name} relays in the kernel ({_SPELLING[attached.mode]} mode, driver {attached.driver})")
-        return notes
+            if link is not None and name not in self._attached:
+                notes += self._take(link, self._modes(driver_of(name)))
+        if len({each.mode for each in self._attached.values()}) > 1:
+            # What one driver hands to another is lost where that one doesn't expect it: without a program of its own.
+            for name, attached in list(self._attached.items()):
+                if attached.mode is Mode.NATIVE:
+                    attached.link.close()
+                    del self._attached[name]
+                    notes += self._take(by_name[name], (Mode.GENERIC,))
+        return notes + self._changes(before) + self._see_vlans(links.values())
 
     def detach(self) -> None:
         """Take it from all of them."""
@@ -139,18 +145,50 @@ class Devices:
                 self._attached[name] = _Attached(link.ifindex, link.mac, attached.mode, attached.driver, attached.link)
         return notes
 
-    def _attach(self, link: Link) -> _Attached:
+    def _modes(self, driver: str) -> tuple[Mode, ...]:
+        """Give what is to be tried, in this order."""
+        if self._mode is not AttachMode.AUTO:
+            return (Mode.NATIVE if self._mode is AttachMode.DRIVER else Mode.GENERIC,)
+        known = driver in NATIVE_DRIVERS and (len(self.names) == 1 or driver not in _ONLY_BACK)
+        return (Mode.NATIVE, Mode.GENERIC) if known else (Mode.GENERIC,)
+
+    def _take(self, link: Link, modes: tuple[Mode, ...]) -> list[str]:
+        """Let an interface have it; give why not, unless that is known."""
+        try:
+            self._attached[link.name] = self._attach(link, modes)
+        except OSError as error:
+            reason = _why_not(link, driver_of(link.name), error, self._mode)
+            known = self.failures.get(link.name) == reason
+            self.failures[link.name] = reason
+            return [] if known else [reason]
+        self.failures.pop(link.name, None)
+        return []
+
+    def _attach(self, link: Link, modes: tuple[Mode, ...]) -> _Attached:
         driver = driver_of(link.name)
-        modes = {
-            AttachMode.DRIVER: (Mode.NATIVE,),
-            AttachMode.GENERIC: (Mode.GENERIC,),
-            AttachMode.AUTO: (Mode.NATIVE, Mode.GENERIC) if driver in NATIVE_DRIVERS else (Mode.GENERIC,),
-        }[self._mode]
         for mode in modes[:-1]:
             # A driver may be able to, and not be now: not with this MTU, nor with so few queues.
             with contextlib.suppress(OSError):
                 return self._link(link, driver, mode)
         return self._link(link, driver, modes[-1])
+
+    def _changes(self, before: Mapping[str, Mode]) -> list[str]:
+        return [
+            f"{name} relays in the kernel ({_SPELLING[each.mode]} mode, driver {each.driver})"
+            for name, each in self._attached.items()
+            if before.get(name) is not each.mode
+        ]
+
+    def _see_vlans(self, links: Iterable[Link]) -> list[str]:
+        parents = {each.parent for each in links if each.vlan}
+        before = self._unclear
+        self._unclear = frozenset(
+            name for name, each in self._attached.items() if each.mode is Mode.GENERIC and each.ifindex in parents
+        )
+        return [
+            f"{name} has VLANs on it, which generic mode doesn't show: the sockets relay what comes by it"
+            for name in sorted(self._unclear - before)
+        ]
 
     def _link(self, link: Link, driver: str, mode: Mode) -> _Attached:
         at = self._program.attach(link.ifindex, _XDP_MODES[mode])

@@ -132,6 +132,7 @@ def running(
     *options: str,
     links: str = "r0,r1",
     public: Sequence[str] = tuple(RELAY.values()),
+    by: tuple[str, ...] = (),
 ) -> Iterator[Running]:
     """Start a relay; it ends with the context."""
     secret = folder / "secret"
@@ -141,6 +142,7 @@ def running(
             *("--relay-secret-file", str(secret), "--ebpf-offloading", links, "--ebpf-attach-mode", mode),
             *("--health-address", "127.0.0.1:0", *options),
             hosts=tuple(public),
+            by=by,
         )
     try:
         program.wait_until_ready()

@@ -29,7 +29,7 @@ ROUTE_MTU: Final = 1400
 """Of the routes to clients and peers: what links take is longer, so that senders can go beyond it."""
 
 _SIOCETHTOOL: Final = 0x8946
-_SET_SUMS, _SET_GRO = 0x17, 0x2C
+_SET_SUMS, _SET_GRO, _SET_FLAGS = 0x17, 0x2C, 0x26
 _IPV6_FRAGMENT, _UDP = 44, 17
 _OUTGOING: Final = 4
 _EVERY_PROTOCOL: Final = 3
@@ -54,6 +54,12 @@ class Host(Machine):
             for command, value in ((_SET_SUMS, sums), (_SET_GRO, gro)):
                 argument = ctypes.create_string_buffer(struct.pack("=II", command, value))
                 fcntl.ioctl(asking, _SIOCETHTOOL, struct.pack("16sP16x", link.encode(), ctypes.addressof(argument)))
+
+    def put_tags_in(self, link: str) -> None:
+        """Have VLAN tags be part of the packets that leave by a link, instead of standing beside them for its hardware."""
+        with self.open_socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+            argument = ctypes.create_string_buffer(struct.pack("=II", _SET_FLAGS, 0))
+            fcntl.ioctl(asking, _SIOCETHTOOL, struct.pack("16sP16x", link.encode(), ctypes.addressof(argument)))
 
     def set_knob(self, name: str, value: int) -> None:
         """Set what is at a path below /proc/sys/net."""
