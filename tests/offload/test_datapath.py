@@ -13,7 +13,7 @@ import pytest
 from relay.config import AttachMode, BadUseError, Config, OffloadConfig
 from relay.core.addresses import ChannelNumber, ClientAddress, PeerAddress, RelayedPort
 from relay.core.commands import InstallChannel
-from relay.offload import capabilities, elf
+from relay.offload import capabilities, devices, elf
 from relay.offload.bpf import XdpMode
 from relay.offload.datapath import ChannelUsage, Datapath, open_datapath, usage_by_client
 from relay.offload.elf import NotBuiltError
@@ -159,6 +159,39 @@ def test_all_interfaces_are_attached_or_none() -> None:
     assert opened.devices.modes == {"near": "generic", "far": "generic"}
     opened.close()
     other.close()
+
+
+@pytest.fixture
+def modes(here: Machine, monkeypatch: pytest.MonkeyPatch, object_file: bytes) -> Callable[..., dict[str, str | None]]:
+    """Give the modes of interfaces that have been left to choose, of two whose driver is known, and of a bridge."""
+    del object_file
+    here.run("ip", "link", "add", "b0", "type", "bridge")
+    monkeypatch.setattr(devices, "NATIVE_DRIVERS", frozenset({"veth", "nfp"}))
+
+    def attached(*names: str) -> dict[str, str | None]:
+        opened = elsewhere(lambda: open_datapath(CONFIG, OffloadConfig(names)))
+        found = opened.devices.modes
+        opened.close()
+        return found
+
+    return attached
+
+
+@needs_bpf
+def test_interfaces_that_choose_have_one_mode(modes: Callable[..., dict[str, str | None]]) -> None:
+    assert modes("near", "far") == {"near": "driver", "far": "driver"}
+    # What a driver hands to an interface without a program in its driver is lost.
+    assert modes("near", "b0") == {"near": "generic", "b0": "generic"}
+    assert modes("b0", "far") == {"b0": "generic", "far": "generic"}
+
+
+@needs_bpf
+def test_a_driver_that_hands_nothing_over_is_native_only_by_itself(
+    modes: Callable[..., dict[str, str | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "driver_of", lambda name: "nfp" if name == "near" else "veth")
+    assert modes("near") == {"near": "driver"}
+    assert modes("near", "far") == {"near": "generic", "far": "generic"}
 
 
 @needs_bpf
