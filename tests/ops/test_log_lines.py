@@ -57,6 +57,22 @@ def test_people_see_time_level_target_event_and_fields_in_columns() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("unix", "people", "programs"),
+    [
+        (START, "2026-11-23T20:25:16.250Z", "2026-11-23T20:25:16.250000Z"),
+        (START + 0.001002, "2026-11-23T20:25:16.251Z", "2026-11-23T20:25:16.251002Z"),
+        (START + 0.7496, "2026-11-23T20:25:17.000Z", "2026-11-23T20:25:16.999600Z"),
+        (START - 0.25, "2026-11-23T20:25:16.000Z", "2026-11-23T20:25:16.000000Z"),
+        (0.0, "1970-01-01T00:00:00.000Z", "1970-01-01T00:00:00.000000Z"),
+    ],
+)
+def test_times_are_those_of_the_calendar_from_one_line_to_the_next(unix: float, people: str, programs: str) -> None:
+    for _ in range(2):
+        assert human(line()._replace(unix=unix)).startswith(people)
+        assert valid(json_line(line()._replace(unix=unix)))["timestamp"] == programs
+
+
 def test_people_at_a_terminal_see_colours_and_no_date() -> None:
     written = in_colours(line(level=Level.WARN, client="a"))
     assert "\x1b[33mWARN \x1b[0m" in written

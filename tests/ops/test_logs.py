@@ -70,6 +70,20 @@ def test_what_the_filter_does_not_admit_is_not_written(log: KeptLog, directives:
     assert sorted(events(log)) == sorted(expected)
 
 
+def test_what_a_logger_is_bound_to_is_written_with_each_event(log: KeptLog) -> None:
+    bound = PORTAL.bind(client="203.0.113.5:1")
+    bound.info("allocation created", lifetime=600)
+    (entry,) = log.take()
+    assert (entry["client"], entry["lifetime"]) == ("203.0.113.5:1", 600)
+
+
+def test_who_listens_to_structlog_hears_each_event_in_place_of_the_log(log: KeptLog) -> None:
+    with structlog.testing.capture_logs() as heard:
+        PORTAL.info("joined the portal", lifetime=1)
+    assert heard == [{"event": "joined the portal", "log_level": "info", "lifetime": 1}]
+    assert log.take() == []
+
+
 def test_a_filter_holds_from_the_moment_it_is_changed(log: KeptLog) -> None:
     for directives, count in (("info", 0), ("debug", 1), ("core=debug,off", 1), ("core=info", 0)):
         log.change_filter(LogFilter.parse(directives))

@@ -7,8 +7,10 @@ or ``\u202e``. Only the text of an exception has lines, and none of them can be 
 
 import datetime as dt
 import json
+import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple, TypeAlias
 
@@ -25,6 +27,8 @@ MOST_PARTS = 100
 """Of a list or a table in a field."""
 
 _EVENT_WIDTH, _TARGET_WIDTH = 24, 18
+_MILLISECONDS, _MICROSECONDS = 3, 6
+_TWO_TEXTS = re.compile('[ "=,]').search
 _BEFORE_EXCEPTION = "    | "
 
 _QUOTING = (KeyError, ValueError)
@@ -76,7 +80,7 @@ def renderer(log_format: LogFormat, *, is_watched: bool) -> Renderer:
 def json_line(line: Line) -> str:
     """Write one JSON object; its texts have no control characters in them, not even when they are read back."""
     written: dict[str, Value] = {
-        "timestamp": _time(line.unix, "microseconds"),
+        "timestamp": _time(line.unix, _MICROSECONDS),
         "level": _JSON_NAMES[line.level],
         "target": neutral(line.target),
         "event": neutral(line.event),
@@ -142,7 +146,7 @@ class _Human:
     def __call__(self, line: Line) -> str:
         paint = _painted if self._is_watched else _plainly
         name, colour = _NAMES[line.level]
-        time = _time(line.unix, "milliseconds")
+        time = _time(line.unix, _MILLISECONDS)
         written = [
             paint(time[11:23] if self._is_watched else time, _DIM),
             paint(f"{name:5}", colour),
@@ -165,9 +169,15 @@ def _plainly(text: str, _: str) -> str:
     return text
 
 
-def _time(unix: float, precision: str) -> str:
-    """Write a time as RFC 3339 does."""
-    return f"{dt.datetime.fromtimestamp(unix, dt.UTC).replace(tzinfo=None).isoformat(timespec=precision)}Z"
+def _time(unix: float, digits: int) -> str:
+    """Write a time as RFC 3339 does, with some digits of the second."""
+    seconds, fraction = divmod(round(unix * 10**digits), 10**digits)
+    return f"{_second(seconds)}.{fraction:0{digits}}Z"
+
+
+@lru_cache(maxsize=1)
+def _second(unix: int) -> str:
+    return dt.datetime.fromtimestamp(unix, dt.UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def _escaped(character: str) -> str:
@@ -176,6 +186,13 @@ def _escaped(character: str) -> str:
 
 def _plain(value: object, depth: int = 2) -> Value:
     """Give what JSON can hold of a value."""
+    if type(value) is str:
+        return neutral(value)
+    return value if type(value) is int else _plain_other(value, depth)
+
+
+def _plain_other(value: object, depth: int) -> Value:
+    """Give it of what is neither a text nor a number, which most are."""
     match value:
         case None | bool():
             return value
@@ -201,7 +218,7 @@ def _shown(value: object) -> str:
         return "none"
     if not isinstance(plain, str):
         return str(plain).lower() if isinstance(plain, bool) else str(plain)
-    if plain and not any(character in ' "=,' for character in plain):
+    if plain and _TWO_TEXTS(plain) is None:
         return plain
     # No quotation mark but those around it.
     inner = plain.replace('"', "\\x22")

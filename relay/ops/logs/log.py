@@ -11,7 +11,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TextIO
 
 import structlog
@@ -218,6 +218,7 @@ class _BoundLogger(structlog.BoundLoggerBase):
     """The methods that modules call; an event that the filter does not admit costs a look-up."""
 
     _logger: _Target
+    _processors: Sequence[structlog.typing.Processor]
 
     def debug(self, event: str, **fields: Any) -> None:  # noqa: ANN401
         self._tell("debug", Level.DEBUG, event, fields)
@@ -238,8 +239,14 @@ class _BoundLogger(structlog.BoundLoggerBase):
         self._tell("error", Level.ERROR, event, {"exc_info": True, **fields})
 
     def _tell(self, method: str, level: Level, event: str, fields: dict[str, Any]) -> None:
-        if self._logger.log.admits(self._logger.name, level):
-            # By way of structlog, whose tests can listen there.
+        target = self._logger
+        if not target.log.admits(target.name, level):
+            return
+        if self._processors[-1] is _write and not self._context:
+            # What structlog would do with it comes to this, and takes it as long as all the rest.
+            _write_to(target, level, event, fields)
+        else:
+            # Tests can listen there.
             self._proxy_to_logger(method, event, **fields)
 
 
@@ -255,10 +262,14 @@ _METHODS = {
 def _write(target: _Target, method: str, fields: structlog.typing.EventDict) -> structlog.typing.EventDict:
     """Write an event; the last of structlog's processors."""
     event = fields.pop("event")
+    _write_to(target, _METHODS[method], event, dict(fields))
+    raise structlog.DropEvent
+
+
+def _write_to(target: _Target, level: Level, event: str, fields: dict[str, object]) -> None:
     given = fields.pop("exc_info", None)
     error = sys.exc_info()[1] if given is True else given
-    target.log.write(target.name, _METHODS[method], event, dict(fields), error if isinstance(error, BaseException) else None)
-    raise structlog.DropEvent
+    target.log.write(target.name, level, event, fields, error if isinstance(error, BaseException) else None)
 
 
 @contextlib.contextmanager
