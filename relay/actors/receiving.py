@@ -6,6 +6,11 @@ from relay.core.trains import Arrival
 from relay.net.receiver import Receiver
 from relay.ops.threads import LOOK_EVERY, yield_cpu, yield_to_others
 
+STALE_AFTER = 1.0
+"""Seconds after which packets that wait in a socket are not relayed any more. An overload has them wait for some 10 ms
+(`relay.net.backlog`); so nobody has run for that long: the process was stopped, or its machine. What was sent then has been
+sent again or given up, and to relay megabytes of it would have everything new find no room."""
+
 
 class ReceivingActor(Actor):
     """Reads sockets from its start until it is stopped, and tells the server actor of what arrives.

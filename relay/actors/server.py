@@ -26,6 +26,7 @@ from relay.actors.messages import (
     FromPeers,
     Tick,
 )
+from relay.actors.receiving import STALE_AFTER
 from relay.core.addresses import AllocationId, Family, RelayedPort
 from relay.core.commands import (
     OFFLOAD_COMMANDS,
@@ -334,7 +335,7 @@ class ServerActor(Actor):
         sockets = RelayedSockets(
             {family: self._bind_hosts[family] for family in command.families}, command.port, self.counters.udp
         )
-        receiver = Receiver(tuple(sockets.by_family.values()))
+        receiver = Receiver(tuple(sockets.by_family.values()), stale_after=STALE_AFTER)
 
         def failed(_: str, error: BaseException) -> None:
             with contextlib.suppress(pykka.ActorDeadError):

@@ -27,7 +27,7 @@ def summary_of(sources: Sources, uptime: float) -> dict[str, object]:
         "allocations": len(sources.tables.by_id),
         "live_channels": len(sources.tables.live_channels),
         "server_inbox": 0 if inbox is None else len(inbox),
-        "dropped_late": 0 if inbox is None else inbox.dropped,
+        "dropped_late": sources.dropped_late(),
         "to_peer_packets": counters.to_peer_packets,
         "to_client_packets": counters.to_client_packets,
         "to_peer_sizes": _readable(histogram(counters.to_peer_sizes)),

@@ -1,6 +1,7 @@
 """Starts the relay in order, hears what happens to it, and stops it in reverse order."""
 
 import contextlib
+import math
 import queue
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from relay.actors.offload import Offloading
 from relay.actors.pages import Sources, serving
 from relay.actors.portal import PortalActor
 from relay.actors.pulse import Pulse
+from relay.actors.receiving import STALE_AFTER
 from relay.actors.server import DataPaths, ServerActor, ServerCounters
 from relay.actors.summary import summary_of
 from relay.config import Config, Endpoint, PortalAccess
@@ -304,9 +306,11 @@ class System:
             # What came before was for nobody, and its senders have long tried again.
             discard_waiting(steered.all)
             for number, opened in enumerate(steered.data, 1):
-                self._listen(ListenerActor, f"listener-{family.name.lower()}-{number}", opened)
+                # Requests are never thrown away, however long they have waited; nor is what comes by the same socket.
+                stale_after = math.inf if steered.rest is None else STALE_AFTER
+                self._listen(ListenerActor, f"listener-{family.name.lower()}-{number}", opened, stale_after)
             if steered.rest is not None:
-                self._listen(RequestListenerActor, f"requests-{family.name.lower()}", steered.rest)
+                self._listen(RequestListenerActor, f"requests-{family.name.lower()}", steered.rest, math.inf)
         self._has_begun = True
         _log.info(
             "ready",
@@ -319,9 +323,9 @@ class System:
         self._systemd.ready("answering clients")
         self._systemd.watch(self._is_alive)
 
-    def _listen(self, listener: type[ListenerActor], name: str, opened: UdpSocket) -> None:
+    def _listen(self, listener: type[ListenerActor], name: str, opened: UdpSocket, stale_after: float) -> None:
         assert self._inbox is not None  # noqa: S101 - it is the server actor's
-        receiver = Receiver((opened,), WAITING_FROM_CLIENTS, BATCH_FROM_CLIENTS)
+        receiver = Receiver((opened,), WAITING_FROM_CLIENTS, BATCH_FROM_CLIENTS, stale_after)
         started = listener.start(name, receiver, self._inbox, self._failed)
         self._stack.callback(_stop, name, started, LISTENER_STOP_TIMEOUT)
         self._stack.callback(receiver.stop)

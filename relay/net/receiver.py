@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import select
 import socket
 import time
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 
 from relay.core.trains import Arrival
 from relay.net.backlog import LEAST, Backlog
-from relay.net.udp import UdpSocket, is_broken, name_of
+from relay.net.udp import UdpSocket, discard_waiting, is_broken, name_of
 
 BATCH_DATAGRAMS = 48
 """Bound of a batch: large enough to share the cost of handing it over, small enough not to delay others. A reader of what
@@ -45,6 +46,8 @@ class Receiver:
         sockets: open ones; they stay the caller's.
         least: datagrams that may wait in each, however large an overload is.
         most: datagrams and trains in a batch.
+        stale_after: seconds. A full batch that has waited for longer is thrown away, and all that waits behind it: nobody
+            has read for so long, and what is new finds room again. By default nothing is.
     """
 
     __slots__ = (
@@ -52,17 +55,25 @@ class Receiver:
         "_by_descriptor",
         "_errors",
         "_expected",
+        "_filled_at",
         "_least",
         "_most",
         "_poll",
         "_sockets",
+        "_stale_after",
         "_stopped",
         "_wakes",
         "is_behind",
         "is_flooded",
     )
 
-    def __init__(self, sockets: Sequence[UdpSocket], least: int = LEAST, most: int = BATCH_DATAGRAMS) -> None:
+    def __init__(
+        self,
+        sockets: Sequence[UdpSocket],
+        least: int = LEAST,
+        most: int = BATCH_DATAGRAMS,
+        stale_after: float = math.inf,
+    ) -> None:
         self._sockets = tuple(sockets)
         self._by_descriptor: dict[int, UdpSocket] = {}
         self._poll: select.poll | None = None
@@ -73,6 +84,12 @@ class Receiver:
                 self._poll.register(each, _READABLE)
         self._least = least
         self._most = most
+        self._stale_after = stale_after
+        self._filled_at = -math.inf
+        if stale_after < math.inf:
+            for each in self._sockets:
+                # From now on it is noted when datagrams arrive.
+                each.waited()
         self._stopped = False
         self._wakes = 0
         self._expected = 1
@@ -111,6 +128,9 @@ class Receiver:
                 self._drain(sock, batch, self._most)
             elif self._expected > 1:
                 self._drain(sock, batch, self._expected)
+            if self.is_behind and self._is_stale(sock):
+                sock.counters.dropped_stale += len(batch) + discard_waiting((sock,))
+                continue
             return batch
         return []
 
@@ -157,6 +177,14 @@ class Receiver:
         self._expected = len(batch)
         if self.is_behind or self._backlogs is not None:
             self._note_backlog(sock, size, len(batch))
+
+    def _is_stale(self, sock: UdpSocket) -> bool:
+        """Tell whether a full batch has waited for too long: asked of the kernel only if none was read in that time."""
+        now = time.monotonic()
+        if now - self._filled_at > self._stale_after and sock.waited() > self._stale_after:
+            return True
+        self._filled_at = now
+        return False
 
     def _note_backlog(self, sock: UdpSocket, size: int, datagrams: int) -> None:
         if self._backlogs is None:

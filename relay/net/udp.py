@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import fcntl
 import socket
 import struct
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,7 +36,8 @@ _UDP_SEGMENT = 103
 _UDP_GRO = 104
 _SO_RCVBUFFORCE = 33
 _SO_MEMINFO = 55
-"""Numbers of Linux (linux/udp.h, asm-generic/socket.h) that the socket module has no names for."""
+_SIOCGSTAMPNS = 0x8907
+"""Numbers of Linux (linux/udp.h, asm-generic/socket.h, asm-generic/sockios.h) that the socket module has no names for."""
 
 _CONTROL_SPACE = 64
 """Bytes for what the kernel says beside a datagram: its traffic class and, of a train, its segment length (48 in all)."""
@@ -42,6 +45,7 @@ _CONTROL_SPACE = 64
 _SHORT = struct.Struct("=H")
 _INT = struct.Struct("=i")
 _MEMINFO = struct.Struct("=9I")
+_TIMESPEC = struct.Struct("@ll")
 _DROPS = 8
 
 _BROKEN = frozenset((errno.EBADF, errno.ENOTSOCK, errno.EPIPE))
@@ -71,6 +75,8 @@ class UdpCounters:
     `open`."""
     open: "set[UdpSocket]" = field(default_factory=set, compare=False, repr=False)
     """Sockets that count here."""
+    dropped_stale: int = 0
+    """Datagrams and trains that were read and thrown away, since they had waited too long in a socket."""
     buffers_cut: int = 0
     """How often a receive buffer was made small for an overload."""
 
@@ -144,6 +150,19 @@ class UdpSocket(socket.socket):
             if len(told) == _MEMINFO.size:
                 return int(_MEMINFO.unpack(told)[_DROPS])
         return 0
+
+    def waited(self) -> float:
+        """Give for how many seconds what was read last had waited, by the wall clock.
+
+        The kernel notes when datagrams arrive from the first call on; it is 0 for those that came before, and where it does
+        not tell. To note it costs some 50 ns for each, to ask 1 µs.
+        """
+        try:
+            seconds, nanoseconds = _TIMESPEC.unpack(fcntl.ioctl(self, _SIOCGSTAMPNS, bytes(_TIMESPEC.size)))
+        except OSError:
+            return 0.0
+        at: float = seconds + nanoseconds / 1e9
+        return max(0.0, time.time() - at)
 
     def wait(self) -> None:
         """Wait until there is something to read, or the socket is shut down.
@@ -277,7 +296,9 @@ def discard_waiting(sockets: Sequence[UdpSocket]) -> int:
     for each in sockets:
         with contextlib.suppress(OSError):
             for _ in range(_MOST_WAITING):
-                each.recv(1, socket.MSG_DONTWAIT)
+                if each.recvfrom(1, socket.MSG_DONTWAIT)[1] is None:
+                    # It is shut down.
+                    break
                 discarded += 1
     return discarded
 

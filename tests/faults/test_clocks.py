@@ -4,16 +4,22 @@ import contextlib
 import os
 import signal
 import socket
+import time
 from typing import Final
 
 import pytest
 
+from relay.actors.receiving import STALE_AFTER
+from relay.core.stun import MessageClass, Method, encode
+from relay.net.receiver import BATCH_DATAGRAMS
+from tests.conftest import wait_until
 from tests.faults.conftest import CHANNEL, PATIENCE, Failing
 from tests.turn_client import udp_socket
 
 HOUR: Final = 3600
 DAY: Final = 86400
 STOPPED: Final = 200
+ASKED: Final = 100
 QUIET: Final = 0.5
 """Seconds without a packet after which no more is to come."""
 
@@ -75,5 +81,37 @@ def test_a_process_that_was_stopped_goes_on_and_what_it_was_too_late_for_is_coun
         lost = failing.counted("dropped_late")[""] + failing.counted("kernel_drops")[""] - lost
         assert len(at_peer) + len(at_client) + lost == 2 * STOPPED
         assert (at_peer, at_client) == (sorted(set(at_peer)), sorted(set(at_client))), "in order, and none twice"
+        assert client.refresh(600) is None
+    failing.assert_serves()
+
+
+def test_what_waited_for_as_long_as_a_process_was_stopped_is_dropped_but_for_requests(failing: Failing) -> None:
+    """Megabytes of what nobody waits for any more would be in the way of everything new."""
+    lost = failing.counted("dropped_stale")[""]
+    with failing.client() as client, failing.client() as other, udp_socket("127.0.0.1") as peer:
+        (relayed,) = client.allocate()
+        other.allocate()
+        assert client.bind_channel(CHANNEL, peer.getsockname()) is None
+        failing.process.send_signal(signal.SIGSTOP)
+        assert os.WIFSTOPPED(os.waitpid(failing.process.pid, os.WUNTRACED)[1])
+        try:
+            for each in range(STOPPED):
+                client.send(CHANNEL, b"%04d" % each)
+                peer.sendto(b"%04d" % each, relayed[:2])
+            for each in range(ASKED):
+                request = encode(MessageClass.REQUEST, Method.BINDING, b"%012d" % each, [])
+                other.socket.sendto(request, (failing.host, 3478))
+            time.sleep(STALE_AFTER * 2)
+        finally:
+            failing.process.send_signal(signal.SIGCONT)
+        assert [int(other.socket.recv(100)[8:20]) for _ in range(ASKED)] == list(range(ASKED)), "all, however late"
+        # Those that it reads one by one, until it finds that there are many.
+        wait_until(lambda: failing.counted("dropped_stale")[""] - lost > 2 * (STOPPED - BATCH_DATAGRAMS), PATIENCE)
+        client.send(CHANNEL, b"9999")
+        peer.sendto(b"9999", relayed[:2])
+        at_peer, at_client = numbers(peer), numbers(client.socket)
+        assert (at_peer[-1], at_client[-1]) == (9999, 9999)
+        lost = failing.counted("dropped_stale")[""] - lost
+        assert len(at_peer) + len(at_client) + lost == 2 * STOPPED + 2
         assert client.refresh(600) is None
     failing.assert_serves()

@@ -353,6 +353,14 @@ def test_what_waits_can_be_thrown_away(open_socket: Opener, family: Family, host
     assert discard_waiting(sockets) == 0
 
 
+def test_in_a_socket_that_is_shut_down_nothing_waits(open_socket: Opener) -> None:
+    receiving = open_socket(Family.IPV4, "127.0.0.1")
+    receiving.transmit(b"the last", receiving.getsockname())
+    with pytest.raises(OSError, match="not connected"):
+        receiving.shutdown(socket.SHUT_RD)
+    assert discard_waiting([receiving]) <= 1
+
+
 def made_busy(receiver: Receiver, sending: UdpSocket, receiving: UdpSocket) -> None:
     """Bring a receiver to the read at which it looks for more."""
     for _ in range(SINGLE_READS):

@@ -3,6 +3,7 @@
 import errno
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
@@ -10,9 +11,9 @@ import pytest
 
 from relay.core.addresses import Family
 from relay.core.trains import Arrival
-from relay.net.receiver import Receiver
-from relay.net.udp import UdpSocket, is_broken
-from tests.conftest import needs_ipv6
+from relay.net.receiver import BATCH_DATAGRAMS, Receiver
+from relay.net.udp import UdpCounters, UdpSocket, is_broken
+from tests.conftest import needs_ipv6, wait_until
 
 HOSTS = [
     (Family.IPV4, "127.0.0.1"),
@@ -75,6 +76,53 @@ def test_stop_wakes_a_thread_that_is_blocked_in_receive(open_socket: Opener, cou
     receiver.stop()
     thread.join(30)
     assert result == [[]]
+
+
+WAITING = 300
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_nobody_read_for_too_long_is_thrown_away_but_for_less_than_a_batch(open_socket: Opener, count: int) -> None:
+    sockets = [open_socket(Family.IPV4, "127.0.0.1") for _ in range(count)]
+    sending = open_socket(Family.IPV4, "127.0.0.1")
+    counters = UdpCounters()
+    for each in sockets:
+        each.counters = counters
+    receiver = Receiver(sockets, stale_after=0.05)
+    for number in range(WAITING):
+        for each in sockets:
+            sending.transmit(b"%d" % number, each.getsockname())
+    # That it passes is what this is about.
+    time.sleep(0.1)
+    received: list[bytes] = []
+
+    def read() -> None:
+        while batch := receiver.receive():
+            received.extend(data for data, *_ in batch)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        wait_until(lambda: counters.dropped_stale + len(received) == WAITING * count)
+        assert len(received) < BATCH_DATAGRAMS * count
+        for each in sockets:
+            sending.transmit(b"fresh", each.getsockname())
+        wait_until(lambda: received[-count:] == [b"fresh"] * count)
+    finally:
+        receiver.stop()
+        thread.join(5)
+
+
+def test_a_burst_after_a_silence_is_no_older_than_it_is(open_socket: Opener) -> None:
+    receiving, sending = open_socket(Family.IPV4, "127.0.0.1"), open_socket(Family.IPV4, "127.0.0.1")
+    receiver = Receiver([receiving], stale_after=30)
+    received: list[Arrival] = []
+    for number in range(WAITING):
+        sending.transmit(b"%d" % number, receiving.getsockname())
+    while len(received) < WAITING:
+        received += receiver.receive()
+    assert [int(data) for data, *_ in received] == list(range(WAITING))
+    assert receiving.counters.dropped_stale == 0
 
 
 @pytest.mark.parametrize("count", [1, 2])

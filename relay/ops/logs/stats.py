@@ -54,15 +54,13 @@ def flow_in(sources: Sources) -> Flow:
     counters, tables, datapath = sources.counters, sources.tables, sources.datapath
     kernel = NOTHING_RELAYED if datapath is None else datapath.program.totals()
     to_peer, to_client = DIRECTIONS
-    inbox = sources.inbox()
-    late = 0 if inbox is None else inbox.dropped
     return Flow(
         counters.to_peer_packets + kernel.packets[to_peer],
         counters.to_peer_bytes + kernel.bytes[to_peer],
         counters.to_client_packets + kernel.packets[to_client],
         counters.to_client_bytes + kernel.bytes[to_client],
         sum(kernel.packets.values()),
-        sum(counters.drops.copy().values()) + sources.kernel_drops() + late,
+        sum(counters.drops.copy().values()) + sources.kernel_drops() + sources.dropped_late(),
         len(tables.by_id),
         len(tables.live_channels),
     )

@@ -68,6 +68,11 @@ class Sources(NamedTuple):
     clocks_apart: float = time.time() - time.monotonic()
     """Seconds between the wall clock and the one that nobody sets, at the start."""
 
+    def dropped_late(self) -> int:
+        """Give how many datagrams and trains were thrown away since they had waited too long: in a socket, or for a turn."""
+        inbox = self.inbox()
+        return self.carried_out.udp.dropped_stale + (0 if inbox is None else inbox.dropped)
+
 
 NOTHING_RELAYED = Totals(
     dict.fromkeys(DIRECTIONS, 0),

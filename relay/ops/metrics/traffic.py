@@ -75,8 +75,7 @@ def _drops(look: Look) -> Iterator[Point]:
     sources = look.sources
     for reason, count in sources.counters.drops.copy().items():
         yield (reason.value,), count
-    inbox = sources.inbox()
-    yield (LATE,), 0 if inbox is None else inbox.dropped
+    yield (LATE,), sources.dropped_late()
     yield (ALLOCATION_GONE,), sources.carried_out.late_sends
 
 
