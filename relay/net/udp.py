@@ -154,7 +154,7 @@ class UdpSocket(socket.socket):
     def waited(self) -> float:
         """Give for how many seconds what was read last had waited, by the wall clock.
 
-        The kernel notes when datagrams arrive from the first call on; it is 0 for those that came before, and where it does
+        The kernel notes when datagrams arrive from shortly after the first call on: it is 0 for earlier ones, and if it does
         not tell. To note it costs some 50 ns for each, to ask 1 µs.
         """
         try:

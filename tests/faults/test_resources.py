@@ -22,6 +22,10 @@ from tests.interop.test_privilege import is_root, needs_nobody
 PORTS: Final = 40
 
 
+GROUPS: Final = (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup"))
+"""Where control groups with a limit of pids are made: version 1, and 2."""
+
+
 @contextlib.contextmanager
 def half_taken(host: str) -> Iterator[int]:
     """Take every second one of some ports in a row, all of which were free; give the first."""
@@ -117,3 +121,35 @@ def test_508_without_a_thread_and_service_once_there_is_one(of_somebody: Failing
     assert of_somebody.counted("bind_errors") == {"RuntimeError": 2}
     assert of_somebody.log.count("no sockets for allocations") == 1
     of_somebody.assert_serves()
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    """A control group that can limit how many threads there are in it."""
+    for parent in GROUPS:
+        made = parent / f"relay-{os.getpid()}"
+        with contextlib.suppress(OSError):
+            made.mkdir()
+            try:
+                if (made / "pids.max").exists():
+                    yield made
+                    return
+            finally:
+                made.rmdir()
+    pytest.skip("NO CONTROL GROUP with a limit of pids can be made here")
+
+
+def test_508_at_the_limit_of_a_control_group_and_service_once_it_is_raised(
+    group: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """What `TasksMax=` and `--pids-limit` are."""
+    with running(tmp_path_factory.mktemp("relay")) as program, program.client() as served, program.client() as refused:
+        served.allocate()
+        (group / "cgroup.procs").write_text(str(program.process.pid))
+        (group / "pids.max").write_text((group / "pids.current").read_text())
+        assert allocate_refused(refused) == 508
+        assert allocate_refused(refused) == 508
+        assert served.refresh(600) is None
+        (group / "pids.max").write_text("max")
+        assert program.counted("bind_errors") == {"RuntimeError": 2}
+        program.assert_serves()

@@ -79,6 +79,16 @@ def test_stop_wakes_a_thread_that_is_blocked_in_receive(open_socket: Opener, cou
 
 
 WAITING = 300
+STALE = 0.05
+
+
+def notes_arrivals(sock: UdpSocket) -> bool:
+    """Whether the kernel notes when datagrams arrive, which it begins to in its own time."""
+    sock.waited()
+    sock.transmit(b"", sock.getsockname())
+    time.sleep(STALE)
+    sock.receive()
+    return sock.waited() >= STALE
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -88,12 +98,13 @@ def test_what_nobody_read_for_too_long_is_thrown_away_but_for_less_than_a_batch(
     counters = UdpCounters()
     for each in sockets:
         each.counters = counters
-    receiver = Receiver(sockets, stale_after=0.05)
+    receiver = Receiver(sockets, stale_after=STALE)
+    wait_until(lambda: notes_arrivals(sending))
     for number in range(WAITING):
         for each in sockets:
             sending.transmit(b"%d" % number, each.getsockname())
     # That it passes is what this is about.
-    time.sleep(0.1)
+    time.sleep(STALE * 2)
     received: list[bytes] = []
 
     def read() -> None:
