@@ -17,13 +17,17 @@ PORTS = range(50000, 50006)
 CHANNEL = 0x4001
 CLIENT: Address = ("203.0.113.1", 1000)
 PEER: Address = ("198.51.100.1", 5000)
+# So little of everything that some hundred deeds come to the end of it.
 CONFIG = ServerConfig(
     secret=RelaySecret(SECRET),
     public_hosts=HOSTS,
     ports=PORTS,
     peers=PeerPolicy(frozenset(HOSTS.values()), frozenset((3478,)), PORTS, frozenset(HOSTS.values())),
-    max_allocations=5,
-    max_channels=4,
+    max_allocations=3,
+    max_allocations_per_address=2,
+    max_channels=2,
+    unauthenticated_rate=2,
+    unauthenticated_burst=12,
     software="relay under fuzzing",
     offloads=True,
 )

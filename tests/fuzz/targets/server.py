@@ -1,5 +1,6 @@
 """The server: what clients, peers, sockets and time do to it, in any order; whatever comes, its tables fit together."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from random import Random
 
@@ -38,6 +39,8 @@ CLIENTS: tuple[Address, ...] = (
     ("203.0.113.2", 1000),
     ("2001:db8:5::5", 1000, 0, 0),
     ("203.0.113.9", 0),
+    ("203.0.113.1", 1002),
+    ("2001:db8:5::6", 5000, 0, 0),
 )
 USERNAMES = (username("a"), username("b"), username("short", 700), username("late", -1), "no username", username("c"))
 PEERS: tuple[Address, ...] = (
@@ -66,6 +69,9 @@ _SEND_TRAIN = bytes((4, 0, 0, 3, 65, 66, 67, 0xC3, 0))
 _RECEIVE = bytes((5, 1, 0, 3, 65, 66, 67, 0))
 _REFRESH = bytes((1, 0, 0, 1, 0, 8, 4))
 _DELETE = bytes((1, 0, 0, 1, 0, 8, 0))
+_ASK_BARE = bytes((1, 2, 0, 4, 0x0C, 0))
+_FLOOD = bytes((11, 0x9F, 0, 3, 0, 0, 0x0C, 0)) + b"\3" * 30
+_FORWARD = bytes((11, 5, 1, 0, 0, 3, 65, 66, 67, 0, 3, 3, 3, 3))
 _LATER, _MUCH_LATER = bytes((6, 7, 1)), bytes((6, 11, 1))
 _OPEN = _ALLOCATE * 2 + _BOUND + _BIND_CHANNEL
 
@@ -81,6 +87,10 @@ SEEDS = (
     + bytes((12, 0xD7))
     + bytes((10, 1, 10, 2)),
     _OPEN + bytes((11, 7, 1, 0, 0, 2, 65, 66, 0, 3, 3, 0, 0, 0, 0, 0, 8, 2, 3, 2, 0, 0, 2, 67, 68, 0)),
+    _ASK_BARE * 30,
+    _OPEN + _FLOOD + _FORWARD + bytes((5, 1, 0, 3, 65, 66, 67, 0x23)),
+    b"".join(bytes((1, client, name, 0, 0, 6)) * 2 + _BOUND for client, name in ((0, 0), (1, 1), (5, 2), (2, 2), (3, 5))),
+    _OPEN + bytes((1, 0, 0, 2, 0, 0, 1, 1)) + bytes((1, 0, 0, 2, 0, 0, 2, 0)),
     bytes(range(256)),
 )
 
@@ -100,6 +110,8 @@ class _Sequence:
         self.now = START
         self.nonces: dict[Address, bytes] = {}
         self.last = b""
+        self.answered: Counter[str] = Counter()
+        """Answers to who has proven nothing, by the network that they went to."""
         self.waiting: list[BindPort] = []
         self.ids: list[AllocationId] = [AllocationId(0)]
         self.ports: dict[AllocationId, RelayedPort] = {}
@@ -201,15 +213,18 @@ class _Sequence:
         allocation, peer, data, more = reader.choose(self.ids), reader.choose(PEERS), reader.blob(), reader.byte()
         segment = more & 0x1F if more >= 0xC0 and data else 0
         arrival = (data, peer, segment, more & 0xFF)
-        if more & 0x20:
-            self.server.handle_peer_arrivals(allocation, iter([arrival] * (more & 3)), self.now)
-        elif self.server.forward_to_client([arrival], self.now.monotonic, allocation) is None:
-            self.server.handle_peer_arrival(allocation, arrival, self.now)
+        arrivals = [arrival] * (1 + (more & 3) if more & 0x20 else 1)
+        if more & 0x40 or self.server.forward_to_client(arrivals, self.now.monotonic, allocation) is None:
+            if len(arrivals) > 1:
+                self.server.handle_peer_arrivals(allocation, iter(arrivals), self.now)
+            else:
+                self.server.handle_peer_arrival(allocation, arrival, self.now)
 
     def _send_batch(self) -> None:
         reader = self.reader
         arrivals: list[Arrival] = []
-        for _ in range(reader.byte() & 7):
+        how = reader.byte()
+        for _ in range(how & 0x1F):
             kind = reader.byte() & 3
             if kind == 0:
                 client, data = self._request()
@@ -220,7 +235,7 @@ class _Sequence:
                 client = reader.choose(CLIENTS)
                 data, segment = self._channel_data()
                 arrivals.append((data, client, segment, kind))
-        self._take(arrivals)
+        self._take(arrivals, is_flood=how >= 0x80)
 
     def _pass_time(self) -> None:
         self._pass(self.reader.choose(MOMENTS))
@@ -251,15 +266,16 @@ class _Sequence:
     def _send(self, client: Address, data: bytes) -> None:
         self._take([(data, client, 0, 0)])
 
-    def _take(self, arrivals: list[Arrival]) -> None:
+    def _take(self, arrivals: list[Arrival], *, is_flood: bool = False) -> None:
         mark = len(self.server.allocations.by_id)
+        if arrivals and self.server.forward_to_peer(arrivals, self.now.monotonic) is not None:
+            return
         if len(arrivals) == 1:
-            data, client, segment, _ = arrivals[0]
-            if segment or self.server.forward_to_peer(arrivals, self.now.monotonic) is None:
-                self.server.handle_client_arrival(arrivals[0], self.now)
+            data, client, *_ = arrivals[0]
+            self.server.handle_client_arrival(arrivals[0], self.now)
             self._settle(about=(data, client) if mark == len(self.server.allocations.by_id) else None)
         else:
-            self.server.handle_client_arrivals(iter(arrivals), self.now)
+            self.server.handle_client_arrivals(iter(arrivals), self.now, is_flood=is_flood)
 
     def _pass(self, seconds: float) -> None:
         self.now = Instant(self.now.monotonic + seconds, self.now.unix + seconds)
@@ -309,6 +325,12 @@ class _Sequence:
         nonce = answer.get(wire.NONCE)
         if nonce is not None:
             self.nonces[client] = nonce
+        if answer.method == wire.BINDING or answer.code in (401, 420, 438):
+            network = client[0] if len(client) == 2 else "of IPv6"
+            self.answered[network] += 1
+            earned = CONFIG.unauthenticated_rate * (self.now.monotonic - START.monotonic)
+            # Half a token is for rounding.
+            assert self.answered[network] <= CONFIG.unauthenticated_burst + earned + 0.5
         if about is None:
             return
         request, source = about

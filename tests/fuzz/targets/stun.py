@@ -104,6 +104,11 @@ def _run_channel_data(data: bytes) -> None:
     assert _relayed([(data, CLIENT, 0, 0)]) == _payloads([data])
     assert _relayed([(piece, CLIENT, 0, 0) for piece in pieces]) == _payloads(pieces)
     assert _relayed([(data, CLIENT, segment, 0)]) == _payloads(pieces)
+    for batch in ([data], pieces):
+        forwarded = _server().forward_to_peer([(piece, CLIENT, 0, 0) for piece in batch], START.monotonic)
+        if forwarded is not None:
+            _, payload, _, length, _ = forwarded
+            assert list(cut(payload, length)) == _payloads(batch)
 
 
 def _payloads(pieces: list[bytes]) -> list[bytes]:
