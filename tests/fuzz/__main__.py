@@ -20,7 +20,7 @@ WORK = Path(".fuzz")
 LONGEST_INPUT = 2048
 """Bytes; sequences of some hundred deeds fit."""
 
-MOST_KEPT = 60
+MOST_KEPT = 100
 """Inputs of one target in the tree."""
 
 _PULSE = 20.0

@@ -1,5 +1,6 @@
 """What fuzzing has found of interest is run again, without the fuzzer."""
 
+import dataclasses
 import functools
 import importlib.util
 import subprocess
@@ -9,12 +10,20 @@ from pathlib import Path
 import pytest
 
 from relay.core.allocations import Allocation, Allocations, ChannelBinding
+from relay.core.limiter import Limiter
+from relay.core.server import Server
 from tests.fuzz import lines, registry
 from tests.fuzz.__main__ import main
-from tests.fuzz.targets import http
+from tests.fuzz.relays import CONFIG
+from tests.fuzz.targets import http, server
 
 ROOT = Path(__file__).parents[2]
-MOST_FILES, MOST_BYTES = 200, 300 << 10
+MOST_FILES, MOST_BYTES = 250, 300 << 10
+
+
+def inputs_of(name: str) -> list[bytes]:
+    """Those to begin with, and those that are kept."""
+    return [*registry.load(name).SEEDS, *(path.read_bytes() for path in registry.corpus(name))]
 
 
 @pytest.mark.parametrize("name", registry.TARGETS)
@@ -41,11 +50,10 @@ def test_requests_that_are_kept_are_answered_over_a_real_connection() -> None:
 @pytest.mark.parametrize("name", registry.TARGETS)
 def test_what_is_kept_reaches_most_of_what_is_fuzzed(name: str) -> None:
     target = registry.load(name)
-    inputs = [path.read_bytes() for path in registry.corpus(name)]
-    reached = lines.arcs(target.MODULES, functools.partial(registry.run_all, target, inputs))
+    reached = lines.arcs(target.MODULES, functools.partial(registry.run_all, target, inputs_of(name)))
     every = lines.of(target.MODULES)
     missed = every - {(path, line) for path, _, line in reached}
-    assert len(missed) < len(every) / 4, f"{len(missed)} of {len(every)} lines are not reached: make fuzz TARGET={name}"
+    assert len(missed) < len(every) / 8, f"{len(missed)} of {len(every)} lines are not reached: make fuzz TARGET={name}"
 
 
 def test_the_corpora_are_small() -> None:
@@ -63,7 +71,22 @@ def test_a_channel_that_stays_in_a_table_is_noticed(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Allocations, "unbind_channel", wrong)
     with pytest.raises((AssertionError, KeyError)):
-        registry.run_all(registry.load("server"), [path.read_bytes() for path in registry.corpus("server")])
+        registry.run_all(registry.load("server"), inputs_of("server"))
+
+
+def test_an_answer_that_the_limiter_should_have_withheld_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Limiter, "allows", lambda *_: True)
+    with pytest.raises(AssertionError):
+        registry.run_all(registry.load("server"), inputs_of("server"))
+
+
+@pytest.mark.parametrize("quota", ["max_allocations", "max_allocations_per_address", "max_channels"])
+def test_a_quota_that_is_not_kept_is_noticed(monkeypatch: pytest.MonkeyPatch, quota: str) -> None:
+    """By a relay that may have more than it is held to."""
+    generous = dataclasses.replace(CONFIG, **{quota: 1000})  # type: ignore[arg-type] # a number each
+    monkeypatch.setattr(server, "Server", lambda _, random: Server(generous, random))
+    with pytest.raises(AssertionError):
+        registry.run_all(registry.load("server"), inputs_of("server"))
 
 
 def test_one_input_can_be_run_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -90,13 +90,19 @@ SEEDS = (
     _ASK_BARE * 30,
     _OPEN + _FLOOD + _FORWARD + bytes((5, 1, 0, 3, 65, 66, 67, 0x23)),
     b"".join(bytes((1, client, name, 0, 0, 6)) * 2 + _BOUND for client, name in ((0, 0), (1, 1), (5, 2), (2, 2), (3, 5))),
-    _OPEN + bytes((1, 0, 0, 2, 0, 0, 1, 1)) + bytes((1, 0, 0, 2, 0, 0, 2, 0)),
+    _ALLOCATE * 2 + _BOUND + bytes((1, 2, 1, 0, 0, 6)) * 2 + bytes((12, 0xD7)) + bytes((1, 3, 5, 0, 0, 6)) * 2,
+    _OPEN + bytes((1, 0, 0, 2, 0, 0, 1, 1)) + bytes((1, 0, 0, 2, 0, 0, 2, 3)),
     bytes(range(256)),
 )
 
 
 def run(data: bytes) -> None:
     _Sequence(data).run()
+
+
+def _network(client: Address) -> str:
+    """Give the address, or the first 64 bits of it; all of IPv6 are written with two colons there."""
+    return client[0].partition("::")[0] + (":0" if len(client) > 2 else "")
 
 
 class _Sequence:
@@ -245,14 +251,15 @@ class _Sequence:
             assert at is None or at > self.now.monotonic
 
     def _report_bound(self) -> None:
+        which = self.reader.byte()
         if self.waiting:
-            bind = self.waiting.pop(self.reader.byte() % len(self.waiting))
+            bind = self.waiting.pop(which % len(self.waiting))
             self.server.handle_bound(bind.allocation, self.now)
 
     def _report_refused(self) -> None:
-        kind = self.reader.choose((BindRefusal.PORT, BindRefusal.MACHINE))
+        kind, which = self.reader.choose((BindRefusal.PORT, BindRefusal.MACHINE)), self.reader.byte()
         if self.waiting:
-            bind = self.waiting.pop(self.reader.byte() % len(self.waiting))
+            bind = self.waiting.pop(which % len(self.waiting))
             self.server.handle_bind_refused(bind.allocation, kind, self.now)
 
     def _report_failed(self) -> None:
@@ -326,7 +333,7 @@ class _Sequence:
         if nonce is not None:
             self.nonces[client] = nonce
         if answer.method == wire.BINDING or answer.code in (401, 420, 438):
-            network = client[0] if len(client) == 2 else "of IPv6"
+            network = _network(client)
             self.answered[network] += 1
             earned = CONFIG.unauthenticated_rate * (self.now.monotonic - START.monotonic)
             # Half a token is for rounding.
@@ -352,6 +359,8 @@ class _Sequence:
         assert len(ports) + sum(1 + len(each.refused_ports) for each in held) == len(PORTS)
         assert all(self.ports[each.id] == each.port for each in held)
         assert len(held) <= CONFIG.max_allocations
+        assert Counter(_network(each.client) for each in held) == Counter(tables.by_network)
+        assert all(count <= (CONFIG.max_allocations_per_address or count) for count in tables.by_network.values())
         live = [(each, channel) for each in held for channel in each.channels.values() if channel.live]
         assert {(each.client, channel.number): channel for each, channel in live} == tables.live_channels
         assert {(each.id, channel.peer): channel for each, channel in live} == tables.live_peers
