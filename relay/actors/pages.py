@@ -12,9 +12,9 @@ from relay.actors.offload import Offloading
 from relay.config import Config, Endpoint
 from relay.core.addresses import Family
 from relay.core.instant import Instant
-from relay.ops.http.endpoint import HttpEndpoint, Page, Pages, Query
+from relay.ops.http.endpoint import HttpEndpoint, Limits, Page, Pages, Query
 from relay.ops.http.guard import OperatorsOnly, anyone
-from relay.ops.logs.filter import LogFilter
+from relay.ops.logs.filter import Level, LogFilter
 from relay.ops.logs.log import Log
 from relay.ops.metrics import sources as metrics
 from relay.ops.metrics.prometheus import MetricsPage
@@ -24,6 +24,9 @@ from relay.status.kernel import OffloadedKernel
 
 LIVE_PATIENCE = 3.0
 """Seconds in which the server actor has to answer for the relay to be taken for alive: fewer than whoever asks waits for."""
+
+_LIMITS = Limits(shared=frozenset(("/livez",)))
+"""Whoever floods the health address must not have another one told 503 there, who would end the relay for it."""
 
 _log = structlog.get_logger("relay.actors.pages")
 
@@ -88,7 +91,7 @@ def serving(config: Config, sources: Sources) -> Iterator[dict[str, Endpoint]]:
             ("health", config.health, health(sources), anyone),
             ("control", config.control, control(config, sources), OperatorsOnly(config.control_hostnames)),
         ):
-            http = HttpEndpoint(name, asked, answered.get, answered.post, guard=guard)
+            http = HttpEndpoint(name, asked, answered.get, answered.post, guard=guard, limits=_LIMITS)
             stack.callback(http.stop)
             at[name] = Endpoint(asked.host, http.port)
         if not config.control.is_loopback:
@@ -169,13 +172,21 @@ def log_filter_pages(log: Log) -> Answered:
         return Page(HTTPStatus.OK, {"directives": str(log.filter_in_force)})
 
     def changed(query: Query) -> Page:
+        before = str(log.filter_in_force)
+        if "directives" not in query:
+            text = "no directives are given: ask for /log_filter?directives=info,relay.core=debug, say"
+            return Page(HTTPStatus.BAD_REQUEST, {"error": text, "directives": before})
         try:
-            log_filter = LogFilter.parse(query.get("directives", ""))
+            log_filter = LogFilter.parse(query["directives"])
         except ValueError as error:
-            return Page(HTTPStatus.BAD_REQUEST, {"error": str(error), "directives": str(log.filter_in_force)})
-        before = log.filter_in_force
+            return Page(HTTPStatus.BAD_REQUEST, {"error": str(error), "directives": before})
+        is_told = log.admits("relay.actors.pages", Level.INFO)
+        if is_told:
+            # By the one that was: else one that writes less would be put in force without a line.
+            _log.info("log filter changed", directives=str(log_filter), before=before)
         log.change_filter(log_filter)
-        _log.info("log filter changed", directives=str(log_filter), before=str(before))
+        if not is_told:
+            _log.info("log filter changed", directives=str(log_filter), before=before)
         return shown(query)
 
     return Answered({"/log_filter": shown}, {"/log_filter": changed})

@@ -103,6 +103,19 @@ def test_at_debug_every_request_has_a_line_and_no_packet_has(start: Starter) -> 
     assert logging.events() == []
 
 
+@pytest.mark.parametrize(("before", "after"), [("info", "warn"), ("info", "off"), ("warn", "info"), ("info", "debug")])
+def test_that_the_filter_was_changed_is_in_the_log_once_whichever_way(start: Starter, before: str, after: str) -> None:
+    logging = start(before)
+    assert logging.ask("POST", after)[0] == 200
+    (told,) = logging.events()
+    assert (told["event"], told["before"], told["directives"]) == ("log filter changed", before, after)
+
+
+def test_who_forgets_the_directives_is_told_where_they_belong(start: Starter) -> None:
+    code, body = start("info").ask("POST")
+    assert (code, "/log_filter?directives=" in body["error"], body["directives"]) == (400, True, "info")
+
+
 def test_a_peer_that_is_never_relayed_to_is_logged_with_its_client(start: Starter) -> None:
     logging = start("info")
     client = logging.relay.client()

@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pykka
@@ -72,6 +73,17 @@ def test_however_many_ask_one_question_waits_for_whoever_hangs(relay: Relay) -> 
         for _ in range(5):
             assert page(relay, "/livez") == HANGS
         assert len(inbox) <= 1
+
+
+def test_who_floods_the_health_address_has_nobody_told_that_the_relay_hangs(
+    relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "LIVE_PATIENCE", 60)
+    with ThreadPoolExecutor(12) as pool:
+        with hanging(relay):
+            asked = [pool.submit(page, relay, "/livez") for _ in range(12)]
+            wait_until(lambda: sum(each.name == "health-request" for each in threading.enumerate()) == 12)
+        assert [each.result(timeout=30) for each in asked] == [WELL] * 12
 
 
 def test_a_relay_that_ends_does_not_hang(relay: Relay) -> None:

@@ -225,6 +225,19 @@ def test_a_page_is_made_once_at_a_time_and_some_wait_for_it() -> None:
         assert slow.most_at_once == 1
 
 
+def test_a_page_that_does_no_work_of_its_own_is_made_for_as_many_as_ask() -> None:
+    slow = Slow()
+    with (
+        serving({"/slow": slow}, queue=0, shared=frozenset(("/slow",))) as endpoint,
+        crowd(endpoint, 8, b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n") as connections,
+    ):
+        for _ in connections:
+            assert slow.begun.acquire(timeout=30)
+        for _ in connections:
+            slow.may_end.release()
+        assert [b"200 OK" in receive_all(each) for each in connections] == [True] * 8
+
+
 def test_who_waits_too_long_for_a_page_is_told_so() -> None:
     slow = Slow()
     with serving({"/slow": slow}, turn_seconds=0.1) as endpoint, connect(endpoint) as connection:

@@ -77,6 +77,8 @@ class Limits:
     """For all of an answer."""
     answer_bytes: int = 16 << 20
     """Of all answers that are not taken yet. A single one may be longer."""
+    shared: frozenset[str] = frozenset()
+    """Paths of pages that do no work of their own: any number of each may be made at once."""
     turn_seconds: float = 5.0
     """For another's request of the same page to be done."""
     queue: int = 4
@@ -211,21 +213,27 @@ class HttpEndpoint:
         return Page(HTTPStatus.NOT_FOUND, {"error": "no such page", "pages": sorted(self._turns)})
 
     def _call(self, page: Callable[[Query], Page], request: Request) -> Page:
-        """Have a page made, one at a time of each: several at once would only be slower and take more memory."""
+        """Have a page made, one at a time of most: several at once would only be slower and take more memory."""
         try:
             query = read_query(request.query)
         except ValueError:
             return error(HTTPStatus.BAD_REQUEST, f"give at most {QUERY_PARAMETERS} parameters, in UTF-8")
+        if request.path in self._limits.shared:
+            return self._make(page, query, request)
         turn = self._turns[request.path]
         if not turn.acquire(blocking=False) and not self._wait_for(turn):
             return error(HTTPStatus.SERVICE_UNAVAILABLE, "too many ask for this at once", ("Retry-After", "1"))
+        try:
+            return self._make(page, query, request)
+        finally:
+            turn.release()
+
+    def _make(self, page: Callable[[Query], Page], query: Query, request: Request) -> Page:
         try:
             return page(query)
         except Exception:  # noqa: BLE001 - a page that fails is no reason to answer nothing
             _log.exception("a page could not be made", path=request.path)
             return error(HTTPStatus.INTERNAL_SERVER_ERROR, "this page could not be made: the log says why")
-        finally:
-            turn.release()
 
     def _wait_for(self, turn: threading.Lock) -> bool:
         if not self._queue.acquire(blocking=False):
