@@ -1,4 +1,4 @@
-// What the programs that send and count share, with each other and with programs.py.
+// What the programs that send and count share, with each other and with frames.py and live.py.
 
 #pragma once
 

@@ -369,7 +369,7 @@ INLINE const struct udp *read(const u8 *data, const u8 *end, struct packet *pack
 
 // -------------------------------------------------------------------------------------------------------------- find
 
-// Whoever doesn't know the keys can't choose addresses and ports that meet in one bucket; binding_table.py has the same.
+// Whoever doesn't know the keys can't choose addresses and ports that meet in one bucket; channel_tables.py has the same.
 INLINE u64 hash_of(const u64 *keys, const struct end *end)
 {
     const u32 *words = (const void *)end;

@@ -66,20 +66,26 @@ def filters(network: Row, tmp_path: Path) -> Filters:
     return add
 
 
-@pytest.mark.parametrize("families", FAMILIES)
-def test_in_native_mode_what_comes_with_a_tag_is_sent_with_it(
-    network: Row, filters: Filters, tmp_path: Path, families: tuple[Family, Family]
-) -> None:
+@pytest.fixture
+def tagged(network: Row, filters: Filters) -> Row:
+    """Everyone is in the VLAN."""
     relay, far = network.relay, network.client
-    far.put_tags_in("c0")
     filters(far, "c0", "egress", "tag")
     filters(far, "c0", "ingress", "only_tagged")
     filters(relay, "r0", "ingress", "from_trunk")
     filters(relay, "under", "ingress", "to_trunk")
     configure(relay, CHILD, RELAY, BEHIND)
+    return network
+
+
+@pytest.mark.parametrize("families", FAMILIES)
+def test_in_native_mode_what_comes_with_a_tag_is_sent_with_it(
+    tagged: Row, tmp_path: Path, families: tuple[Family, Family]
+) -> None:
+    tagged.client.put_tags_in("c0")
     with (
-        running(relay, tmp_path, "driver", links="r0", by=IN_VLANS) as offloading,
-        talk(offloading, network, families) as way,
+        running(tagged.relay, tmp_path, "driver", links="r0", by=IN_VLANS) as offloading,
+        talk(offloading, tagged, families) as way,
     ):
         before = offloading.counts()
         for size in (100, 1, 1400):
@@ -88,19 +94,11 @@ def test_in_native_mode_what_comes_with_a_tag_is_sent_with_it(
         assert sum(offloading.counts().since(before)[:2]) >= 3
 
 
-def test_in_native_mode_what_comes_with_a_tag_beside_it_the_sockets_relay(
-    network: Row, filters: Filters, tmp_path: Path
-) -> None:
-    relay, far = network.relay, network.client
-    filters(far, "c0", "egress", "tag")
-    filters(far, "c0", "ingress", "only_tagged")
-    filters(relay, "r0", "ingress", "from_trunk")
-    filters(relay, "under", "ingress", "to_trunk")
-    configure(relay, CHILD, RELAY, BEHIND)
+def test_in_native_mode_what_comes_with_a_tag_beside_it_the_sockets_relay(tagged: Row, tmp_path: Path) -> None:
     with (
-        running(relay, tmp_path, "driver", links="r0", by=IN_VLANS) as offloading,
-        offloading.client(far) as client,
-        network.peer.udp(PEER[Family.IPV4]) as peer,
+        running(tagged.relay, tmp_path, "driver", links="r0", by=IN_VLANS) as offloading,
+        offloading.client(tagged.client) as client,
+        tagged.peer.udp(PEER[Family.IPV4]) as peer,
     ):
         way = Talk(offloading, client, peer)
         for _ in range(10):
