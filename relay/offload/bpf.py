@@ -9,18 +9,16 @@ from enum import IntEnum
 from typing import Final, NamedTuple
 
 from relay.offload import syscall
-from relay.offload.maps import Map, MapFlag, MapType, UpdateFlag, possible_cpus
+from relay.offload.maps import Map, MapFlag, MapType, possible_cpus
 from relay.offload.syscall import NAME_LENGTH, Command, Owned
 
 __all__ = [
     "Link",
-    "LinkInfo",
     "Map",
     "MapFlag",
     "MapType",
     "Outcome",
     "Program",
-    "UpdateFlag",
     "Verdict",
     "VerifierError",
     "XdpMode",
@@ -76,20 +74,6 @@ class Outcome(NamedTuple):
     verdict: int
     data: bytes
     nanoseconds: int
-
-
-class LinkInfo(NamedTuple):
-    """What the kernel says of a link.
-
-    Attributes:
-        identifier: the link's number on this machine.
-        program: the number of its program.
-        ifindex: its interface; 0 if that is gone, or the link was detached.
-    """
-
-    identifier: int
-    program: int
-    ifindex: int
 
 
 class Program(Owned):
@@ -206,30 +190,3 @@ class Link(Owned):
         self._subject = f"link to interface {ifindex}"
         arguments = syscall.LinkCreate(program=program.fd, ifindex=ifindex, attach_type=_XDP_ATTACHMENT, flags=mode)
         super().__init__(syscall.call(Command.LINK_CREATE, arguments, self._subject))
-
-    def update(self, program: Program) -> None:
-        """Have another program run from now on; not a packet is missed.
-
-        Raises:
-            OSError: ENOLINK if the interface is gone.
-        """
-        syscall.call(Command.LINK_UPDATE, syscall.LinkUpdate(link=self.fd, program=program.fd), self._subject)
-
-    def detach(self) -> None:
-        """Take the program away and keep the link, which is of no use any more; again does nothing.
-
-        Raises:
-            OSError: the kernel won't.
-        """
-        syscall.call(Command.LINK_DETACH, syscall.LinkDetach(link=self.fd), self._subject)
-
-    def info(self) -> LinkInfo:
-        """Ask the kernel about it.
-
-        Raises:
-            OSError: it doesn't tell.
-        """
-        found = syscall.XdpLinkInfo()
-        request = syscall.InfoRequest(self.fd, ctypes.sizeof(found), ctypes.addressof(found))
-        syscall.call(Command.OBJ_GET_INFO_BY_FD, request, self._subject)
-        return LinkInfo(found.identifier, found.program, found.ifindex)

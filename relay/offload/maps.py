@@ -19,32 +19,16 @@ _ELEMENT_SIZE: Final = ctypes.sizeof(syscall.Element)
 
 
 class MapType(IntEnum):
-    """Kinds of maps that this knows; others of one value per element work as well."""
+    """Kinds of maps: one value for each index, or one for each index and CPU."""
 
-    HASH = 1
     ARRAY = 2
-    PERCPU_HASH = 5
     PERCPU_ARRAY = 6
-    LRU_HASH = 9
-    LRU_PERCPU_HASH = 10
-
-
-_PER_CPU: Final = frozenset({MapType.PERCPU_HASH, MapType.PERCPU_ARRAY, MapType.LRU_PERCPU_HASH})
 
 
 class MapFlag(IntFlag):
     """How a map is made."""
 
-    NO_PREALLOC = 1 << 0
     MMAPABLE = 1 << 10
-
-
-class UpdateFlag(IntEnum):
-    """What an update expects to find."""
-
-    ANY = 0
-    NOEXIST = 1
-    EXIST = 2
 
 
 @cache
@@ -81,7 +65,7 @@ class Map(Owned):
         Raises:
             OSError: EPERM without CAP_BPF, EINVAL or E2BIG for sizes that the kernel doesn't take, ENOMEM.
         """
-        per_cpu = definition.type in _PER_CPU
+        per_cpu = definition.type == MapType.PERCPU_ARRAY
         self.definition = definition
         self.cpus = possible_cpus() if per_cpu else 1
         self.stride = -(-definition.value_size // 8) * 8
@@ -98,28 +82,18 @@ class Map(Owned):
         )
         super().__init__(syscall.call(Command.MAP_CREATE, arguments, self._subject))
 
-    def update(self, key: bytes, value: bytes, flags: UpdateFlag = UpdateFlag.ANY) -> None:
-        """Put an element there, or replace it.
+    def update(self, key: bytes, value: bytes) -> None:
+        """Replace an element.
 
         Raises:
             ValueError: key or value isn't as long as this map's.
-            OSError: E2BIG if the map is full, EEXIST or ENOENT as `flags` asks.
+            OSError: E2BIG if there is no such element.
         """
         if len(key) != self._key_size or len(value) != self.size:
             raise ValueError(f"{self._subject}: a key of {len(key)} bytes, a value of {len(value)}")
-        element = syscall.Element(self.fd, key, value, flags)
+        element = syscall.Element(self.fd, key, value)
         if syscall.quick_call(syscall.NUMBER, _UPDATE, ctypes.addressof(element), _ELEMENT_SIZE):
             raise syscall.failure(Command.MAP_UPDATE_ELEM, self._subject)
-
-    def delete(self, key: bytes) -> bool:
-        """Remove an element; false if there was none.
-
-        Raises:
-            ValueError: the key isn't as long as this map's.
-            OSError: EINVAL for an array.
-        """
-        self._check_key(key)
-        return self._found(Command.MAP_DELETE_ELEM, syscall.Element(self.fd, key))
 
     def lookup(self, key: bytes) -> bytes | None:
         """Tell an element's value, with all its parts; None if there is no such element.
@@ -128,10 +102,16 @@ class Map(Owned):
             ValueError: the key isn't as long as this map's.
             OSError: the kernel won't.
         """
-        self._check_key(key)
+        if len(key) != self._key_size:
+            raise ValueError(f"{self._subject}: a key of {len(key)} bytes")
         value = ctypes.create_string_buffer(self.size)
-        found = self._found(Command.MAP_LOOKUP_ELEM, syscall.Lookup(self.fd, key, ctypes.addressof(value)))
-        return value.raw if found else None
+        asked = syscall.Lookup(self.fd, key, ctypes.addressof(value))
+        if syscall.quick_call(syscall.NUMBER, Command.MAP_LOOKUP_ELEM, ctypes.addressof(asked), _ELEMENT_SIZE):
+            error = syscall.failure(Command.MAP_LOOKUP_ELEM, self._subject)
+            if error.errno == errno.ENOENT:
+                return None
+            raise error
+        return value.raw
 
     def lookup_per_cpu(self, key: bytes) -> tuple[bytes, ...] | None:
         """Tell an element's value on each CPU; None if there is no such element.
@@ -147,11 +127,11 @@ class Map(Owned):
         return tuple(value[at : at + size] for at in range(0, len(value), self.stride))
 
     def update_batch(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
-        """Put elements there, or replace them.
+        """Replace elements.
 
         Raises:
             ValueError: keys or values aren't as long as this map's, or as many as each other.
-            OSError: one couldn't be put, E2BIG if the map is full; those before it have been.
+            OSError: E2BIG if there is no such element; those before it have been replaced.
         """
         count = len(keys)
         joined_keys, joined = b"".join(keys), b"".join(values)
@@ -168,7 +148,7 @@ class Map(Owned):
             count: how many; None for all from there. Those that the array doesn't have aren't told.
 
         Raises:
-            OSError: the kernel won't: ENOENT or EINVAL if there is no such element, or it is no array.
+            OSError: the kernel won't: ENOENT or EINVAL if there is no such element.
         """
         room = self.definition.max_entries - first
         wanted = room if count is None else min(count, room)
@@ -206,15 +186,3 @@ class Map(Owned):
             return mmap.mmap(self.fd, self.stride * self.definition.max_entries, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except OSError as error:
             raise syscall.described(error.errno or 0, f"mmap of {self._subject}") from None
-
-    def _check_key(self, key: bytes) -> None:
-        if len(key) != self._key_size:
-            raise ValueError(f"{self._subject}: a key of {len(key)} bytes")
-
-    def _found(self, command: Command, arguments: ctypes.Structure) -> bool:
-        if syscall.quick_call(syscall.NUMBER, command, ctypes.addressof(arguments), _ELEMENT_SIZE):
-            error = syscall.failure(command, self._subject)
-            if error.errno == errno.ENOENT:
-                return False
-            raise error
-        return True

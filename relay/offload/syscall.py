@@ -27,15 +27,11 @@ class Command(IntEnum):
     MAP_CREATE = 0
     MAP_LOOKUP_ELEM = 1
     MAP_UPDATE_ELEM = 2
-    MAP_DELETE_ELEM = 3
     PROG_LOAD = 5
     PROG_TEST_RUN = 10
-    OBJ_GET_INFO_BY_FD = 15
     MAP_LOOKUP_BATCH = 24
     MAP_UPDATE_BATCH = 26
     LINK_CREATE = 28
-    LINK_UPDATE = 29
-    LINK_DETACH = 34
 
 
 class MapCreate(ctypes.Structure):
@@ -54,7 +50,7 @@ class MapCreate(ctypes.Structure):
 
 
 class Element(ctypes.Structure):
-    """BPF_MAP_UPDATE_ELEM and BPF_MAP_DELETE_ELEM."""
+    """BPF_MAP_UPDATE_ELEM."""
 
     # c_char_p points into the bytes that it is given, and keeps them: no copy, and nothing that threads would share.
     _fields_ = (
@@ -169,42 +165,6 @@ class LinkCreate(ctypes.Structure):
         ("ifindex", ctypes.c_uint32),
         ("attach_type", ctypes.c_uint32),
         ("flags", ctypes.c_uint32),
-    )
-
-
-class LinkUpdate(ctypes.Structure):
-    """BPF_LINK_UPDATE."""
-
-    _fields_ = (
-        ("link", ctypes.c_uint32),
-        ("program", ctypes.c_uint32),
-        ("flags", ctypes.c_uint32),
-        ("expected_program", ctypes.c_uint32),
-    )
-
-
-class LinkDetach(ctypes.Structure):
-    """BPF_LINK_DETACH."""
-
-    _fields_ = (("link", ctypes.c_uint32),)
-
-
-class InfoRequest(ctypes.Structure):
-    """BPF_OBJ_GET_INFO_BY_FD."""
-
-    _fields_ = (("descriptor", ctypes.c_uint32), ("length", ctypes.c_uint32), ("info", ctypes.c_void_p))
-
-
-class XdpLinkInfo(ctypes.Structure):
-    """What that tells of a link; the kernel's structure is longer, and grows."""
-
-    _fields_ = (
-        ("type", ctypes.c_uint32),
-        ("identifier", ctypes.c_uint32),
-        ("program", ctypes.c_uint32),
-        ("padding", ctypes.c_uint32),
-        ("ifindex", ctypes.c_uint32),
-        ("more", ctypes.c_uint32),
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from relay.offload import bpf, syscall
-from relay.offload.bpf import Link, Map, MapFlag, MapType, Program, UpdateFlag, Verdict, VerifierError, XdpMode
+from relay.offload.bpf import Link, Map, MapFlag, MapType, Program, Verdict, VerifierError, XdpMode
 from relay.offload.elf import MapDefinition
 from tests.conftest import wait_until
 from tests.machine import Machine
@@ -57,12 +57,19 @@ def packet_socket(interface: str) -> socket.socket:
 
 
 def key(number: int) -> bytes:
-    return struct.pack("<Q", number)
+    return struct.pack("<I", number)
 
 
 @pytest.fixture
 def table() -> Iterator[Map]:
-    with Map(MapDefinition("table", MapType.HASH, 8, 12, 100, 0)) as made:
+    with Map(MapDefinition("table", MapType.ARRAY, 4, 12, 100, 0)) as made:
+        yield made
+
+
+@pytest.fixture
+def hash_table() -> Iterator[Map]:
+    """A map of a kind that has no memory to share: BPF_MAP_TYPE_HASH."""
+    with Map(MapDefinition("hash", 1, 8, 12, 100, 0)) as made:
         yield made
 
 
@@ -109,32 +116,17 @@ def test_what_is_put_again_is_replaced(table: Map) -> None:
     assert table.lookup(key(1)) == b"second value"
 
 
-def test_what_was_never_put_is_not_found(table: Map) -> None:
-    assert table.lookup(key(1)) is None
+def test_what_there_is_no_place_for_is_not_found(table: Map) -> None:
+    assert table.lookup(key(100)) is None
 
 
-def test_what_is_deleted_is_gone(table: Map) -> None:
-    table.update(key(1), bytes(12))
-    assert table.delete(key(1))
-    assert table.lookup(key(1)) is None
-    assert not table.delete(key(1))
-
-
-def test_an_update_can_ask_for_a_new_element(table: Map) -> None:
-    table.update(key(1), bytes(12), UpdateFlag.NOEXIST)
-    with pytest.raises(FileExistsError):
-        table.update(key(1), bytes(12), UpdateFlag.NOEXIST)
-
-
-@pytest.mark.parametrize("size", [7, 9])
+@pytest.mark.parametrize("size", [3, 5])
 def test_a_key_of_another_size_never_gets_to_the_kernel(table: Map, size: int) -> None:
     """It would read what lies behind it."""
     with pytest.raises(ValueError, match=f"a key of {size} bytes"):
         table.update(bytes(size), bytes(12))
     with pytest.raises(ValueError, match=f"a key of {size} bytes"):
         table.lookup(bytes(size))
-    with pytest.raises(ValueError, match=f"a key of {size} bytes"):
-        table.delete(bytes(size))
 
 
 def test_a_value_of_another_size_never_gets_to_the_kernel(table: Map) -> None:
@@ -149,8 +141,7 @@ def test_a_batch_needs_a_value_for_each_key(table: Map) -> None:
         table.update_batch([key(1), key(2)], [bytes(12)])
 
 
-def test_a_full_map_says_so(table: Map) -> None:
-    table.update_batch([key(each) for each in range(100)], [bytes(12)] * 100)
+def test_a_place_that_there_is_not_is_not_written(table: Map) -> None:
     with pytest.raises(OSError, match="BPF_MAP_UPDATE_ELEM of map table") as raised:
         table.update(key(100), bytes(12))
     assert raised.value.errno == errno.E2BIG
@@ -158,8 +149,8 @@ def test_a_full_map_says_so(table: Map) -> None:
 
 def test_a_batch_puts_all(table: Map) -> None:
     keys = [key(each) for each in range(100)]
-    table.update_batch(keys, [each + b"1234" for each in keys])
-    assert [table.lookup(each) for each in keys] == [each + b"1234" for each in keys]
+    table.update_batch(keys, [each + b"12345678" for each in keys])
+    assert [table.lookup(each) for each in keys] == [each + b"12345678" for each in keys]
 
 
 def test_a_batch_of_nothing_does_nothing(table: Map) -> None:
@@ -169,9 +160,9 @@ def test_a_batch_of_nothing_does_nothing(table: Map) -> None:
 def test_a_batch_that_does_not_fit_puts_what_does(table: Map) -> None:
     keys = [key(each) for each in range(130)]
     with pytest.raises(OSError, match="BPF_MAP_UPDATE_BATCH of map table") as raised:
-        table.update_batch(keys, [bytes(12)] * 130)
+        table.update_batch(keys, [b"as many here"] * 130)
     assert raised.value.errno == errno.E2BIG
-    assert [table.lookup(each) is not None for each in keys] == [True] * 100 + [False] * 30
+    assert [table.lookup(each) for each in keys] == [b"as many here"] * 100 + [None] * 30
 
 
 def test_an_array_is_full_of_zeros_at_first(array: Map) -> None:
@@ -194,9 +185,14 @@ def test_memory_and_map_are_the_same(array: Map) -> None:
         assert memory[32:44] == b"by update..."
 
 
-def test_an_array_of_another_kind_has_no_memory(table: Map) -> None:
-    with pytest.raises(OSError, match="mmap of map table: not supported") as raised:
+def test_an_array_that_was_made_without_has_no_memory(table: Map) -> None:
+    with pytest.raises(OSError, match="mmap of map table: Invalid argument"):
         table.mapped()
+
+
+def test_what_libraries_have_no_words_for_is_said(hash_table: Map) -> None:
+    with pytest.raises(OSError, match="mmap of map hash: not supported") as raised:
+        hash_table.mapped()
     assert raised.value.errno == syscall.ENOTSUPP
 
 
@@ -255,7 +251,7 @@ def test_a_closed_map_is_not_used(table: Map) -> None:
 def test_a_machine_whose_number_is_not_known_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(syscall, "NUMBER", -1)
     with pytest.raises(OSError, match=r"bpf\(2\) can be called on x86_64 and aarch64, not on") as raised:
-        Map(MapDefinition("table", MapType.HASH, 8, 8, 1, 0))
+        Map(MapDefinition("table", MapType.ARRAY, 4, 8, 1, 0))
     assert raised.value.errno == errno.ENOSYS
 
 
@@ -350,33 +346,9 @@ def test_a_driver_that_can_not_says_so(link_pair: Machine, passing: Program) -> 
     assert raised.value.errno == errno.EOPNOTSUPP
 
 
-def test_a_link_takes_another_program(link_pair: Machine, passing: Program) -> None:
-    del link_pair
-    near = socket.if_nametoindex("near")
-    with Link(passing, near, XdpMode.DRIVER) as link, Program(answer(Verdict.PASS), license="GPL") as other:
-        before = link.info()
-        link.update(other)
-        after = link.info()
-    assert before.ifindex == after.ifindex == near
-    assert before.identifier == after.identifier
-    assert before.program != after.program
-
-
-def test_a_link_that_is_detached_belongs_to_no_interface(link_pair: Machine, passing: Program) -> None:
-    del link_pair
-    near = socket.if_nametoindex("near")
-    with Link(passing, near, XdpMode.DRIVER) as link:
-        link.detach()
-        assert link.info().ifindex == 0
-        link.detach()
-        Link(passing, near, XdpMode.DRIVER).close()
-
-
 def test_a_link_outlives_its_interface(link_pair: Machine, passing: Program) -> None:
-    with Link(passing, socket.if_nametoindex("near"), XdpMode.DRIVER) as link:
+    with Link(passing, socket.if_nametoindex("near"), XdpMode.DRIVER):
         link_pair.run("ip", "link", "del", "near")
-        assert link.info().ifindex == 0
-        with pytest.raises(OSError, match="BPF_LINK_UPDATE") as raised:
-            link.update(passing)
-        assert raised.value.errno == errno.ENOLINK
-        link.detach()
+        link_pair.run("ip", "link", "add", "near", "type", "veth", "peer", "name", "far")
+        with Link(passing, socket.if_nametoindex("near"), XdpMode.DRIVER) as link:
+            assert link.fd >= 0
