@@ -58,6 +58,7 @@ class Receiver:
         "_filled_at",
         "_least",
         "_most",
+        "_notes_arrivals",
         "_poll",
         "_sockets",
         "_stale_after",
@@ -86,10 +87,8 @@ class Receiver:
         self._most = most
         self._stale_after = stale_after
         self._filled_at = -math.inf
-        if stale_after < math.inf:
-            for each in self._sockets:
-                # From now on it is noted when datagrams arrive.
-                each.waited()
+        # If nothing is ever stale, there is nothing to ask for.
+        self._notes_arrivals = stale_after == math.inf
         self._stopped = False
         self._wakes = 0
         self._expected = 1
@@ -159,6 +158,8 @@ class Receiver:
         size = len(batch[0][0])
         receive = sock.receive
         self.is_behind = False
+        if not self._notes_arrivals:
+            self._note_arrivals()
         while len(batch) < most and size < BATCH_BYTES:
             try:
                 arrival = receive(socket.MSG_DONTWAIT)
@@ -177,6 +178,12 @@ class Receiver:
         self._expected = len(batch)
         if self.is_behind or self._backlogs is not None:
             self._note_backlog(sock, size, len(batch))
+
+    def _note_arrivals(self) -> None:
+        """Have the kernel note when datagrams arrive. Most sockets are never read often enough to be worth asking."""
+        self._notes_arrivals = True
+        for each in self._sockets:
+            each.waited()
 
     def _is_stale(self, sock: UdpSocket) -> bool:
         """Tell whether a full batch has waited for too long: asked of the kernel only if none was read in that time."""

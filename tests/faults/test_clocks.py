@@ -20,6 +20,8 @@ HOUR: Final = 3600
 DAY: Final = 86400
 STOPPED: Final = 200
 ASKED: Final = 100
+USED: Final = 20
+"""Packets after which a socket is taken for one that is used."""
 QUIET: Final = 0.5
 """Seconds without a packet after which no more is to come."""
 
@@ -92,6 +94,11 @@ def test_what_waited_for_as_long_as_a_process_was_stopped_is_dropped_but_for_req
         (relayed,) = client.allocate()
         other.allocate()
         assert client.bind_channel(CHANNEL, peer.getsockname()) is None
+        for each in range(USED):
+            client.send(CHANNEL, b"%04d" % each)
+            assert int(peer.recv(100)) == each
+            peer.sendto(b"%04d" % each, relayed[:2])
+            assert client.receive() == (CHANNEL, b"%04d" % each)
         failing.process.send_signal(signal.SIGSTOP)
         assert os.WIFSTOPPED(os.waitpid(failing.process.pid, os.WUNTRACED)[1])
         try:

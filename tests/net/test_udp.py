@@ -80,6 +80,8 @@ def test_stop_wakes_a_thread_that_is_blocked_in_receive(open_socket: Opener, cou
 
 WAITING = 300
 STALE = 0.05
+USED = 16
+"""Reads until a socket is one that is used."""
 
 
 def notes_arrivals(sock: UdpSocket) -> bool:
@@ -99,6 +101,9 @@ def test_what_nobody_read_for_too_long_is_thrown_away_but_for_less_than_a_batch(
     for each in sockets:
         each.counters = counters
     receiver = Receiver(sockets, stale_after=STALE)
+    for _ in range(USED):
+        sending.transmit(b"", sockets[-1].getsockname())
+        receiver.receive()
     wait_until(lambda: notes_arrivals(sending))
     for number in range(WAITING):
         for each in sockets:
