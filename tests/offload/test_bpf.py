@@ -155,6 +155,7 @@ def test_a_batch_puts_all(table: Map) -> None:
 
 def test_a_batch_of_nothing_does_nothing(table: Map) -> None:
     table.update_batch([], [])
+    assert table.lookup_array() == bytes(100 * 12)
 
 
 def test_a_batch_that_does_not_fit_puts_what_does(table: Map) -> None:

@@ -106,6 +106,22 @@ def test_in_native_mode_what_comes_with_a_tag_beside_it_the_sockets_relay(tagged
         assert offloading.counts()[:2] == (0, 0)
 
 
+@pytest.mark.parametrize("families", FAMILIES)
+def test_the_interface_of_a_vlan_can_have_the_program(
+    network: Row, filters: Filters, tmp_path: Path, families: tuple[Family, Family]
+) -> None:
+    relay, far = network.relay, network.client
+    # Unlike the other stand-in, it receives packets as if they had just come: those are what generic mode is for.
+    relay.ip(f"link del {CHILD}", f"link add link r0 name {CHILD} type macvlan mode private")
+    filters(far, "c0", "egress", "tag")
+    filters(far, "c0", "ingress", "only_tagged")
+    filters(relay, "r0", "ingress", "untag")
+    filters(relay, "r0", "egress", "tag")
+    configure(relay, CHILD, RELAY, BEHIND)
+    with running(relay, tmp_path, "generic", links=CHILD, by=IN_VLANS) as offloading, talk(offloading, network, families):
+        pass
+
+
 def test_in_generic_mode_what_comes_by_a_link_with_vlans_the_sockets_relay(
     network: Row, filters: Filters, tmp_path: Path
 ) -> None:
