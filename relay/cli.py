@@ -3,8 +3,11 @@
 What it takes to do it is imported once it is asked for: a command that only looks at a relay need not wait for all of one.
 """
 
+import errno
 import importlib
+import io
 import json
+import os
 import secrets
 import signal
 import sys
@@ -39,6 +42,9 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 BAD_USE = 2
 """Exit code for what the user can mend."""
+
+_UNWRITABLE = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO))
+"""What a disk that is full says, or a terminal that is gone."""
 
 _ELSEWHERE = {"healthcheck": "relay.healthcheck", "probe": "relay.probe.command", "top": "relay.top.command"}
 """Commands that are imported once they are asked for, by name, with the module that has each."""
@@ -366,12 +372,24 @@ def credentials(relay_secret_file: Path, ttl: int, *, as_json: bool) -> None:
 
 def main() -> NoReturn:
     """Run the command line; what the user can mend is said in one line, with exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that can't be shown there is no reason to show nothing.
+        sys.stdout.reconfigure(errors="replace")
     try:
         code = cli.main(prog_name="firezone-relay", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except (click.ClickException, BadUseError) as error:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         click.echo(f"firezone-relay: {' '.join(message.split())}", err=True)
         sys.exit(BAD_USE)
     except click.Abort:
         sys.exit(128 + signal.SIGINT)
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        click.echo(f"firezone-relay: the output can't be written: {error.strerror}", err=True)
+        # What could not be written would be tried again at the end, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
     sys.exit(code)

@@ -5,6 +5,7 @@ import io
 import locale
 import os
 import signal
+import sys
 import termios
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
@@ -110,8 +111,9 @@ def size_of(output: int, *, is_unicode: bool) -> Size:
 
 
 def is_unicode() -> bool:
-    """Tell whether the terminal has more than ASCII."""
-    return locale.getpreferredencoding(do_setlocale=False).lower().replace("-", "") == "utf8"
+    """Tell whether the terminal, or whatever the output is, has more than ASCII."""
+    encodings = locale.getpreferredencoding(do_setlocale=False), sys.stdout.encoding or ""
+    return all(each.lower().replace("-", "") == "utf8" for each in encodings)
 
 
 @contextlib.contextmanager

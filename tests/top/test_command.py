@@ -29,8 +29,8 @@ def top(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     # The relay's time is a test's: it is what the command waits for.
     monkeypatch.setattr("relay.top.once.time", SimpleNamespace(sleep=lambda _: stage.relay(*stage.meanwhile)))
 
-    def top(*arguments: str, port: int = stage.port) -> Result:
-        return CliRunner().invoke(cli, ["top", "--control-address", f"{HOST}:{port}", *arguments])
+    def top(*arguments: str, port: int = stage.port, charset: str = "utf-8") -> Result:
+        return CliRunner(charset).invoke(cli, ["top", "--control-address", f"{HOST}:{port}", *arguments])
 
     return top
 
@@ -49,6 +49,14 @@ def test_one_look_is_a_plain_table(stage: Stage, top: Callable[..., Result]) -> 
     )
     assert [line.split()[0] for line in lines[header + 1 :]] == ["203.0.113.5:40002", "203.0.113.5:40001"]
     assert "16.0kb/s" in lines[header + 1], "two looks make a rate"
+
+
+def test_one_look_goes_where_only_ascii_does(stage: Stage, top: Callable[..., Result]) -> None:
+    stage.relay(1)
+    assert "●" in top("--once").stdout
+    done = top("--once", charset="ascii")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.stdout.isascii()
 
 
 def test_one_look_can_be_ordered_and_limited(stage: Stage, top: Callable[..., Result]) -> None:
