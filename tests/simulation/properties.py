@@ -88,6 +88,11 @@ def _check_told(machine: Machine) -> None:
     held = machine.referee.holdings.by_client.values()
     _same("ends told of", ends, sum(each.is_established for each in held))
     _same("channels told of", told[ChannelBound] + told[ChannelRefreshed], counters.channels_bound)
+    to_peer, to_client = machine.referee.told_bytes
+    for each in machine.server.allocations.by_id.values():
+        to_peer += each.to_peer_bytes + sum(channel.to_peer_bytes for channel in each.channels.values())
+        to_client += each.to_client_bytes + sum(channel.to_client_bytes for channel in each.channels.values())
+    _same("bytes told of", [to_peer, to_client], [counters.to_peer_bytes, counters.to_client_bytes])
 
 
 def check_quiet(world: "World") -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from relay.core.commands import BindPort, Command, Drained, FreeAllocation, SendToClient, SendToPeer
+from relay.core.events import AllocationFreed
 from relay.core.trains import cut
 from tests.simulation import wire
 from tests.simulation.budgets import Budgets
@@ -70,6 +71,8 @@ class Referee:
         self.to_peer = [0, 0]
         """Packets and bytes, as in the next one."""
         self.to_client = [0, 0]
+        self.told_bytes = [0, 0]
+        """To peers and to clients, by allocations that are over, as the relay tells if it does."""
         self.frees: Counter[str] = Counter()
         self.established = 0
         self.is_draining = False
@@ -85,6 +88,7 @@ class Referee:
             BindPort: self._check_bind,
             FreeAllocation: self._check_free,
             Drained: self._check_drained,
+            AllocationFreed: self._add_told,
         }
         self._owed: deque[Expected] = deque()
         self._ending: list[tuple[Allocation, str]] = []
@@ -330,6 +334,10 @@ class Referee:
                 self._ending.remove(ending)
                 return
         raise BrokenError(f"allocation {id_} is freed ({reason}), and is not over")
+
+    def _add_told(self, event: AllocationFreed, _: float) -> None:
+        self.told_bytes[0] += event.to_peer_bytes
+        self.told_bytes[1] += event.to_client_bytes
 
     def _check_drained(self, _: Drained, __: float) -> None:
         if not self.is_draining or self.has_drained or self.holdings.by_client:
