@@ -72,6 +72,8 @@ class Strangers:
 
         method = random.choice((wire.ALLOCATE, wire.REFRESH, wire.CHANNEL_BIND))
         world.network.settle_at(address, NOBODY, receive, Link())
+        # There may be no answer.
+        world.scheduler.after(10, world.network.leave, address)
         ask(wire.write(wire.REQUEST, method, random.randbytes(12), (wire.UDP,)))
 
     def _address(self) -> Address:
