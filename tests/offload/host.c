@@ -233,7 +233,7 @@ static void tell_layout(void)
     FIELD(channel, peer_hop), FIELD(channel, expires), FIELD(channel, flow_label), FIELD(channel, flags), FIELD(channel, version);
     SIZE(bucket), NUMBER(PLACES), NUMBER(HASH_KEYS);
     SIZE(next_hop), FIELD(next_hop, version), FIELD(next_hop, ifindex), FIELD(next_hop, destination);
-    FIELD(next_hop, source), FIELD(next_hop, to), FIELD(next_hop, from), FIELD(next_hop, vlan), FIELD(next_hop, mtu);
+    FIELD(next_hop, source), FIELD(next_hop, macs.to), FIELD(next_hop, macs.from), FIELD(next_hop, vlan), FIELD(next_hop, mtu);
     FIELD(next_hop, flags), FIELD(next_hop, nudged);
     SIZE(own), FIELD(own, address), FIELD(own, vlan);
     SIZE(device), FIELD(device, ifindex), FIELD(device, mac), FIELD(device, flags);

@@ -39,7 +39,7 @@ def offsets_of(packed: struct.Struct, start: int = 0) -> list[int]:
             """client.address client.port client.tag peer.address peer.port peer.tag client_hop peer_hop expires flow_label
             flags""",
         ),
-        ("next_hop", layout.NEXT_HOP, 4, "ifindex destination source to from vlan mtu flags"),
+        ("next_hop", layout.NEXT_HOP, 4, "ifindex destination source macs.to macs.from vlan mtu flags"),
         ("own", layout.OWN, 0, "address vlan"),
         ("device", layout.DEVICE, 0, "ifindex mac flags"),
         (
@@ -94,7 +94,7 @@ def test_numbers_lie_where_the_kernel_reads_them_whole(host: HostRunner) -> None
         channel.client.address channel.peer.address next_hop next_hop.version next_hop.ifindex
         next_hop.destination next_hop.source next_hop.nudged own own.address device device.ifindex
         settings.own settings.device_count settings.devices end"""
-    two = "next_hop.to next_hop.from next_hop.vlan next_hop.mtu next_hop.flags own.vlan device.mac device.flags"
+    two = "next_hop.macs.to next_hop.macs.from next_hop.vlan next_hop.mtu next_hop.flags own.vlan device.mac device.flags"
     for names, size in ((eight, 8), (four, 4), (two, 2)):
         assert {name: in_program[name] % size for name in names.split()} == dict.fromkeys(names.split(), 0)
 
