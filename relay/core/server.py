@@ -43,7 +43,7 @@ from relay.core.addresses import AllocationId, ClientAddress, PeerAddress
 from relay.core.allocations import Allocation, Allocations, AllocationState
 from relay.core.answers import Answers, AttributeValues, Recipient
 from relay.core.attributes import NONCE, REALM, UNKNOWN_ATTRIBUTES, XOR_MAPPED_ADDRESS
-from relay.core.authentication import ErrorCode, Unproven, authenticate, claim_of
+from relay.core.authentication import Claims, ErrorCode, Unproven, authenticate
 from relay.core.commands import Command, Commands
 from relay.core.config import ServerConfig
 from relay.core.counters import MALFORMED_DROPS, Counters, DropReason, FreeReason
@@ -91,6 +91,7 @@ class Server:
         commands = self._commands = Commands()
         self.allocations = Allocations(commands if config.offloads else None)
         self._nonces = Nonces(random, self.counters.nonces)
+        self._claims = Claims(config.realm, config.secret)
         self._strangers_left = math.inf
         self._limiter: Limiter | None = None
         if config.unauthenticated_rate:
@@ -272,7 +273,7 @@ class Server:
             if self._may_answer(to, None, now):
                 self._answers.succeed(to, [(XOR_MAPPED_ADDRESS, client)])
         else:
-            checked = authenticate(message, client, now, self._nonces, self._config.realm, self._config.secret)
+            checked = authenticate(message, client, now, self._nonces, self._claims)
             if isinstance(checked, Unproven):
                 self._refuse_unproven(to, checked, message, now)
             else:
@@ -290,7 +291,7 @@ class Server:
         if code.is_challenge:
             attributes = ((REALM, self._config.realm), (NONCE, self._nonces.issue(to.client, now)))
         if to.method is not Method.BINDING:
-            claim = claim_of(message, self._config.realm, self._config.secret)
+            claim = self._claims.of(message)
             to = to if claim is None else to._replace(key=claim.key)
         self._answers.refuse(to, code, attributes, reason)
 

@@ -158,7 +158,7 @@ MUTANTS = (
     Mutant("nonces live a minute longer", "nonces", "NONCE_LIFETIME = 3600", "NONCE_LIFETIME = 3660"),
     Mutant("nonces are for every address", "nonces", 'b"%b %b %d" % (second, client[0].encode(), client[1])', "second"),
     Mutant(
-        "credentials don't expire", "authentication", "username is None or username.is_expired(now.unix)", "username is None"
+        "credentials don't expire", "authentication", "claim is None or claim.username.is_expired(now.unix)", "claim is None"
     ),
     Mutant("MESSAGE-INTEGRITY is not checked", "authentication", "if message.integrity_holds(claim.key)", "if True"),
     Mutant(
