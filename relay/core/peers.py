@@ -10,7 +10,7 @@ its own loopback interface. ``ipaddress.is_global`` can't judge it: it calls ``:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 
@@ -62,6 +62,9 @@ _SIX_TO_FOUR = 0x2002
 _TEREDO = 0x2001_0000
 _LOOPBACK = 1
 """Before it is the unspecified address."""
+
+MOST_JUDGED = 4096
+"""Decisions that are kept; then all are forgotten. To decide again costs 5 µs."""
 
 
 class PeerRule(StrEnum):
@@ -130,6 +133,11 @@ class PeerPolicy:
     allow: tuple[Network, ...] = ()
     deny: tuple[Network, ...] = ()
 
+    _judged: dict[tuple[str, int | None], PeerRule | None] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
+    """What was decided of late, by host and port, None for all ports: clients ask for the same peers every few minutes."""
+
     def permits(self, peer: PeerAddress) -> bool:
         """Tell whether packets may be relayed to a peer."""
         return self.rule_against(peer) is None
@@ -140,11 +148,21 @@ class PeerPolicy:
 
     def rule_against(self, peer: PeerAddress) -> PeerRule | None:
         """Give what a peer is refused by; None if it may be relayed to."""
-        return self._judge(_read(peer[0]), peer[1])
+        return self._rule_against(peer[0], peer[1])
 
     def rule_against_host(self, peer: PeerAddress) -> PeerRule | None:
         """Give what all ports of a peer's host are refused by; None if some may be relayed to."""
-        return self._judge(_read(peer[0]), None)
+        return self._rule_against(peer[0], None)
+
+    def _rule_against(self, host: str, port: int | None) -> PeerRule | None:
+        key = (host, port)
+        if key in self._judged:
+            return self._judged[key]
+        rule = self._judge(_read(host), port)
+        if len(self._judged) >= MOST_JUDGED:
+            self._judged.clear()
+        self._judged[key] = rule
+        return rule
 
     def _judge(self, address: Address, port: int | None) -> PeerRule | None:
         # A relay may itself have an address that embeds IPv4; then that address is what counts.

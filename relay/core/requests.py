@@ -206,7 +206,7 @@ class Requests:
         peers = [PeerAddress(peer) for peer in request.message.get_all(XOR_PEER_ADDRESS)]
         if not peers:
             raise RefusalError(ErrorCode.BAD_REQUEST, Reason.NO_PEER)
-        if any(family_of(peer) not in allocation.families for peer in peers):
+        if not {family_of(peer) for peer in peers}.issubset(allocation.families):
             raise RefusalError(ErrorCode.PEER_ADDRESS_FAMILY_MISMATCH)
         # The port in a permission means nothing (RFC 8656 §10.2).
         for peer in peers:

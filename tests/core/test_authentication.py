@@ -17,10 +17,11 @@ from relay.core.attributes import (
     XOR_PEER_ADDRESS,
     Attribute,
 )
+from relay.core.authentication import MOST_KNOWN, Claim, Claims
 from relay.core.commands import BindPort, SendToClient
 from relay.core.counters import DropReason
-from relay.core.credentials import integrity_key
-from relay.core.stun import MessageClass, Method, encode
+from relay.core.credentials import RelaySecret, integrity_key
+from relay.core.stun import Message, MessageClass, Method, decode, encode
 from tests.core.driver import (
     CHANNEL,
     CLIENT,
@@ -317,6 +318,25 @@ def test_a_malformed_value_of_an_authenticated_request_gets_a_signed_400(client:
     answer = client.ask(Method.REFRESH, (opaque(LIFETIME.type), b"\0"))
     assert answer.code == 400
     assert answer.message.integrity_holds(client.key)
+
+
+def test_of_all_usernames_that_are_claimed_some_are_kept() -> None:
+    claims = Claims("firezone", RelaySecret("secret"))
+
+    def claim_of(number: int) -> Claim | None:
+        message = decode(encode(MessageClass.REQUEST, Method.REFRESH, bytes(12), [(USERNAME, f"9999999999:{number}")]))
+        assert isinstance(message, Message)
+        return claims.of(message)
+
+    first = claim_of(0)
+    sizes = set()
+    for number in range(2 * MOST_KNOWN):
+        claim = claim_of(number)
+        assert claim is not None
+        assert claim.username.text == f"9999999999:{number}"
+        sizes.add(len(claims._known))
+    assert max(sizes) == MOST_KNOWN
+    assert claim_of(0) == first != claim_of(1)
 
 
 def test_strangers_cost_the_relay_no_memory(relay: Relay) -> None:

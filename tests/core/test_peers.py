@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.core.peers import DENIED_BY_DEFAULT, Address, Network, PeerPolicy, PeerRule, judged_addresses
+from relay.core.peers import DENIED_BY_DEFAULT, MOST_JUDGED, Address, Network, PeerPolicy, PeerRule, judged_addresses
 from tests.core.driver import peer_at
 
 OWN = "198.51.100.1"
@@ -280,6 +280,25 @@ def test_permits_host_ignores_the_port(host: str) -> None:
     decisions = {POLICY.permits_host(peer_at(host, port)) for port in (0, 22, 3478, 8080, 50000, 65535)}
     assert len(decisions) == 1
     assert decisions == {any(POLICY.permits(peer_at(host, port)) for port in (22, 50000))}
+
+
+def test_what_was_decided_is_decided_again_however_many_peers_come_in_between() -> None:
+    policy = replace(POLICY)
+    peers = [peer_at(host, port) for host in ("127.0.0.1", "8.8.8.8", OWN) for port in (22, 3478, 50000)]
+    before = [(policy.rule_against(peer), policy.rule_against_host(peer)) for peer in peers]
+    sizes = set()
+    for number in range(2 * MOST_JUDGED):
+        assert policy.permits(peer_at(str(IPv4Address(0x0A090000 + number)), 1))
+        sizes.add(len(policy._judged))
+    assert max(sizes) == MOST_JUDGED
+    assert [(policy.rule_against(peer), policy.rule_against_host(peer)) for peer in peers] == before
+
+
+def test_a_policy_made_from_another_decides_for_itself() -> None:
+    peer = peer_at("8.8.8.8", 5000)
+    assert POLICY.permits(peer)
+    assert not replace(POLICY, deny=networks("8.8.8.8/32")).permits(peer)
+    assert POLICY.permits(peer)
 
 
 # An independent reading of the table: bits of the address rather than `ipaddress`.

@@ -1,3 +1,4 @@
+import hmac
 import zlib
 from random import Random
 from typing import Any
@@ -110,6 +111,16 @@ def test_the_long_term_request_of_rfc_5769_is_read() -> None:
     assert key == bytes.fromhex("e8ca7ad59d5eb0518e312911d2dab2a9")
     assert message.integrity_holds(key)
     assert not message.integrity_holds(integrity_key(LONG_TERM_USERNAME, "example.org", "thematrix"))
+
+
+@pytest.mark.parametrize("length", [0, 1, 16, 63, 64, 65, 200])
+def test_messages_are_signed_with_hmac_sha1_however_long_the_key_is(length: int) -> None:
+    key = bytes(range(length))
+    signed = encode(MessageClass.REQUEST, Method.REFRESH, bytes(12), [(LIFETIME, 600)], key=key)
+    for _ in range(2):
+        assert signed[-20:] == hmac.digest(key, signed[:-24], "sha1")
+        assert decoded(signed).integrity_holds(key)
+        assert not decoded(signed).integrity_holds(key + b"1")
 
 
 def test_the_long_term_request_of_rfc_5769_is_written() -> None:
