@@ -73,9 +73,10 @@ def test_a_relay_that_listens_at_all_addresses_is_asked_at_loopback() -> None:
 
 
 def test_a_relay_that_does_not_run_is_not_well() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        at = Endpoint(*free.getsockname())
-    done = ask(at)
+    with socket.socket() as taken:
+        # Bound, and not listened at: nobody else gets it, and whoever connects is refused.
+        taken.bind(("127.0.0.1", 0))
+        done = ask(Endpoint(*taken.getsockname()))
     assert done.exit_code == 1
     assert "Connection refused" in done.output
 
@@ -92,7 +93,7 @@ def test_an_answer_that_trickles_is_waited_for_no_longer_than_was_said() -> None
     with answering(*[b"H"] * 1000, pause=0.05) as at:
         done = ask(at, "--timeout", "0.3")
     assert (done.exit_code, done.output) == (1, f"http://{at}/livez did not answer within 0.3 s\n")
-    assert time.monotonic() - began < 30, "it would have trickled for 50 s"
+    assert time.monotonic() - began < 40, "it would have trickled for 50 s"
 
 
 def test_an_address_that_is_none_is_bad_use() -> None:

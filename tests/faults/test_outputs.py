@@ -29,7 +29,7 @@ def wait_until_served(program: Failing) -> None:
     until = time.monotonic() + PATIENCE
     while True:
         with contextlib.suppress(TimeoutError, ConnectionError), program.client() as client:
-            client.socket.settimeout(0.2)
+            client.socket.settimeout(1)
             client.allocate()
             return
         assert program.process.poll() is None

@@ -15,7 +15,7 @@ import pytest
 
 from tests.actors.conftest import RelayMaker
 from tests.actors.test_lifetime import allocate_refused
-from tests.conftest import needs_ipv6
+from tests.conftest import needs_ipv6, wait_until
 from tests.faults.conftest import Failing, assert_serves, running
 from tests.interop.test_privilege import is_root, needs_nobody
 
@@ -78,7 +78,7 @@ def test_a_client_that_finds_a_descriptor_for_one_family_only_gets_none_and_leav
             client.allocate(dual=True)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    wait_until(lambda: len(list(Path("/proc/self/fd").iterdir())) == before)
     assert relay.system.server_counters.bind_errors == {"EMFILE": 1}
     assert_serves(relay)
 

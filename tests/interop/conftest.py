@@ -104,6 +104,15 @@ class Program:
         """Wait until it has logged something."""
         wait_until(lambda: text in self.log, START_SECONDS)
 
+    def dropped(self) -> int:
+        """Give how many packets its sockets and threads were too busy for, so far."""
+        ends = "--- end of dump"
+        before = self.log.count(ends)
+        self.process.send_signal(signal.SIGUSR1)
+        wait_until(lambda: self.log.count(ends) > before, START_SECONDS)
+        counted = re.findall(r"^(?:dropped_late|dropped_stale|kernel_drops): (\d+)$", self.log, re.MULTILINE)
+        return sum(map(int, counted[-3:]))
+
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send a signal and give the exit code."""
         self.process.send_signal(number)

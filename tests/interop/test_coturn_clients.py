@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import needs_ipv6
+from tests.conftest import needs_ipv6, wait_until
 from tests.interop.conftest import Program, ProgramStarter
 from tests.turn_client import udp_socket
 
@@ -24,6 +24,22 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+def wait_until_echoed(port: int) -> None:
+    """Wait until someone answers at a port of loopback."""
+    with udp_socket("127.0.0.1") as asking:
+        asking.settimeout(0.1)
+        asking.connect(("127.0.0.1", port))
+
+        def is_echoed() -> bool:
+            try:
+                asking.send(b"is anyone there?")
+                return bool(asking.recv(100))
+            except (TimeoutError, ConnectionRefusedError):
+                return False
+
+        wait_until(is_echoed)
+
+
 @pytest.fixture
 def peer_port() -> Iterator[str]:
     """The port of coturn's echoing peer."""
@@ -34,9 +50,12 @@ def peer_port() -> Iterator[str]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    yield port
-    peer.kill()
-    peer.wait()
+    try:
+        wait_until_echoed(int(port))
+        yield port
+    finally:
+        peer.kill()
+        peer.wait()
 
 
 def test_stunclient_learns_its_address(program: Program) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from relay import __version__
+from relay.actors.departure import STOP_TIMEOUT
 from relay.core.credentials import RelaySecret, mint
 from tests.conftest import HAS_IPV6, needs_ipv6
 from tests.interop.conftest import Program, ProgramStarter
@@ -177,7 +178,7 @@ def test_a_username_with_escape_codes_and_lines_of_its_own_is_nowhere_in_the_log
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_with_0_within_two_seconds_with_a_thousand_allocations(
+def test_a_signal_ends_it_with_0_in_time_with_a_thousand_allocations(
     start_program: ProgramStarter, tmp_path: Path, number: signal.Signals
 ) -> None:
     path = tmp_path / "secret"
@@ -195,7 +196,7 @@ def test_a_signal_ends_it_with_0_within_two_seconds_with_a_thousand_allocations(
     assert len(relayed) == ALLOCATIONS
     began = time.monotonic()
     assert program.stop(number) == 0
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < STOP_TIMEOUT
     assert "Traceback" not in program.log
     assert "in time" not in program.log
 
@@ -227,7 +228,7 @@ def test_it_stops_in_time_while_a_thousand_allocations_are_busy(start_program: P
             assert client.receive() == (0x4000, bytes(172))
             began = time.monotonic()
             assert program.stop() == 0
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < STOP_TIMEOUT
         finally:
             ended.set()
             flooding.join()

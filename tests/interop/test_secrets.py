@@ -39,7 +39,7 @@ from tests.connect_proxy import ConnectProxy
 from tests.faults.conftest import RECEIVE, library
 from tests.interop.conftest import Program
 from tests.scripted_portal import Authority, Connection, ScriptedPortal
-from tests.turn_client import UDP, TurnClient, code_of, udp_socket
+from tests.turn_client import TIMEOUT, UDP, TurnClient, code_of, udp_socket
 
 __all__ = ["library"]
 
@@ -87,7 +87,7 @@ def test_what_is_looked_for_would_be_found() -> None:
 
 def page(address: tuple[str, int], method: str, path: str) -> str:
     """What a page says."""
-    connection = http.client.HTTPConnection(*address, timeout=10)
+    connection = http.client.HTTPConnection(*address, timeout=30)
     with contextlib.closing(connection):
         connection.request(method, path)
         answer = connection.getresponse()
@@ -239,7 +239,7 @@ def discard(*sockets: socket.socket) -> None:
         with contextlib.suppress(TimeoutError):
             while each.recv(65535):
                 pass
-        each.settimeout(5)
+        each.settimeout(TIMEOUT)
 
 
 def be_a_mad_portal(connection: Connection) -> None:
@@ -271,7 +271,7 @@ def test_no_secret_is_shown_whatever_happens(victim: tuple[Victim, Connection], 
         last.allocate()
         fail_all_reads(faults)
         last.socket.sendto(bytes(20), (relay.program.host, 3478))
-        assert relay.program.wait(30) == 1
+        assert relay.program.wait(60) == 1
     shown = relay.end()
     # All that it has to tell is there to be looked at.
     for part in (

@@ -22,7 +22,7 @@ from relay.core.credentials import RelaySecret, mint
 from tests.conftest import HAS_IPV6, needs_ipv6
 from tests.interop.conftest import Program
 from tests.machine import Machine
-from tests.turn_client import TurnClient
+from tests.turn_client import TIMEOUT, TurnClient
 
 SOL_UDP, UDP_SEGMENT, UDP_GRO = 17, 103, 104
 SO_RCVBUFFORCE = 33
@@ -194,7 +194,7 @@ def udp_socket(host: str) -> socket.socket:
     opened = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
     opened.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 4 << 20)
     opened.bind((host, 0))
-    opened.settimeout(5)
+    opened.settimeout(TIMEOUT)
     return opened
 
 

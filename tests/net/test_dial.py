@@ -1,6 +1,7 @@
 """Every address of a host is tried, each for its share of the time; certificates are checked; nobody has to wait."""
 
 import contextlib
+import gc
 import select
 import socket
 import ssl
@@ -24,6 +25,9 @@ from tests.scripted_portal import Authority
 LONG = 30.0
 """Seconds that no test takes: whatever ends sooner was not waited for."""
 
+SHARING = 59
+"""Addresses beside one, so that its share of all that time is half a second, and each of them has more."""
+
 SYN_SENT, ESTABLISHED = 2, 1
 """States of TCP, as TCP_INFO has them."""
 
@@ -39,6 +43,7 @@ def tls(authority: Authority) -> ssl.SSLContext:
 
 
 def open_descriptors() -> int:
+    gc.collect()
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
@@ -47,7 +52,7 @@ def _no_descriptor_is_left_open() -> Iterator[None]:
     before = open_descriptors()
     yield
     # Whatever an earlier test has left in a cycle may be gone, too.
-    assert open_descriptors() <= before
+    wait_until(lambda: open_descriptors() <= before)
 
 
 @pytest.fixture
@@ -181,18 +186,18 @@ def test_the_first_address_that_answers_is_the_last_that_is_tried() -> None:
 
 def test_an_address_that_swallows_packets_costs_the_next_no_more_than_its_share(black_hole: HostAddress) -> None:
     with RawServer(greet) as server:
-        dialer = Dialer("localhost", 443, None, look_up=found(black_hole, at(server)))
+        dialer = Dialer("localhost", 443, None, look_up=found(black_hole, *SHARING * [at(server)]))
         began = time.monotonic()
-        with dialer.dial(1.0, ignore) as opened:
-            assert 0.45 < time.monotonic() - began < 5
+        with dialer.dial(LONG, ignore) as opened:
+            assert 0.45 < time.monotonic() - began < LONG / 2
             assert opened.recv(100) == b"hello"
 
 
 def test_the_time_is_shared_among_the_addresses_that_are_left(refusing: HostAddress) -> None:
     seen = Seen()
     with pytest.raises(ConnectionRefusedError):
-        Dialer("localhost", 443, None, look_up=found(*[refusing] * 4)).dial(LONG, seen)
-    assert seen.shares == pytest.approx([LONG / 4, LONG / 3, LONG / 2, LONG], rel=0.05)
+        Dialer("localhost", 443, None, look_up=found(*[refusing] * 4)).dial(100 * LONG, seen)
+    assert seen.shares == pytest.approx([25 * LONG, 33.3 * LONG, 50 * LONG, 100 * LONG], rel=0.02)
 
 
 def test_what_the_look_up_took_is_not_shared(refusing: HostAddress) -> None:
@@ -224,7 +229,7 @@ def test_the_error_is_that_of_the_last_address(refusing: HostAddress, black_hole
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         Dialer("localhost", 443, None, look_up=found(refusing, black_hole)).dial(0.4, ignore)
-    assert 0.35 < time.monotonic() - began < 2
+    assert 0.35 < time.monotonic() - began < LONG
 
 
 @pytest.mark.parametrize(
@@ -288,10 +293,10 @@ def test_an_address_whose_certificate_is_not_trusted_is_followed_by_the_next(
 
 def test_a_handshake_that_hangs_takes_no_more_than_its_share(authority: Authority, tls: ssl.SSLContext) -> None:
     with RawServer(SILENCE) as silent, RawServer(greet, tls=authority.server_context()) as well:
-        dialer = Dialer("localhost", 443, tls, look_up=found(at(silent), at(well)))
+        dialer = Dialer("localhost", 443, tls, look_up=found(at(silent), *SHARING * [at(well)]))
         began = time.monotonic()
-        with dialer.dial(1.0, ignore) as opened:
-            assert time.monotonic() - began > 0.45
+        with dialer.dial(LONG, ignore) as opened:
+            assert 0.45 < time.monotonic() - began < LONG / 2
             assert opened.recv(100) == b"hello"
 
 
@@ -317,7 +322,7 @@ def test_every_socket_is_shown_before_it_is_waited_for(
 class Attempt:
     """A dial in a thread of its own."""
 
-    def __init__(self, dialer: Dialer, timeout: float = LONG, *, watch: Watch | None = None) -> None:
+    def __init__(self, dialer: Dialer, timeout: float = 3 * LONG, *, watch: Watch | None = None) -> None:
         self.seen = Seen()
         self.error: OSError | None = None
         self._dialer = dialer
@@ -330,7 +335,7 @@ class Attempt:
         """End what was shown last, as whoever watches does."""
         socket.socket.shutdown(self.seen.sockets[-1], socket.SHUT_RDWR)
 
-    def wait(self, seconds: float = 2) -> None:
+    def wait(self, seconds: float = LONG) -> None:
         self._thread.join(seconds)
         ended_by_itself = not self._thread.is_alive()
         if not ended_by_itself:
@@ -486,5 +491,5 @@ def test_a_proxy_that_drips_its_answer_takes_no_longer_than_was_said() -> None:
     dripping = Recital("dripping", b"HTTP/1.1 200 OK\r\nX-Padding: ", b"x", drips=True)
     with RawServer(dripping) as server:
         attempt = Attempt(Dialer("portal.example", 443, None, Proxy("127.0.0.1", server.port)), 0.5)
-        attempt.wait(2)
+        attempt.wait()
         assert attempt.error is not None

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import queue
 import select
@@ -19,7 +20,7 @@ import pytest
 from relay.core.portal.refusal import Refusal
 from relay.net import link, metered, upgrade
 from relay.net.dial import Dialer
-from relay.net.link import STALL_TIMEOUT, UNREAD_MESSAGES, WebSocketLink
+from relay.net.link import UNREAD_MESSAGES, WebSocketLink
 from relay.net.metered import MESSAGE_LIMIT
 from relay.net.names import HostAddress, LookUp, look_up
 from relay.net.proxy import Proxy
@@ -56,14 +57,16 @@ from tests.scripted_portal import Authority, ScriptedPortal
 
 BINARY, CLOSE, PONG = 0x2, 0x8, 0xA
 
-LONG = 30.0
+LONG = 90.0
 """Seconds that no test takes."""
 
-PROMPTLY = 0.9 * STALL_TIMEOUT
-"""Seconds in which what was abandoned has ended: it is woken, and not found out at the next look."""
+PROMPTLY = 30.0
+"""Seconds in which what was abandoned has ended, on a machine that has other work: it is woken, and not found out at the
+next look, which is not to come."""
 
-SOCKET_BUFFERS = 1024 * 1024
-"""Bytes that the two kernels may hold, of which the relay has seen nothing, where the sender's is made small."""
+SOCKET_BUFFERS = int(Path("/proc/sys/net/ipv4/tcp_rmem").read_text().split()[2]) + 1024 * 1024
+"""Bytes that the two kernels may hold, of which the relay has seen nothing, where the sender's is made small: the receiver's
+grows while it reads fast."""
 
 TLS_OR_NOT = pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "TLS"])
 
@@ -73,6 +76,7 @@ def connection_threads() -> list[threading.Thread]:
 
 
 def open_descriptors() -> int:
+    gc.collect()
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
@@ -87,7 +91,13 @@ def _nothing_is_left_behind() -> Iterator[None]:
     yield
     wait_until(lambda: not connection_threads())
     # Whatever an earlier test has left in a cycle may be gone, too.
-    assert open_descriptors() <= descriptors
+    wait_until(lambda: open_descriptors() <= descriptors)
+
+
+@pytest.fixture(autouse=True)
+def _no_look_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ends in time was woken."""
+    monkeypatch.setattr(link, "STALL_TIMEOUT", LONG)
 
 
 class Session:
@@ -139,7 +149,7 @@ class Session:
     def is_over(self) -> bool:
         return any(kind in {"refused", "lost"} for kind, _ in self.reports)
 
-    def wait_for(self, kind: str, n: int = 1, seconds: float = 10) -> object:
+    def wait_for(self, kind: str, n: int = 1, seconds: float = PROMPTLY) -> object:
         """Wait for the n-th report of a kind, and give what it says."""
 
         def found() -> list[object]:
@@ -152,7 +162,7 @@ class Session:
 
     def wait_for_end(self) -> tuple[str, object]:
         """Wait until nothing more can be heard; give how it ended."""
-        wait_until(lambda: self.is_over, 10)
+        wait_until(lambda: self.is_over)
         self.wait_for_thread()
         ends = [report for report in self.reports if report[0] in {"refused", "lost"}]
         assert ends == self.reports[-1:], "an end is told once, and last"
@@ -171,7 +181,7 @@ class Session:
         assert isinstance(refusal, Refusal)
         return refusal
 
-    def wait_for_thread(self, seconds: float = 10) -> None:
+    def wait_for_thread(self, seconds: float = PROMPTLY) -> None:
         thread = self.link._thread
         if thread.ident is not None:
             thread.join(seconds)
@@ -182,8 +192,8 @@ class Session:
         before = self.reports
         began = time.monotonic()
         self.link.abandon()
-        assert time.monotonic() - began < PROMPTLY / 3, "an abandon waits for nothing"
-        self.wait_for_thread(PROMPTLY)
+        self.wait_for_thread()
+        assert time.monotonic() - began < PROMPTLY, "an abandon waits for nothing"
         # What was being told while it was abandoned is told to its end.
         assert len(self.reports) <= len(before) + 1
         assert not self.is_over
@@ -358,10 +368,10 @@ def test_a_silence_ends_nothing(connect: Connect, monkeypatch: pytest.MonkeyPatc
     """It is the channel that knows how long a portal may say nothing."""
     monkeypatch.setattr(link, "STALL_TIMEOUT", 0.1)
     with ScriptedPortal() as portal:
-        session = connect(portal, timeout=0.2)
+        session = connect(portal, timeout=2)
         connection = portal.wait_for_connection()
         session.wait_for("connected")
-        threading.Event().wait(0.3)
+        threading.Event().wait(2.2)
         connection.send_text("still there")
         assert session.wait_for("text") == "still there"
 
@@ -592,7 +602,7 @@ def test_a_server_that_says_nothing_is_lost_after_the_time_of_the_attempt(
     with serve(SILENCE, authority, is_tls=is_tls) as server:
         began = time.monotonic()
         said = connect(server, timeout=0.5).wait_until_lost()
-        assert 0.45 < time.monotonic() - began < 5
+        assert 0.45 < time.monotonic() - began < PROMPTLY
         assert said
 
 
@@ -832,7 +842,7 @@ def test_pings_among_fragments_make_a_message_no_longer(connect: Connect) -> Non
     with RawServer(endless) as server:
         session = connect(server)
         enough = 2 * (MESSAGE_LIMIT + SOCKET_BUFFERS)
-        wait_until(lambda: session.is_over or server.sent > enough, 20)
+        wait_until(lambda: session.is_over or server.sent > enough)
         assert server.sent <= enough, "it takes more and more"
         assert session.wait_until_lost() == _TOO_MUCH
 
@@ -989,7 +999,7 @@ def test_an_abandon_during_a_look_up_ends_it_before_anyone_is_connected_to(conne
         assert asked.wait(LONG)
         session.link.abandon()
         may_answer.set()
-        session.wait_for_thread(PROMPTLY)
+        session.wait_for_thread()
         assert session.reports == []
         assert server.peers == []
 
@@ -1014,7 +1024,7 @@ def test_an_abandon_by_whoever_is_being_told_something_ends_it(connect: Connect)
         session.link = WebSocketLink(Dialer("localhost", server.port, None), server.url, (), LONG, session)
         session.link.start()
         session.wait_for("text")
-        session.wait_for_thread(PROMPTLY)
+        session.wait_for_thread()
         assert [kind for kind, _ in session.reports] == ["connected", "text"]
     del connect
 
@@ -1081,7 +1091,10 @@ def drip_and_listen(heard: "queue.SimpleQueue[bytes]") -> Behaviour:
 
 
 @TLS_OR_NOT
-def test_heartbeats_go_out_while_a_frame_drips_in(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
+def test_heartbeats_go_out_while_a_frame_drips_in(
+    connect: Connect, authority: Authority, monkeypatch: pytest.MonkeyPatch, *, is_tls: bool
+) -> None:
+    monkeypatch.setattr(link, "STALL_TIMEOUT", 3 * DRIP_SECONDS)
     heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     with serve(drip_and_listen(heard), authority, is_tls=is_tls) as server:
         session = connect(server)
@@ -1090,7 +1103,7 @@ def test_heartbeats_go_out_while_a_frame_drips_in(connect: Connect, authority: A
             wait_until(lambda number=number: server.sent > 130 + number)  # type: ignore[misc]
             session.link.send("a heartbeat")
             # Whatever it is in its mask, it comes.
-            assert heard.get(timeout=2 * STALL_TIMEOUT)
+            assert heard.get(timeout=PROMPTLY)
         session.abandon()
 
 
@@ -1139,19 +1152,22 @@ def test_a_portal_that_reads_nothing_is_lost(connect: Connect, monkeypatch: pyte
         session = connect(server)
         session.wait_for("connected")
         for _ in range(20):
-            began = time.monotonic()
             session.link.send(MEGABYTE)
-            assert time.monotonic() - began < PROMPTLY / 3, "a send waits for nothing"
         assert session.wait_until_lost() == "it reads nothing"
 
 
 @TLS_OR_NOT
-def test_a_portal_that_reads_nothing_can_be_abandoned(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
+def test_a_portal_that_reads_nothing_can_be_abandoned(
+    connect: Connect, authority: Authority, monkeypatch: pytest.MonkeyPatch, *, is_tls: bool
+) -> None:
+    monkeypatch.setattr(metered, "SEND_TIMEOUT", LONG)
     with serve(deaf, authority, is_tls=is_tls) as server:
         session = connect(server)
         session.wait_for("connected")
+        began = time.monotonic()
         for _ in range(20):
             session.link.send(MEGABYTE)
+        assert time.monotonic() - began < PROMPTLY, "a send waits for nothing"
         # Some have gone, and one hangs.
         wait_until(lambda: 0 < len(session.link._outgoing) < 18)
         session.abandon()

@@ -5,7 +5,6 @@ import http.client
 import json
 import os
 import re
-import signal
 import socket
 import time
 from collections import Counter
@@ -15,7 +14,6 @@ from typing import Any, Final, NamedTuple
 
 from relay.core.addresses import Family, SocketAddress, socket_address
 from relay.core.credentials import Credential, RelaySecret, mint
-from tests.conftest import wait_until
 from tests.interop.conftest import Program
 from tests.interop.test_trains import SO_RCVBUFFORCE
 from tests.offload.topology import CLIENT, PEER, RELAY, Host, Row
@@ -116,12 +114,7 @@ class Running(Offloading):
 
     def dropped(self) -> int:
         """Give how many packets its sockets and threads were too busy for, so far."""
-        ends = "--- end of dump"
-        before = self.log.count(ends)
-        self.program.process.send_signal(signal.SIGUSR1)
-        wait_until(lambda: self.log.count(ends) > before)
-        counted = re.findall(r"^(?:dropped_late|kernel_drops): (\d+)$", self.log, re.MULTILINE)
-        return sum(map(int, counted[-2:]))
+        return self.program.dropped()
 
 
 @contextlib.contextmanager

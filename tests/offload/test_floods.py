@@ -11,6 +11,7 @@ from relay.core.addresses import Family
 from tests.offload.conftest import needs_bpf
 from tests.offload.relays import SERVICE, Talk, running, talk
 from tests.offload.topology import CLIENT, RELAY, row
+from tests.turn_client import TIMEOUT
 
 COUNT = 400
 MIB = 1024
@@ -19,11 +20,11 @@ MIB = 1024
 def arrived(sock: socket.socket, of: str) -> int:
     """Count packets, until no more comes."""
     found = 0
-    sock.settimeout(0.5)
+    sock.settimeout(2)
     with contextlib.suppress(TimeoutError):
         while True:
             found += sock.recv(65535).endswith(of.encode() + bytes(100))
-    sock.settimeout(5)
+    sock.settimeout(TIMEOUT)
     return found
 
 
@@ -37,7 +38,8 @@ def exchanged(way: Talk) -> tuple[int, int]:
 
 def refreshed(way: Talk) -> bool:
     """Refresh as clients do: more than once if no answer comes."""
-    for _ in range(7):
+    way.client.socket.settimeout(3)
+    for _ in range(20):
         with contextlib.suppress(TimeoutError):
             return way.client.refresh(600) is None
     return False
@@ -58,7 +60,7 @@ def test_the_kernel_relays_in_a_flood_as_ever(tmp_path: Path, object_file: bytes
             flood = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "benchmarks.flooding", RELAY[Family.IPV4], str(SERVICE)),
-                    *("10.78.0.0", "65000", "0", "60"),
+                    *("10.78.0.0", "65000", "0", "110"),
                 ],
                 stdout=subprocess.PIPE,
                 text=True,

@@ -186,14 +186,14 @@ def test_who_yields_lets_other_threads_have_the_interpreter() -> None:
     spinning = threading.Thread(target=spin, daemon=True)
     interval = sys.getswitchinterval()
     # Whoever gave up the CPU alone would be made to give up the interpreter only after so long.
-    sys.setswitchinterval(10)
+    sys.setswitchinterval(100)
     try:
         before = time.monotonic()
         spinning.start()
-        assert started.wait(5)
+        assert started.wait(60)
         done.set()
-        spinning.join(5)
-        assert time.monotonic() - before < 3
+        spinning.join(60)
+        assert time.monotonic() - before < 50
     finally:
         sys.setswitchinterval(interval)
 
@@ -279,4 +279,4 @@ def test_a_sandbox_that_forbids_to_share_cpus_keeps_no_relay_from_running(tmp_pa
 
     # What is forbidden can't be allowed again: that takes a thread which ends.
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(start).result(30)
+        assert pool.submit(start).result(110)

@@ -17,7 +17,7 @@ from relay.probe.results import Outcome, Report, Step, StepName
 from relay.probe.steps import Probe, Settings
 from relay.probe.target import Target
 from relay.probe.transaction import Patience
-from tests.probe.conftest import IMPATIENT, QUICK, Unwatched
+from tests.probe.conftest import IMPATIENT, LOSSY, PATIENT, QUICK, Unwatched
 from tests.probe.shell import PORTS, SECRET, Shell
 
 Run = Callable[..., Report]
@@ -50,11 +50,11 @@ def test_all_steps_of_both_families_succeed(run: Run, families: tuple[Family, ..
     assert report.allocated.lifetime == 600
     assert report.realm == "firezone"
     assert report.bound is not None
-    assert 0 < report.bound.rtt < IMPATIENT.total
+    assert 0 < report.bound.rtt < PATIENT.total
     for family in families:
         traffic = report.traffic[family]
         assert [tuple(way) for way in traffic.directions] == [(20, 20)] * 3
-        assert 0 < traffic.rtts[0] <= traffic.rtts[-1] < 1
+        assert 0 < traffic.rtts[0] <= traffic.rtts[-1] < QUICK.settle + 1
 
 
 @pytest.mark.usefixtures("ipv6")
@@ -99,8 +99,8 @@ def test_credentials_that_are_refused_fail_at_allocate(run: Run, families: tuple
 
 def test_a_silent_server_fails_within_the_time_it_is_given(run: Run, silent_port: int) -> None:
     started = time.monotonic()
-    report = run(silent_port)
-    assert IMPATIENT.total <= time.monotonic() - started < IMPATIENT.total + 0.5
+    report = run(silent_port, patience=IMPATIENT)
+    assert IMPATIENT.total <= time.monotonic() - started < 30
     assert outcomes(report) == [("Binding", Outcome.FAILED)]
     assert f"127.0.0.1:{silent_port}/udp" in report.steps[0].detail
     assert "firewall" in report.steps[0].advice
@@ -108,15 +108,15 @@ def test_a_silent_server_fails_within_the_time_it_is_given(run: Run, silent_port
 
 def test_a_closed_port_fails_at_once(run: Run, closed_port: int) -> None:
     started = time.monotonic()
-    report = run(closed_port, patience=Patience(total=30))
-    assert time.monotonic() - started < 5
+    report = run(closed_port, patience=Patience(total=60))
+    assert time.monotonic() - started < 30
     assert "nothing listens" in report.steps[0].detail
 
 
 def test_the_first_address_that_answers_is_probed(families: tuple[Family, ...], silent_port: int) -> None:
     with Shell(families) as shell:
         server = ("127.0.0.1", shell.port)
-        report = Probe(Settings(None, QUICK, IMPATIENT), Unwatched()).run(
+        report = Probe(Settings(None, QUICK, Patience(rto=0.1, total=2)), Unwatched()).run(
             Target("relay.test", 3478), [("127.0.0.1", silent_port), server]
         )
     assert report.server == server
@@ -159,7 +159,7 @@ def test_a_peer_that_nothing_reaches_fails_the_peer_path_and_is_looped(run: Run)
         return (command,)
 
     with Shell([Family.IPV4], edit=firewall) as shell:
-        report = run(shell)
+        report = run(shell, pace=LOSSY)
     [failed] = report.failures
     assert failed.name is StepName.PEER_PATH
     assert "looped through the relayed address" in failed.detail
@@ -173,7 +173,7 @@ def test_a_server_that_swallows_loops_fails_at_packets(run: Run) -> None:
         return () if isinstance(command, SendToPeer) else (command,)
 
     with Shell([Family.IPV4], peers_allowed=False, edit=swallow) as shell:
-        report = run(shell)
+        report = run(shell, pace=LOSSY)
     [failed] = report.failures
     assert failed.name is StepName.PACKETS
     assert "own relayed addresses" in failed.advice
@@ -191,7 +191,7 @@ def test_lost_packets_are_counted_for_each_way(run: Run, lost: int) -> None:
         return (command,)
 
     with Shell([Family.IPV4], edit=lossy) as shell:
-        report = run(shell)
+        report = run(shell, pace=LOSSY)
     traffic = report.traffic[Family.IPV4]
     assert [way.lost for way in traffic.directions] == [lost, 0, lost]
     assert len(traffic.rtts) == 20 - lost
@@ -206,7 +206,7 @@ def test_a_way_that_is_closed_is_named(run: Run, to_peer: bool, words: str) -> N
         return () if (isinstance(command, SendToPeer) if to_peer else channel_data) else (command,)
 
     with Shell([Family.IPV4], edit=one_way) as shell:
-        report = run(shell)
+        report = run(shell, pace=LOSSY)
     [failed] = report.failures
     assert failed.name is StepName.PACKETS
     assert words in failed.advice
@@ -361,8 +361,8 @@ def test_a_server_that_dies_on_the_way_fails_in_bounded_time(run: Run) -> None:
 
     started = time.monotonic()
     with Shell([Family.IPV4], edit=die) as shell:
-        report = run(shell)
-    assert time.monotonic() - started < 4
+        report = run(shell, patience=IMPATIENT)
+    assert time.monotonic() - started < 30
     assert [step.name for step in report.failures] == [StepName.CHANNEL_BIND, StepName.REFRESH]
 
 
@@ -373,8 +373,8 @@ def test_a_slow_pace_ends_early_when_nothing_comes_through(run: Run) -> None:
 
     started = time.monotonic()
     with Shell([Family.IPV4], edit=swallow) as shell:
-        report = run(shell, pace=replace(QUICK, count=1000, rate=50))
-    assert time.monotonic() - started < 3
+        report = run(shell, pace=replace(LOSSY, count=10_000, rate=50))
+    assert time.monotonic() - started < 60, "it would have been sending for 200 s"
     assert [step.name for step in report.failures] == [StepName.PEER_PATH, StepName.PACKETS]
 
 

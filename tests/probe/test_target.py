@@ -66,7 +66,7 @@ def test_a_lookup_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
     given_up = threading.Event()
 
     def hang(*_: object, **__: object) -> list[object]:
-        given_up.wait(10)
+        given_up.wait(100)
         return []
 
     monkeypatch.setattr(socket, "getaddrinfo", hang)

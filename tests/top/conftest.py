@@ -197,8 +197,9 @@ def start(stage: Stage) -> Iterator[TerminalMaker]:
 
 
 @pytest.fixture
-def closed_port() -> int:
+def closed_port() -> Iterator[int]:
     """A port at which nobody answers."""
-    with socket.create_server((HOST, 0)) as opened:
-        port: int = opened.getsockname()[1]
-    return port
+    with socket.socket() as taken:
+        # Bound, and not listened at: nobody else gets it, and whoever connects is refused.
+        taken.bind((HOST, 0))
+        yield taken.getsockname()[1]

@@ -142,7 +142,8 @@ def test_it_imports_nothing_that_relays() -> None:
 
 
 def test_a_failure_in_the_midst_gives_the_terminal_back() -> None:
-    terminal = Terminal("true")
+    # The terminal is gone once what it was for has ended.
+    terminal = Terminal("sleep", "600")
 
     def fail() -> None:
         with Screen(terminal.line, terminal.line):

@@ -8,8 +8,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from relay.config import BadUseError, OtlpConfig
+from relay.ops.metrics import push
 from relay.ops.metrics.push import QUIET_FOR, Pusher, read_settings
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE, wait_until
 
 ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector.example:4317"}
 FOREVER = 1000.0
@@ -92,19 +93,25 @@ def test_what_makes_no_sense_in_the_environment_is_bad_use(variables: dict[str, 
         read_settings(None, good | variables)
 
 
-def test_it_is_pushed_each_interval_and_once_more_at_the_end() -> None:
+def test_it_is_pushed_each_interval_and_once_more_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(push, "LAST_PUSH_TIMEOUT", PATIENCE)
     collector = Collector()
     pusher = Pusher(collector, 0.01)
     pusher.start()
     wait_until(lambda: collector.pushes >= 3)
     # A moment before its end it is held up, so that what comes after is the last one.
-    gate = threading.Event()
-    collector.outcome = lambda: None if gate.wait(5) else "never"
+    held, gate = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        gate.wait(PATIENCE)
+
+    collector.outcome = hold
+    assert held.wait(PATIENCE)
     before = collector.pushes
-    wait_until(lambda: collector.pushes == before + 1)
     threading.Timer(0.05, gate.set).start()
     pusher.stop()
-    assert collector.pushes == before + 2
+    assert collector.pushes == before + 1
     assert collector.closed.is_set()
 
 
