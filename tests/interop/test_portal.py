@@ -409,13 +409,15 @@ def test_a_portal_that_runs_wild_disturbs_neither_packets_nor_memory_nor_log(
         portal.wait_until_joined(3)
         wait_for_readiness(member, 200)
         grown = process.memory_info().rss - before
-        assert traffic.losses() <= member.dropped()
+        losses = traffic.losses()
         session.check()
     # It takes no more than a hundred; what the kernels' buffers take comes on top.
     assert all(100 < count < 5000 for count in flooded)
     assert grown < 20 << 20
     assert len(member.log.splitlines()) < 50
     assert len(member.log) < 50_000
+    # On a machine that is busy, it drops what it can't relay in time.
+    assert losses <= member.dropped()
     assert member.stop() == 0
 
 
