@@ -6,7 +6,7 @@ Stacks name files, lines and functions; no value of any variable is shown, so no
 import faulthandler
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from relay.ops import threads
 from relay.ops.logs.log import Stream
@@ -26,22 +26,25 @@ def leave_last_words() -> None:
 
 def dump(summary: Mapping[str, object], stream: Stream) -> None:
     """Write the summary and the stack of each thread, by name, in one piece."""
-    state = (f"{name}: {_show(value)}" for name, value in summary.items())
-    _write(["--- relay state", *state, *_stacks(), "--- end of dump"], stream)
+    lines = ["--- relay state", *(f"{name}: {_show(value)}" for name, value in summary.items())]
+    lines += _stacks()
+    _write([*lines, "--- end of dump"], stream)
 
 
 def dump_stacks(stream: Stream) -> None:
     """Write the stacks alone, for which nobody is asked for anything."""
-    _write([*_stacks(), "--- end of stacks"], stream)
+    lines = _stacks()
+    _write([*lines, "--- end of stacks"], stream)
 
 
-def _stacks() -> Iterator[str]:
+def _stacks() -> list[str]:
     names = threads.names()
     frames = sys._current_frames()  # noqa: SLF001 - the documented way to other threads' stacks
-    yield f"--- {len(frames)} threads"
+    lines = [f"--- {len(frames)} threads"]
     for ident, frame in sorted(frames.items(), key=lambda item: names.get(item[0], "")):
-        yield f"thread {names.get(ident, 'unknown')}:"
-        yield from (line.rstrip("\n") for line in traceback.format_stack(frame))
+        lines.append(f"thread {names.get(ident, 'unknown')}:")
+        lines += [line.rstrip("\n") for line in traceback.format_stack(frame)]
+    return lines
 
 
 def _write(lines: list[str], stream: Stream) -> None:
