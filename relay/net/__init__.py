@@ -1,1 +1,1 @@
-"""UDP sockets: opened, read in batches, sent from. Nothing here knows what is in a datagram, or decides on it."""
+"""Sockets: UDP in batches and trains, and one WebSocket. Nothing here knows what comes by them, or decides on it."""

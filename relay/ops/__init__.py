@@ -1,1 +1,1 @@
-"""What people see of a running relay: its log, its health pages, and what all threads do."""
+"""What people see of a running relay: its log, pages, metrics, and what all threads do; and what its machine lets it do."""
