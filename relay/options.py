@@ -51,7 +51,7 @@ class EndpointType(click.ParamType[Endpoint]):
         host, _, port = str(value).strip().rpartition(":")
         try:
             address = IPv6Address(host[1:-1]) if host.startswith("[") and host.endswith("]") else IPv4Address(host)
-            port_number = int(port)
+            port_number = int(port) if port.isdecimal() and port.isascii() else -1
         except ValueError:
             port_number = -1
         if not 0 <= port_number < 1 << 16:
@@ -66,8 +66,8 @@ class CollectorType(click.ParamType[str]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ANN401
         """Read ``collector.example:4317``, which is without TLS, or a URL, and give it as one."""
-        match = re.fullmatch(r"(?:(https?)://)?((?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5})/?", str(value).strip())
-        if match is None:
+        match = re.fullmatch(r"(?:(https?)://)?((?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5}))/?", str(value).strip())
+        if match is None or not 0 < int(match[3]) < 1 << 16:
             # It is not repeated: what makes it wrong may be a password in it.
             self.fail("no address of a collector: write 127.0.0.1:4317 or https://collector.example:4317", param, ctx)
         return f"{match[1] or 'http'}://{match[2]}"

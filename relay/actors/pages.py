@@ -94,13 +94,17 @@ def serving(config: Config, sources: Sources) -> Iterator[dict[str, Endpoint]]:
             http = HttpEndpoint(name, asked, answered.get, answered.post, guard=guard, limits=_LIMITS)
             stack.callback(http.stop)
             at[name] = Endpoint(asked.host, http.port)
-        if not config.control.is_loopback:
-            _log.warning(
-                "the control address is not loopback: whoever reaches it sees and changes what operators may",
-                control=str(at["control"]),
-                mend="--control-address 127.0.0.1:9999, or a firewall",
-            )
         yield at
+
+
+def warn_if_open(control: Endpoint) -> None:
+    """Say so if others than this machine's programs can reach the control address."""
+    if not control.is_loopback:
+        _log.warning(
+            "the control address is not loopback: whoever reaches it sees and changes what operators may",
+            control=str(control),
+            mend="--control-address 127.0.0.1:9999, or a firewall",
+        )
 
 
 def status_page(config: Config, sources: Sources) -> StatusPage:

@@ -19,7 +19,7 @@ from relay.actors.listener import ListenerActor, RequestListenerActor
 from relay.actors.news import Event, Failure, News, Request
 from relay.actors.observing import observing
 from relay.actors.offload import Offloading
-from relay.actors.pages import Sources, serving
+from relay.actors.pages import Sources, serving, warn_if_open
 from relay.actors.portal import PortalActor
 from relay.actors.pulse import Pulse
 from relay.actors.receiving import STALE_AFTER
@@ -226,17 +226,11 @@ class System:
     def _start(self) -> None:
         """Start all there is but the listeners; what was started is undone by leaving the context, in reverse order."""
         self._stack.enter_context(sharing_a_cpu(self.config))
-        self._stack.enter_context(pushing(self.config.otlp, self._measured))
         offload = self._offloading
         if offload is not None:
             self._stack.callback(offload.datapath.close)
-            for note in offload.datapath.notes:
-                _log.info("offload changed", what=note)
-        if self.config.rng_seed is not None:
-            _log.warning("random numbers are seeded: whoever knows the seed knows the secret; for tests only")
         raise_descriptor_limit(self.config)
         self._open_sockets()
-        self._warn_of_settings()
         sources = Sources(
             is_ready=lambda: self.is_ready,
             is_alive=self._is_alive,
@@ -248,6 +242,9 @@ class System:
             log=self._log,
         )
         self._http = self._stack.enter_context(serving(self.config, sources))
+        self._stack.enter_context(pushing(self.config.otlp, self._measured))
+        # Not before: bad use is one line, and no other.
+        self._tell_of_settings()
         paths = DataPaths(self.listening, self.hosts, None if offload is None else offload.carry_out)
         server = ServerActor.start(self.core, paths, self._clock, self.server_counters, self._failed, self._hear_server)
         self._stack.callback(_stop, "server", server, SERVER_STOP_TIMEOUT)
@@ -274,8 +271,13 @@ class System:
             self._steered[family] = steered
             self.listening[family] = steered.data[0]
 
-    def _warn_of_settings(self) -> None:
-        """Say which settings of this machine will bite, and what mends them."""
+    def _tell_of_settings(self) -> None:
+        """Say what was asked for and is not usual, and which settings of this machine will bite, with what mends them."""
+        for note in () if self._offloading is None else self._offloading.datapath.notes:
+            _log.info("offload changed", what=note)
+        if self.config.rng_seed is not None:
+            _log.warning("random numbers are seeded: whoever knows the seed knows the secret; for tests only")
+        warn_if_open(self._http["control"])
         smallest = min(opened.receive_buffer for opened in self.listening.values())
         for finding in findings(self.config, read_machine(smallest)):
             _log.warning(**finding._asdict())

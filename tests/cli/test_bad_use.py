@@ -60,6 +60,8 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         (("--standalone", *PUBLIC, "--max-channels-per-allocation", "0"), "0 is not in the range 1<=x<=16384"),
         (("--standalone", *PUBLIC, "--otlp-grpc-endpoint", "collector"), "write 127.0.0.1:4317 or https://"),
         (("--standalone", *PUBLIC, "--otlp-grpc-endpoint", "https://user:password@host:1"), "no address of a collector"),
+        (("--standalone", *PUBLIC, "--otlp-grpc-endpoint", "127.0.0.1:65536"), "no address of a collector"),
+        (("--standalone", *PUBLIC, "--health-address", "127.0.0.1:8_080"), "no address with a port"),
         (
             ("--standalone", *PUBLIC, "--log-filter", "loud"),
             "'loud' is no level: one of trace, debug, info, warn",

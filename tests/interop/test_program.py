@@ -87,6 +87,11 @@ def test_an_address_that_the_machine_does_not_have_is_said() -> None:
     assert "an address of this machine" in refusal("--max-allocations", "10", "--health-address", "192.0.2.1:80")
 
 
+def test_bad_use_is_the_only_line_though_there_is_more_to_be_said_at_a_start() -> None:
+    unusual = ("--rng-seed", "1", "--max-allocations", "16384", "--log-filter", "debug")
+    assert "192.0.2.1" in refusal(*unusual, "--health-address", "192.0.2.1:80")
+
+
 def test_a_descriptor_limit_that_can_not_be_raised_is_said_with_the_number_that_fits() -> None:
     line = refusal(limited=True)
     assert "16384 allocations need" in line
