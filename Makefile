@@ -9,7 +9,7 @@ PROGRAM := relay/offload/program.o
 # A simulation is repeated by its seed; the other variables make its world longer, smaller or quieter.
 SEEDS ?= 1-20
 
-.PHONY: run test simulate lint bench format docs wheel lock audit sbom clean debian-packages
+.PHONY: run test simulate fuzz lint bench format docs wheel lock audit sbom clean debian-packages
 # What a target needs is made in the order that it says: compilers before what they compile.
 .NOTPARALLEL:
 

@@ -94,6 +94,14 @@ def page(address: tuple[str, int], method: str, path: str) -> str:
         return f"{answer.status} {answer.headers} {answer.read().decode()}"
 
 
+def pages_of(address: tuple[str, int]) -> list[str]:
+    """The pages that there are, as who asks for another one is told."""
+    text = page(address, "GET", "/")
+    found: list[str] = json.loads(text[text.index("{") :])["pages"]
+    assert found
+    return found
+
+
 class Victim:
     """A relay in a network, all that it shows, and what it must not show."""
 
@@ -115,7 +123,7 @@ class Victim:
         """See all that can be seen of it from outside."""
         (control,) = re.findall(r"control\W+(127\.0\.0\.1):(\d+)", self.program.log)[:1]
         for address in ((control[0], int(control[1])), (self.program.host, 8080)):
-            for path in ("/", "/healthz", "/readyz", "/status", "/metrics", "/offload", "/offload/channels", "/log_filter"):
+            for path in ("/", *pages_of(address)):
                 self.shown += page(address, "GET", path)
                 self.shown += page(address, "POST", path)
         ends = self.program.log.count("--- end of dump")
