@@ -1,7 +1,8 @@
 """Writes what the relay is shipped with, in CycloneDX: each package, its version, licence, hashes, and what needs what.
 
-It is made of requirements/relay.txt and of what the installed packages say of themselves, so it takes no network. The same
-lock gives the same document but for the time, which SOURCE_DATE_EPOCH sets.
+One document is about requirements/relay.txt, another about otlp.txt, of which an image may be built. They are made of these
+and of what the installed packages say of themselves, so it takes no network. The same lock gives the same document but for
+the time, which SOURCE_DATE_EPOCH sets.
 """
 
 import os
@@ -29,26 +30,37 @@ from relay import __version__
 from supply.pins import FOLDER, LINUX, Pin, read
 
 NAME: Final = "firezone-relay"
+EXTRAS: Final = ("otlp",)
+"""Of the relay, that have a lock of their own."""
+
 _PROJECT: Final = FOLDER.parent / "pyproject.toml"
 _LICENSES: Final = LicenseFactory()
 
 
 def main() -> None:
-    """Write it to where the command line says."""
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER.parent / "dist" / f"{NAME}-{__version__}.cdx.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(document(), encoding="utf-8")
-    print(path)
+    """Write them to the folder that the command line says."""
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER.parent / "dist"
+    folder.mkdir(parents=True, exist_ok=True)
+    for extra in (None, *EXTRAS):
+        path = folder / f"{NAME}-{__version__}{'' if extra is None else f'+{extra}'}.cdx.json"
+        path.write_text(document(extra), encoding="utf-8")
+        print(path)
 
 
-def document() -> str:
+def document(extra: str | None = None) -> str:
     """Give the document, as JSON.
+
+    Args:
+        extra: what it is installed with, of `EXTRAS`.
 
     Raises:
         importlib.metadata.PackageNotFoundError: what is pinned is not installed.
     """
     project = tomllib.loads(_PROJECT.read_text(encoding="utf-8"))["project"]
-    pins = [pin for pin in read("relay") if pin.is_for_linux]
+    lock, wanted = "relay", list(project["dependencies"])
+    if extra is not None:
+        lock, wanted = extra, wanted + project["optional-dependencies"][extra]
+    pins = [pin for pin in read(lock) if pin.is_for_linux]
     components = {pin.name: _component(pin) for pin in pins}
     relay = Component(
         name=NAME,
@@ -58,8 +70,8 @@ def document() -> str:
         licenses=[_LICENSES.make_from_string(project["license"])],
     )
     about = BomMetaData(timestamp=_now(), component=relay)
-    bom = Bom(components=components.values(), serial_number=_serial(), metadata=about)
-    bom.register_dependency(relay, [components[name] for name in _named(project["dependencies"])])
+    bom = Bom(components=components.values(), serial_number=_serial(lock), metadata=about)
+    bom.register_dependency(relay, [components[name] for name in _named(wanted)])
     for pin in pins:
         needs = _named(metadata.requires(pin.name) or [])
         bom.register_dependency(components[pin.name], [components[name] for name in needs if name in components])
@@ -104,9 +116,9 @@ def _named(requirements: list[str]) -> Iterator[NormalizedName]:
             yield canonicalize_name(each.name)
 
 
-def _serial() -> uuid.UUID:
-    lock = (FOLDER / "relay.txt").read_text(encoding="utf-8")
-    return uuid.uuid5(uuid.NAMESPACE_OID, f"{NAME} {__version__} {lock}")
+def _serial(lock: str) -> uuid.UUID:
+    text = (FOLDER / f"{lock}.txt").read_text(encoding="utf-8")
+    return uuid.uuid5(uuid.NAMESPACE_OID, f"{NAME} {__version__} {text}")
 
 
 def _now() -> datetime:

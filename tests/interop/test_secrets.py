@@ -256,9 +256,10 @@ def be_a_mad_portal(connection: Connection) -> None:
     connection.send(f"unknown {both}", {both: both}, topic=both)
     connection.send("init", {"credentials": both, "relays": [both]})
     connection.send("phx_reply", {"status": both, "response": {"reason": both}}, ref=both)
-    connection.send_text(json.dumps({"topic": "relay", "event": "phx_error", "payload": {}, both: both}))
     connection.send_text(f"no JSON {both}")
     connection.send_text(json.dumps([None, None, both, both, {both: both}]))
+    # The last: it has the relay give this connection up.
+    connection.send_text(json.dumps({"topic": "relay", "event": "phx_error", "payload": {}, both: both}))
 
 
 def fail_all_reads(faults: Path) -> None:

@@ -10,7 +10,7 @@ from cyclonedx.validation.json import JsonStrictValidator
 
 from relay import __version__
 from supply.pins import FOLDER, read
-from supply.sbom import document
+from supply.sbom import EXTRAS, document
 
 
 @pytest.fixture
@@ -20,8 +20,20 @@ def bom(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return found
 
 
-def test_it_is_valid_by_the_schema_of_cyclonedx() -> None:
-    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(document()) is None
+@pytest.mark.parametrize("extra", [None, *EXTRAS])
+def test_it_is_valid_by_the_schema_of_cyclonedx(extra: str | None) -> None:
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(document(extra)) is None
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_what_is_installed_with_an_extra_is_listed_on_its_own(bom: dict[str, Any], extra: str) -> None:
+    more = json.loads(document(extra))
+    listed = {each["name"] for each in more["components"]}
+    assert listed == {pin.name for pin in read(extra) if pin.is_for_linux}
+    assert listed > {each["name"] for each in bom["components"]}
+    assert more["serialNumber"] != bom["serialNumber"]
+    needed = {ref for each in more["dependencies"] for ref in each.get("dependsOn", ())}
+    assert len(needed) == len(listed), "nothing is there for no reason"
 
 
 def test_a_document_that_is_not_valid_would_be_found_out(bom: dict[str, Any]) -> None:
