@@ -15,7 +15,7 @@
 // behind which MAC address, the relay writes into the tables below (relay/offload/layout.py has the same layout).
 //
 // Time is counted in the kernel's ticks, of which there are 100 to 1,000 a second: to read them costs next to nothing, and a
-// clock costs a fifth of all that is done here. The relay knows when they began and how long they are.
+// clock costs a third of all that is done here. The relay knows when they began and how long they are.
 //
 // Addresses are IPv6 addresses, IPv4 ones as ::ffff:a.b.c.d, so that one pair of tables serves all. Fields that the
 // packet has too (addresses, ports, channel numbers) stand in tables as they do in packets, in network byte order.
