@@ -1,5 +1,6 @@
 """What ends an allocation in a running relay, and what is left of it."""
 
+import gc
 import socket
 
 import pykka
@@ -85,6 +86,29 @@ def is_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def test_what_allocations_leave_has_no_cycles(relay: Relay) -> None:
+    """So that Python need not look for any among all that there is: `relay.__main__.SELDOM`."""
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for _ in range(3):
+            client = relay.client()
+            (relayed,) = client.allocate()
+            with udp_socket("127.0.0.1") as peer:
+                assert client.bind_channel(0x4000, peer.getsockname()) is None
+                peer.sendto(b"hello", (relayed[0], relayed[1]))
+                assert client.receive() == (0x4000, b"hello")
+            assert client.refresh(0) is None
+            wait_until_bindable(relayed)
+        settle(relay)
+        gc.collect()
+        left = [each for each in gc.garbage if type(each).__module__.startswith(("relay.", "pykka."))]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+    assert not left
 
 
 def test_a_deleted_allocation_frees_its_port(make_relay: RelayMaker, monkeypatch: pytest.MonkeyPatch) -> None:
