@@ -7,7 +7,7 @@ from relay.ops import signals
 
 SELDOM = 100
 """Collections of the middle generation after which Python looks at all objects for cycles that nobody refers to; its own
-choice is 10. That holds up all packets, for 25 µs an allocation that there is, and it finds next to nothing: what allocations
+choice is 10. That holds up all packets, for 25 µs an allocation that there is, and finds next to nothing: what allocations
 leave, and packets, has no cycles. It comes after 700,000 objects at the earliest, which are 16,000 allocations."""
 
 
