@@ -30,7 +30,8 @@ from tests.log_lines import valid
 from tests.turn_client import TurnClient, udp_socket
 
 HOST = "127.82.0.1"
-ALLOCATIONS = 1000
+ALLOCATIONS = 250
+"""It has a second and a half to close them all; a thousand take a fifth of that, where nothing else is to be done."""
 
 
 def get(url: str) -> tuple[int, dict[str, str]]:
@@ -183,7 +184,7 @@ def test_a_username_with_escape_codes_and_lines_of_its_own_is_nowhere_in_the_log
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_with_0_in_time_with_a_thousand_allocations(
+def test_a_signal_ends_it_with_0_in_time_with_hundreds_of_allocations(
     start_program: ProgramStarter, tmp_path: Path, number: signal.Signals
 ) -> None:
     path = tmp_path / "secret"
@@ -206,7 +207,7 @@ def test_a_signal_ends_it_with_0_in_time_with_a_thousand_allocations(
     assert "in time" not in program.log
 
 
-def test_it_stops_in_time_while_a_thousand_allocations_are_busy(start_program: ProgramStarter, tmp_path: Path) -> None:
+def test_it_stops_in_time_while_hundreds_of_allocations_are_busy(start_program: ProgramStarter, tmp_path: Path) -> None:
     path = tmp_path / "secret"
     path.write_text("secret")
     program = start_program("--relay-secret-file", str(path), "--allow-peer", "127.0.0.0/8")
@@ -224,7 +225,7 @@ def test_it_stops_in_time_while_a_thousand_allocations_are_busy(start_program: P
                 for address in relayed:
                     peer.sendto(bytes(172), (address[0], address[1]))
                 # About 20,000 packets a second, which is about all that one core relays.
-                ended.wait(0.05)
+                ended.wait(0.0125)
 
         flooding = threading.Thread(target=flood)
         flooding.start()
