@@ -16,7 +16,6 @@ from relay.actors.inbox import TimedInbox
 from relay.actors.messages import Failed, Tick
 from relay.core.addresses import Family
 from relay.core.commands import OFFLOAD_COMMANDS, Command
-from relay.offload.channels import Follow, Unfollow
 from relay.offload.datapath import Datapath, asking, usage_by_client
 from relay.offload.layout import OWN_ADDRESSES, packed_address
 from relay.offload.netlink import Monitor, Network
@@ -50,7 +49,7 @@ _log = structlog.get_logger("relay.actors.offload")
 class Followed(NamedTuple):
     """Destinations are needed from now on, or no longer."""
 
-    changes: list[Follow | Unfollow]
+    changes: dict[int, str | None]
 
 
 class KernelNews(NamedTuple):
@@ -139,13 +138,13 @@ class OffloadActor(Actor):
         self._attach()
         self._write()
 
-    def _follow(self, changes: list[Follow | Unfollow]) -> None:
-        for change in changes:
-            if isinstance(change, Unfollow):
-                self._next_hops.unfollow(change.entry)
+    def _follow(self, changes: dict[int, str | None]) -> None:
+        for entry, host in changes.items():
+            if host is None:
+                self._next_hops.unfollow(entry)
             else:
-                family = Family.IPV6 if ":" in change.host else Family.IPV4
-                self._next_hops.follow(change.entry, change.host, self._sources.get(family))
+                family = Family.IPV6 if ":" in host else Family.IPV4
+                self._next_hops.follow(entry, host, self._sources.get(family))
 
     def _hear(self, news: list[News]) -> None:
         addresses = routes = False

@@ -30,6 +30,9 @@ UPPER_HALF: Final = 0xFFFFFFFF00000000
 BOTH_HALVES: Final = 0xFFFFFFFFFFFFFFFF
 """Of 64 bits."""
 
+BUCKET_SHIFT: Final = 13
+"""From the bits of a hash that are above its lowest 16 to the first place of a bucket: `EndTable.mask` has the rest."""
+
 MIX: Final = 0x9E3779B97F4A7C15
 """2⁶⁴ over the golden ratio: an odd number with bits all over."""
 
@@ -53,18 +56,16 @@ class HashKeys:
         self.last = self.numbers[5]
         """Times the port and the channel number, or relayed port, as they stand in packets: what those add."""
         first, *_, mapped, host, _ = self.numbers
-        self._ipv4 = first + mapped * 0xFFFF0000
-        self._host = host
+        self.of_ipv4 = first + mapped * 0xFFFF0000
+        """What all IPv4 addresses add, with the first number."""
+        self.of_ipv4_host = host
+        """Times an IPv4 address as it stands in packets: what that adds."""
 
     def of_host(self, address: bytes) -> int:
         """Give what an address, as the tables have it, adds with the first number to the sum of each of its ends."""
         first, one, two, three, four, _ = self.numbers
         words: tuple[int, int, int, int] = _words(address)
         return first + one * words[0] + two * words[1] + three * words[2] + four * words[3]
-
-    def of_ipv4(self, address: bytes) -> int:
-        """Give the same for the four bytes of an IPv4 address, faster."""
-        return self._ipv4 + self._host * int.from_bytes(address, "little")
 
 
 class EndTable:
@@ -76,8 +77,9 @@ class EndTable:
 
     def __init__(self, memory: memoryview) -> None:
         self.places = memory.cast("Q")
-        self.mask = len(memory) // (PLACES * PLACE_SIZE) - 1
-        """Buckets, less one."""
+        self.buckets = len(memory) // (PLACES * PLACE_SIZE)
+        self.mask = (self.buckets - 1) * PLACES
+        """Of the place at which a bucket begins."""
         self._memory = memory
 
     def close(self) -> None:
@@ -91,9 +93,10 @@ class EndTable:
         Two entries that have the same of the hash could not be told apart, so the second finds no place.
         """
         bucket = self.places[place : place + PLACES].tolist()
-        if 0 not in bucket or any(each and (each ^ entry) & UPPER_HALF == 0 for each in bucket):
-            return FULL
-        return place + bucket.index(0)
+        for each in bucket:
+            if each and not (each ^ entry) & UPPER_HALF:
+                return FULL
+        return place + bucket.index(0) if 0 in bucket else FULL
 
 
 class ChannelTable:

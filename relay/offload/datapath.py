@@ -78,9 +78,9 @@ class Datapath:
     def usage(self) -> Iterator[list[ChannelUsage]]:
         """Give what each channel relayed, in portions: let others run between them."""
         for first in range(0, len(self.channels.by_index), _PORTION):
-            keys = self.channels.by_index[first : first + _PORTION]
-            read = zip(keys, self.program.usage(first, len(keys)), strict=True)
-            yield [ChannelUsage(*key, *both) for key, both in read if key is not None]
+            channels = self.channels.by_index[first : first + _PORTION]
+            read = zip(channels, self.program.usage(first, len(channels)), strict=True)
+            yield [ChannelUsage(*channel[0], *both) for channel, both in read if channel is not None]
 
 
 def open_datapath(config: Config, offload: OffloadConfig) -> Datapath:

@@ -10,10 +10,11 @@ _LARGEST_MTU: Final = 0xFFFF
 V4_MAPPED: Final = bytes(10) + b"\xff\xff"
 """In front of an IPv4 address."""
 
-CHANNEL: Final = struct.Struct("=16sHH16sHHIIIII")
-"""An entry of `channels`, before its version: address and port of the client, channel number; address and port of the peer,
-relayed port; indices into next_hops, for the client and for the peer; expiry (tick, its lower half); flow label; flags. What
-packets have too (ports, numbers, label) as it stands there: see `in_packet`."""
+CHANNEL: Final = struct.Struct("=16sI16sIIIIII")
+"""An entry of `channels`, before its version: address of the client; its port, and in the upper half the channel number;
+address of the peer; its port, and in the upper half the relayed port; indices into next_hops, for the client and for the
+peer; expiry (tick, its lower half); flow label; flags. What packets have too (ports, numbers, label) as it stands there: see
+`in_packet`."""
 
 CHANNEL_SIZE: Final = 64
 """With its version behind."""

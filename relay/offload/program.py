@@ -162,7 +162,7 @@ class XdpProgram:
         # The counts last, so that none is looked at that is half written.
         for own_count, device_count in ((0, 0), (len(own), len(devices))):
             self._settings[: SETTINGS.size] = SETTINGS.pack(
-                *(*ports, own_count, *self.hash_keys.numbers, self.clients.mask, second),
+                *(*ports, own_count, *self.hash_keys.numbers, self.clients.buckets - 1, second),
                 *(addresses, device_count, packed),
             )
 

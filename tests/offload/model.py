@@ -94,7 +94,7 @@ class Channel(NamedTuple):
     version: int = 1
 
     def packed(self, now: int) -> bytes:
-        client, peer = ((address, in_packet(port), in_packet(tag)) for address, port, tag in (self.client, self.peer))
+        client, peer = ((address, in_packet(tag) << 16 | in_packet(port)) for address, port, tag in (self.client, self.peer))
         label = int.from_bytes(self.flow_label.to_bytes(4, "big"), "little")
         expires = tick_of(now + LONG_TIME if self.expires is None else self.expires)
         flags = HAIRPIN if self.is_hairpin else 0

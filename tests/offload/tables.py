@@ -27,8 +27,10 @@ def read(channels: bytes, ends: tuple[bytes, bytes], keys: Sequence[int]) -> dic
         entry = channels[index * CHANNEL_SIZE : (index + 1) * CHANNEL_SIZE]
         fields, (version,) = CHANNEL.unpack(entry[: CHANNEL.size]), struct.unpack("=I", entry[CHANNEL.size :])
         if version % 2:
-            client, peer = ((host, in_packet(port), in_packet(tag)) for host, port, tag in (fields[:3], fields[3:6]))
-            client_hop, peer_hop, expires, label, flags = fields[6:]
+            client, peer = (
+                (host, in_packet(rest & 0xFFFF), in_packet(rest >> 16)) for host, rest in (fields[:2], fields[2:4])
+            )
+            client_hop, peer_hop, expires, label, flags = fields[4:]
             label = int.from_bytes(label.to_bytes(4, "little"), "big")
             found[index] = Read(client, peer, client_hop, peer_hop, expires, label, bool(flags))
     for table, of_peers in zip(ends, (False, True), strict=True):

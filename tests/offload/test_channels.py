@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from relay.core.addresses import ChannelNumber, ClientAddress, Family, PeerAddress, RelayedPort, SocketAddress
 from relay.core.commands import InstallChannel, OffloadCommand, RemoveChannel
 from relay.offload.channel_tables import ChannelTable, EndTable, HashKeys
-from relay.offload.channels import Channels, ChannelTables, Follow, Unfollow
+from relay.offload.channels import Channels, ChannelTables
 from relay.offload.layout import CHANNEL, CHANNEL_SIZE, PLACES, packed_address
 from relay.offload.program import XdpProgram
 from relay.offload.ticks import Ticks
@@ -226,7 +226,7 @@ class ChannelsMachine(RuleBasedStateMachine):
     @rule()
     def carry_out(self) -> None:
         self.expect(self.batch)
-        self.take_news(self.channels.carry_out(self.batch))
+        self.take_changes(self.channels.carry_out(self.batch))
         self.batch.clear()
         self.check()
 
@@ -274,14 +274,12 @@ class ChannelsMachine(RuleBasedStateMachine):
     def hosts(self) -> set[str]:
         return {host for (client, _), each in self.installed.items() for host in (client[0], each.peer[0])}
 
-    def take_news(self, news: list[Follow | Unfollow]) -> None:
-        for each in news:
-            if isinstance(each, Follow):
-                assert each.entry not in self.followed
-                assert 0 <= each.entry < self.observed.next_hops
-                self.followed[each.entry] = each.host
-            else:
-                assert self.followed.pop(each.entry) == each.host
+    def take_changes(self, changes: dict[int, str | None]) -> None:
+        for entry, host in changes.items():
+            assert 0 <= entry < self.observed.next_hops
+            self.followed.pop(entry, None)
+            if host is not None:
+                self.followed[entry] = host
 
     def check(self) -> None:
         channels = self.observed.contents()
@@ -399,8 +397,8 @@ def test_link_local_and_mapped_hosts_are_left_to_the_sockets(host: str) -> None:
     tables = Memory()
     channels = new_channels(tables)
     odd = (host, 9000, 0, 2)
-    news = channels.carry_out([installing(ClientAddress(odd)), installing(peer=PeerAddress(odd))])
-    assert (there(tables), news, channels.refused) == ([], [], 0)
+    changes = channels.carry_out([installing(ClientAddress(odd)), installing(peer=PeerAddress(odd))])
+    assert (there(tables), set(changes.values()), channels.refused) == ([], {None}, 0)
 
 
 @pytest.mark.parametrize("host", ["fe8::7", "fec0::7", "ff:fe80::1", "2001:db8::ffff:1", "fd00::fe80"])
@@ -472,10 +470,10 @@ def test_a_channel_that_was_removed_and_installed_again_at_once_is_there_and_cou
 def test_a_channel_that_was_installed_twice_at_once_has_the_later_end_and_one_index() -> None:
     tables = Memory()
     channels = new_channels(tables)
-    news = channels.carry_out([installing(), installing(until=UNTIL + 1)])
+    changes = channels.carry_out([installing(), installing(until=UNTIL + 1)])
     assert [(index, each.expires) for index, each in tables.contents().items()] == [(0, TICKS.at(UNTIL + 1))]
-    assert [each.host for each in news] == [CLIENT[0], PEER[0]]
-    assert [type(each) for each in channels.carry_out([removing(installing())])] == [Unfollow, Unfollow]
+    assert changes == {0: CLIENT[0], 1: PEER[0]}
+    assert channels.carry_out([removing(installing())]) == {0: None, 1: None}
 
 
 def test_a_refreshed_channel_keeps_its_counts_and_its_version() -> None:
@@ -484,7 +482,7 @@ def test_a_refreshed_channel_keeps_its_counts_and_its_version() -> None:
     channels.carry_out([installing()])
     tables.count(0)
     before = bytes(tables.channels.memory[CHANNEL.size : CHANNEL_SIZE])
-    assert channels.carry_out([installing(until=UNTIL + 1)]) == []
+    assert channels.carry_out([installing(until=UNTIL + 1)]) == {}
     assert tables.usage(0) == 1
     assert bytes(tables.channels.memory[CHANNEL.size : CHANNEL_SIZE]) == before
 
@@ -503,7 +501,7 @@ def test_without_room_channels_are_left_to_the_sockets_until_there_is_some() -> 
     first, second, third = many(3)
     channels.carry_out([first, second, third])
     assert (len(there(tables)), channels.refused) == (2, 1)
-    assert channels.carry_out([removing(third)]) == []
+    assert channels.carry_out([removing(third)]) == {}
     channels.carry_out([removing(first), third])
     assert (set(channels.installed), channels.refused) == ({(second.client, NUMBER), (third.client, NUMBER)}, 1)
 
@@ -511,10 +509,7 @@ def test_without_room_channels_are_left_to_the_sockets_until_there_is_some() -> 
 def test_without_room_for_its_second_host_a_channel_takes_nothing() -> None:
     tables = Memory(bindings=1, next_hops=1)
     channels = new_channels(tables)
-    assert [(type(each), each.entry, each.host) for each in channels.carry_out([installing()])] == [
-        (Follow, 0, CLIENT[0]),
-        (Unfollow, 0, CLIENT[0]),
-    ]
+    assert channels.carry_out([installing()]) == {0: None}
     assert (there(tables), channels.refused) == ([], 1)
     channels.carry_out([installing(CLIENTS[0], PEERS[2])])
     assert len(there(tables)) == 1
@@ -607,13 +602,27 @@ def test_a_channel_is_there_only_when_all_of_it_is_written_and_gone_before_anyth
     assert entry[CHANNEL.size] == 3
 
 
-def test_a_version_begins_anew_after_its_32_bits() -> None:
-    tables = Memory(bindings=1)
-    tables.channels.words[CHANNEL_SIZE // 4 - 1] = (1 << 32) - 2
+def test_versions_begin_anew_before_their_32_bits_are_over_and_stay_odd() -> None:
+    tables = Memory(bindings=2)
     channels = new_channels(tables)
-    channels.carry_out([installing()])
-    channels.carry_out([removing(installing())])
-    assert tables.channels.words[CHANNEL_SIZE // 4 - 1] == 0
+    channels._version = (1 << 32) - 1
+    channels.carry_out(many(2))
+    versions = [tables.channels.words[at * CHANNEL_SIZE // 4 + CHANNEL_SIZE // 4 - 1] for at in (0, 1)]
+    assert versions == [(1 << 31) - 1, (1 << 31) + 1]
+
+
+def test_no_two_channels_that_had_an_entry_had_the_same_version() -> None:
+    """The program takes one that comes while it reads another for what it is."""
+    tables = Memory(bindings=1)
+    channels = new_channels(tables)
+    versions = []
+    for each in many(3):
+        channels.carry_out([each])
+        versions.append(tables.channels.words[CHANNEL_SIZE // 4 - 1])
+        channels.carry_out([removing(each)])
+        assert tables.channels.words[CHANNEL_SIZE // 4 - 1] % 2 == 0
+    assert len(set(versions)) == 3
+    assert all(each % 2 for each in versions)
 
 
 def test_the_garbage_collector_is_left_as_it_was() -> None:

@@ -36,8 +36,7 @@ def offsets_of(packed: struct.Struct, start: int = 0) -> list[int]:
             "channel",
             layout.CHANNEL,
             0,
-            """client.address client.port client.tag peer.address peer.port peer.tag client_hop peer_hop expires flow_label
-            flags""",
+            "client.address client.port peer.address peer.port client_hop peer_hop expires flow_label flags",
         ),
         ("next_hop", layout.NEXT_HOP, 4, "ifindex destination source macs.to macs.from vlan mtu flags"),
         ("own", layout.OWN, 0, "address vlan"),
@@ -132,8 +131,9 @@ def test_an_mtu_beyond_all_packets_is_the_largest(mtu: int, packed: int) -> None
 
 def test_what_packets_have_is_packed_as_it_stands_there() -> None:
     address = layout.packed_address("192.0.2.1")
-    ports = map(layout.in_packet, (0x0102, 0x4003))
-    assert layout.CHANNEL.pack(address, *ports, bytes(16), *[0] * 7)[:20] == bytes(10) + b"\xff\xff\xc0\0\2\1\1\2\x40\3"
+    port, number = map(layout.in_packet, (0x0102, 0x4003))
+    packed = layout.CHANNEL.pack(address, number << 16 | port, bytes(16), *[0] * 6)
+    assert packed[:20] == bytes(10) + b"\xff\xff\xc0\0\2\1\1\2\x40\3"
     hop = NextHop(1, address, vlan=0x0FFE).packed()
     assert hop[4 + 16 + 16 + 12 :].startswith(b"\x0f\xfe")
     assert layout.OWN.pack(address, b"\x0f\xfe") == address + b"\x0f\xfe\0\0"
