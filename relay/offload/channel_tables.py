@@ -4,9 +4,9 @@ A channel is an entry of an array, at an index that is its own while it is there
 ends, say at which. All are memory that both sides have: so a channel comes and goes by plain stores, without a system call.
 
 Nobody locks anything. The entry of a channel has a version, which is odd while there is a channel, and another one for each:
-it is written when all of the rest is, and an even one before anything is written over. The program looks at the version, compares the end that it
-came by, takes what it needs, and looks at the version again. That takes a machine on which others see stores in the order
-in which they are made, as x86 does.
+it is written when all of the rest is, and an even one before anything is written over. The program looks at the version,
+compares the end that it came by, takes what it needs, and looks at the version again. That takes a machine on which others
+see stores in the order in which they are made, as x86 does.
 
 Each end has one bucket of eight places in its hash table. With four times as many places as there may be channels, one in
 20,000 finds its bucket full even if there are as many; then it isn't entered, and the sockets relay.
