@@ -51,7 +51,12 @@ PEERS: tuple[Address, ...] = (
     ("127.0.0.1", 5000),
     ("::ffff:127.0.0.1", 5000, 0, 0),
     ("192.0.2.1", 3478),
+    ("64:ff9b::7f00:1", 5000, 0, 0),
+    ("2002:7f00:1::1", 5000, 0, 0),
+    ("2001:0:7f00:1::", 5000, 0, 0),
 )
+TCP = (wire.TRANSPORT, b"\x06\0\0\0")
+EVEN_AND_NEXT = (wire.EVEN_PORT, b"\x80")
 NUMBERS = (CHANNEL, CHANNEL + 1, 0x7FFF, 0x3FFF, 0x8000)
 LIFETIMES = (0, 1, 600, 601, 3600, 3601, 0xFFFFFFFF)
 MOMENTS = (0.0, 0.001, 1.0, 4.999, 5.0, 299.0, 300.0, 599.999, 600.0, 601.0, 900.0, 3600.0)
@@ -67,6 +72,7 @@ _BIND_CHANNEL_IPV6 = bytes((1, 1, 1, 2, 0, 0, 0, 2))
 _SEND = bytes((4, 0, 0, 3, 65, 66, 67, 0, 0))
 _SEND_TRAIN = bytes((4, 0, 0, 3, 65, 66, 67, 0xC3, 0))
 _RECEIVE = bytes((5, 1, 0, 3, 65, 66, 67, 0))
+_RECEIVE_MANY = bytes((5, 1, 0, 3, 65, 66, 67, 0x63))
 _REFRESH = bytes((1, 0, 0, 1, 0, 8, 4))
 _DELETE = bytes((1, 0, 0, 1, 0, 8, 0))
 _ASK_BARE = bytes((1, 2, 0, 4, 0x0C, 0))
@@ -88,6 +94,10 @@ SEEDS = (
     + bytes((10, 1, 10, 2)),
     _OPEN + bytes((11, 7, 1, 0, 0, 2, 65, 66, 0, 3, 3, 0, 0, 0, 0, 0, 8, 2, 3, 2, 0, 0, 2, 67, 68, 0)),
     _ASK_BARE * 30,
+    _OPEN + _RECEIVE_MANY + _LATER + _RECEIVE_MANY,
+    b"".join(bytes((1, 0, 0, 0, 0, which)) for which in (6, 7, 0x86, 0x82)),
+    _ALLOCATE_BOTH * 2 + _BOUND + b"".join(bytes((1, 1, 1, method, 0, 0, peer)) for method in (3,) for peer in range(10)),
+    _ALLOCATE * 2 + _BOUND + bytes((0, 0, 0xFC, 0, 1, 5, 0xE0, 0x21, 0x12, 0xA4, 0x42)) + bytes(1525),
     _OPEN + _FLOOD + _FORWARD + bytes((5, 1, 0, 3, 65, 66, 67, 0x23)),
     b"".join(bytes((1, client, name, 0, 0, 6)) * 2 + _BOUND for client, name in ((0, 0), (1, 1), (5, 2), (2, 2), (3, 5))),
     _ALLOCATE * 2 + _BOUND + bytes((1, 2, 1, 0, 0, 6)) * 2 + bytes((12, 0xD7)) + bytes((1, 3, 5, 0, 0, 6)) * 2,
@@ -183,9 +193,10 @@ class _Sequence:
         reader = self.reader
         which = reader.byte()
         if method == wire.ALLOCATE:
-            yield from (
-                each for bit, each in enumerate((wire.UDP, wire.DUAL, wire.EVEN)) if not which >> bit & 1 or bit == 0
-            )
+            yield TCP if which & 0x01 else wire.UDP
+            yield from () if which & 0x02 else (wire.DUAL,)
+            yield from () if which & 0x04 else (wire.EVEN,)
+            yield from (EVEN_AND_NEXT,) if which & 0x80 else ()
         if method == wire.CHANNEL_BIND:
             yield wire.CHANNEL_NUMBER, reader.choose(NUMBERS).to_bytes(2, "big") + b"\0\0"
         if method in (wire.CHANNEL_BIND, wire.CREATE_PERMISSION):
