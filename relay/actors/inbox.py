@@ -20,6 +20,10 @@ LONGEST_WAIT = 0.020
 they are for, and hold up those behind them."""
 
 
+CLOSE_TIMEOUT = 1.0
+"""Seconds to wait, at the end, for who works on packets: a batch takes some milliseconds."""
+
+
 class Envelope(Protocol):
     """What pykka puts around a message."""
 
@@ -60,13 +64,15 @@ class TimedInbox:
         self._asleep_until = -math.inf
         """The deadline that `get` knows of while it waits."""
         self._since: deque[float] = deque()
-        """When each message that waits was added, in monotonic seconds. Packets are none of them."""
+        """When each message that waits was added, in monotonic seconds, and that in hand. Packets are none of them."""
+        self._is_in_hand = False
+        """Whether a message was taken and may still be worked on, or wait for its turn."""
 
     def __len__(self) -> int:
         return self._queue.qsize()
 
     def age(self, now: float) -> float:
-        """Give for how many seconds the oldest message has waited at ``now``, in monotonic seconds; 0 if none does."""
+        """Give for how many seconds the oldest message is there, at ``now``; until it is done with. 0 if there is none."""
         try:
             return max(0.0, now - self._since[0])
         except IndexError:
@@ -86,11 +92,14 @@ class TimedInbox:
         self._queue.put(envelope)
 
     def get(self) -> Envelope:
-        """Wait for a message or for the deadline."""
+        """Wait for a message or for the deadline. Whoever asks for one is done with the last."""
+        if self._is_in_hand:
+            self._is_in_hand = False
+            self._since.popleft()
         envelope = self._get()
         if envelope is None:
             return _TICKED
-        self._since.popleft()
+        self._is_in_hand = True
         return envelope
 
     def _get(self) -> Envelope | None:
@@ -163,9 +172,11 @@ class ServerInbox(TimedInbox):
             self.turn.release()
 
     def close(self) -> None:
-        """Let in no more packets, and wait until nobody works on any."""
-        with self.turn:
-            self.work = None
+        """Let in no more packets, and wait until nobody works on any; not for long, since whoever does may hang."""
+        has_turn = self.turn.acquire(timeout=CLOSE_TIMEOUT)
+        self.work = None
+        if has_turn:
+            self.turn.release()
 
     def _wait_for_turn(self) -> bool:
         """Wait for as long as packets may; False if that was in vain."""

@@ -95,6 +95,26 @@ def test_a_relay_that_ends_does_not_hang(relay: Relay) -> None:
     assert [entry for entry in logs if entry["log_level"] == "error"] == []
 
 
+def test_a_relay_that_hangs_ends_all_the_same_when_it_is_asked_to(relay: Relay) -> None:
+    ending = threading.Thread(target=relay.system.__exit__, daemon=True)
+    with hanging(relay):
+        ending.start()
+        ending.join(timeout=60)
+        assert not ending.is_alive()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_metrics_show_for_how_long_it_hangs(relay: Relay) -> None:
+    def age() -> float:
+        text = ask(relay.system._http["control"], "/metrics")[1]
+        return float(text.partition("\nrelay_inbox_age_seconds ")[2].split()[0])
+
+    with hanging(relay):
+        assert page(relay, "/livez") == HANGS
+        wait_until(lambda: age() > 0)
+    wait_until(lambda: age() == 0, 30)
+
+
 class Patient(pykka.ThreadingActor):
     """Answers when it may."""
 

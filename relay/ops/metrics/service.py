@@ -174,7 +174,13 @@ HEALTH: Final = (
         "relay.ready", "{relay}", Kind.GAUGE, "1 while new clients should be sent here, as /readyz has it; else 0.", _ready
     ),
     Metric("relay.inbox.depth", "{message}", Kind.GAUGE, "Messages, not packets, that wait for the server actor.", _depth),
-    Metric("relay.inbox.age", "s", Kind.GAUGE, "For how long the oldest of them has waited.", _age),
+    Metric(
+        "relay.inbox.age",
+        "s",
+        Kind.GAUGE,
+        "For how long the oldest of them, or the one in hand, has not been done with.",
+        _age,
+    ),
     Metric(
         "relay.faults",
         "{fault}",
