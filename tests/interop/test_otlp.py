@@ -159,7 +159,7 @@ def test_a_collector_that_stops_answering_does_not_hold_up_the_end(start_program
     def answer(_: grpc.ServicerContext) -> ExportMetricsServiceResponse:
         if hangs.is_set():
             held.set()
-            never.wait(300)
+            never.wait(1000)
         return ExportMetricsServiceResponse()
 
     with Collector(answers=answer) as collector:

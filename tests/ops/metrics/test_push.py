@@ -126,7 +126,7 @@ def test_nothing_is_pushed_before_the_first_interval_nor_at_the_end_without_a_pu
 
 def test_the_end_does_not_wait_for_a_collector_that_does_not_answer() -> None:
     never = threading.Event()
-    collector = Collector(lambda: None if never.wait(300) else "never")
+    collector = Collector(lambda: None if never.wait(1000) else "never")
     pusher = Pusher(collector, 0.01)
     pusher.start()
     wait_until(lambda: collector.pushes == 1)
@@ -139,7 +139,7 @@ def test_the_end_does_not_wait_for_a_collector_that_does_not_answer() -> None:
 def test_the_end_does_not_wait_for_a_library_that_does_not_close() -> None:
     class Stuck(Collector):
         def close(self) -> None:
-            never.wait(300)
+            never.wait(1000)
 
     never = threading.Event()
     pusher = Pusher(Stuck(), FOREVER)
