@@ -4,6 +4,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from relay.core.trains import Arrival
 
+FLOODS = 0.3
+"""Share of batches of which the relay is told that more arrives than it can take."""
+
 
 def ending_at_allocates(arrivals: Iterable[Arrival]) -> Iterator[list[Arrival]]:
     """Cut a batch after each Allocate: which port it gets is known only then, and it may be the last one."""

@@ -15,7 +15,7 @@ from relay.core.lifecycle import BindRefusal
 from relay.core.peers import PeerPolicy
 from relay.core.server import Server
 from relay.core.trains import Arrival, cut
-from tests.simulation.batches import ending_at_allocates, trains
+from tests.simulation.batches import FLOODS, ending_at_allocates, trains
 from tests.simulation.clock import BrokenError, Scheduler
 from tests.simulation.health import Health
 from tests.simulation.holdings import Allocation, Channel
@@ -217,6 +217,8 @@ class Machine:
         now = self._scheduler.now
         referee = self.referee
         allocation = AllocationId(of)
+        is_flood = of == 0 and len(arrivals) > 1 and self.random.random() < FLOODS
+        referee.begin_batch(is_flood=is_flood)
         for data, source, _, traffic_class in arrivals:
             self._trace.note(now, "in", (of, source), data)
             if of == 0:
@@ -229,10 +231,10 @@ class Machine:
             return
         instant = self._now()
         if of == 0:
-            if len(arrivals) == 1:
+            if len(arrivals) == 1 and not is_flood:
                 self.server.handle_client_arrival(arrivals[0], instant)
             else:
-                self.server.handle_client_arrivals(iter(arrivals), instant)
+                self.server.handle_client_arrivals(iter(arrivals), instant, is_flood=is_flood)
         elif len(arrivals) == 1:
             self.server.handle_peer_arrival(allocation, arrivals[0], instant)
         else:

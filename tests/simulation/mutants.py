@@ -219,6 +219,13 @@ MUTANTS = (
         "            username, key = checked\n",
         "            username, key = checked\n            if not self._may_answer(to, None, now):\n                return\n",
     ),
+    Mutant("a flood is heard in full", "server", "STRANGERS if is_flood else math.inf", "math.inf"),
+    Mutant(
+        "clients are not heard in a flood",
+        "server",
+        "            if client not in self.allocations.by_client:\n",
+        "            if True:\n",
+    ),
     Mutant("what is withheld is not counted", "server", "self.counters.count_withheld(to.method, code)", "pass"),
     Mutant(
         "the family that is not served is not told of",

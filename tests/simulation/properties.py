@@ -16,6 +16,7 @@ _BY_NAME = {
     "unbound channel": (DropReason.UNBOUND_CHANNEL,),
     "unbound peer": (DropReason.UNBOUND_PEER,),
     "short": (DropReason.SHORT_CHANNEL_DATA,),
+    "flood": (DropReason.FLOOD,),
 }
 """Drops that the referee counts under a name of its own."""
 

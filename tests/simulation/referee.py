@@ -20,6 +20,9 @@ from tests.simulation.requests import Judge
 from tests.simulation.setting import Setting
 from tests.simulation.wire import Address, Wire
 
+STRANGERS_OF_FLOOD = 16
+"""Requests from addresses without an allocation that are heard in each batch of a flood."""
+
 WITHHELD_KEPT = 8192
 """Transactions: more than are under way."""
 
@@ -81,6 +84,7 @@ class Referee:
         """Channels that were bound or refreshed, until whoever wants to know has taken them."""
         self.nonces: dict[bytes, tuple[Address, int]] = {}
         self._last_id = 0
+        self._strangers_left = math.inf
         self._judge = Judge(self)
         self._checks: dict[type, Callable[[Any, float], None]] = {
             SendToPeer: self._check_to_peer,
@@ -115,6 +119,8 @@ class Referee:
                 self.count(self.to_peer, payload)
                 self._relaying[allocation.id, peer].append((payload, traffic_class))
         elif data and data[0] < 4:
+            if client not in self.holdings.by_client and not self._look_at_stranger():
+                return
             request = wire.read(data) if client[1] and len(data) <= 1500 else None
             if request is None or request.kind != wire.REQUEST:
                 self.drops["STUN"] += 1
@@ -122,6 +128,16 @@ class Referee:
                 self._judge.judge(request, client, now, unix)
         else:
             self.drops["no protocol"] += 1
+
+    def begin_batch(self, *, is_flood: bool) -> None:
+        """Begin what arrived together; in a flood, not all strangers in it are heard."""
+        self._strangers_left = STRANGERS_OF_FLOOD if is_flood else math.inf
+
+    def _look_at_stranger(self) -> bool:
+        self._strangers_left -= 1
+        if self._strangers_left < 0:
+            self.drops["flood"] += 1
+        return self._strangers_left >= 0
 
     def take_from_peer(self, allocation: int, data: bytes, peer: Address, traffic_class: int, now: float) -> None:
         self.pass_time(now)

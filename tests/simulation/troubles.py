@@ -30,6 +30,7 @@ class Troubles:
         self._scheduler = world.scheduler
         self._random = Random(f"{world.seed} troubles")
         self._round = 0
+        self._decks: dict[tuple[str, ...], list[str]] = {}
 
     def begin(self) -> None:
         """Let troubles come from now on."""
@@ -64,6 +65,13 @@ class Troubles:
     def _note(self, trouble: str) -> None:
         self._world.note("trouble", trouble)
         self._world.happened["trouble", trouble] += 1
+
+    def _draw(self, kinds: tuple[str, ...]) -> str:
+        """Choose a kind of trouble; none comes again before all others have."""
+        deck = self._decks.setdefault(kinds, [])
+        if not deck:
+            deck.extend(self._random.sample(kinds, len(kinds)))
+        return deck.pop()
 
     # The network.
 
@@ -106,7 +114,7 @@ class Troubles:
     def _machine_trouble(self) -> None:
         machine, random = self._world.machine, self._random
         health = machine.health
-        self._note(trouble := random.choice(_OF_MACHINES))
+        self._note(trouble := self._draw(_OF_MACHINES))
         match trouble:
             case "ports refused":
                 ports = machine.setting.ports
@@ -144,7 +152,7 @@ class Troubles:
 
     def _portal_trouble(self) -> None:
         portal, random = self._world.portal, self._random
-        self._note(trouble := random.choice(_OF_PORTALS))
+        self._note(trouble := self._draw(_OF_PORTALS))
         match trouble:
             case "portal restarted":
                 portal.crash(random.choice((0.5, 20, 300)))

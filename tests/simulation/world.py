@@ -162,6 +162,7 @@ class World:
         referee = self.machine.referee
         for what, counted in (("answered", referee.answers), ("withheld", referee.withheld)):
             self.happened.update({(what, *about): n for about, n in counted.items()})
+        self.happened.update({("dropped", reason): n for reason, n in referee.drops.items()})
         self.happened.update({("freed", reason): n for reason, n in referee.frees.items()})
 
     @property
