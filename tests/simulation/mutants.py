@@ -248,7 +248,7 @@ MUTANTS = (
     Mutant(
         "permissions are given for another family",
         "requests",
-        "if any(family_of(peer) not in allocation.families for peer in peers):",
+        "if not {family_of(peer) for peer in peers}.issubset(allocation.families):",
         "if False:",
     ),
     Mutant("permissions are given for anyone", "requests", "self._config.peers.rule_against_host(peer)", "None"),

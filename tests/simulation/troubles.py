@@ -86,6 +86,8 @@ class Troubles:
         links = self._some_links()
         for link in links:
             link.loss, link.double, link.detour, link.jitter = loss, double, detour, jitter
+            # What was sent before was in worse weather, perhaps.
+            link.calm_since = self._scheduler.now
         self._scheduler.after(random.expovariate(1 / 120), self._clear_up, links)
 
     def _clear_up(self, links: list[Link]) -> None:
