@@ -115,7 +115,7 @@ class System:
         self._clock = clock or SystemClock()
         self._systemd = systemd or Systemd({})
         self._log = log
-        self._core_log = CoreLog(self._clock.monotonic)
+        self._core_log = CoreLog(self._clock.monotonic, None if log is None else log.leaves_out)
         self._offloading = None if datapath is None else Offloading(datapath, self.hosts, self._clock)
         self._started_at = time.monotonic()
         self._stack = contextlib.ExitStack()

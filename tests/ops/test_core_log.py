@@ -19,6 +19,7 @@ from relay.core.stun import MessageClass, Method, encode
 from relay.ops.logs.core import WATCHED, CoreLog, wanted
 from relay.ops.logs.filter import Level, LogFilter
 from relay.ops.logs.log import events_to
+from relay.ops.logs.repeats import USUAL
 from tests.core.driver import (
     CLIENT6,
     FORBIDDEN_PEER,
@@ -72,8 +73,9 @@ def test_every_event_of_the_core_is_a_line_as_the_schema_says_at_its_level_and_t
     lines = log.take()
     assert len(lines) == len(relay.events)
     for event, line in zip(relay.events, lines, strict=True):
-        target, level = WATCHED[type(event)]
+        target, level, words = WATCHED[type(event)]
         assert line["target"] == target
+        assert line["event"] == words
         assert line["level"] == {Level.WARN: "warning"}.get(level, level.name.lower())
 
 
@@ -120,6 +122,21 @@ def test_a_refusal_whose_code_says_it_all_is_told_in_words_too(log: KeptLog) -> 
     events.write(RequestRefused(ClientAddress(("203.0.113.5", 1)), Method.REFRESH, ErrorCode.WRONG_CREDENTIALS))
     events.write(Answered(ClientAddress(("203.0.113.5", 1)), Method.REFRESH, ErrorCode.STALE_NONCE))
     assert [(line["code"], line["reason"]) for line in log.take()] == [(441, "wrong_credentials"), (438, "stale_nonce")]
+
+
+def test_events_that_come_too_often_are_left_out_and_counted_before_they_are_made_a_line(log: KeptLog) -> None:
+    events = CoreLog(lambda: 0.0, log.leaves_out)
+    refused = RequestRefused(ClientAddress(("203.0.113.5", 1)), Method.REFRESH, ErrorCode.WRONG_CREDENTIALS)
+    for _ in range(USUAL.burst):
+        events.write(refused)
+    assert len(log.take()) == USUAL.burst
+    # Nothing that a line is made of is in it: only who does not look can take it.
+    blank = RequestRefused.__new__(RequestRefused, None, None, None)  # type: ignore[arg-type]
+    for _ in range(7):
+        events.write(blank)
+    assert log.take() == []
+    log.tell_left_out()
+    assert [(line["what"], line["left_out"]) for line in log.take()] == [("request refused", 7)]
 
 
 def test_a_family_that_is_not_served_and_an_ipv6_client_are_shown(log: KeptLog) -> None:

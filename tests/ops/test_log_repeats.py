@@ -35,6 +35,20 @@ def test_a_kind_has_a_burst_and_then_so_many_a_second(level: Level, rate: Rate) 
     assert [repeats.admit(KIND, level) for _ in range(rate.burst + 1)] == [1] + [0] * (rate.burst - 1) + [None]
 
 
+def test_who_asks_first_whether_an_event_is_left_out_has_it_counted_once() -> None:
+    clock = Clock()
+    repeats = Repeats(clock)
+    for _ in range(USUAL.burst):
+        assert not repeats.leaves_out(KIND, Level.INFO)
+        assert not repeats.leaves_out(KIND, Level.INFO), "to ask takes nothing"
+        assert repeats.admit(KIND, Level.INFO) == 0
+    assert [repeats.leaves_out(KIND, Level.INFO) for _ in range(7)] == [True] * 7
+    assert not repeats.leaves_out(KIND, Level.CRITICAL)
+    clock.now += 1 / USUAL.per_second
+    assert not repeats.leaves_out(KIND, Level.INFO)
+    assert repeats.admit(KIND, Level.INFO) == 7
+
+
 def test_one_kind_does_not_silence_another() -> None:
     repeats = Repeats(Clock())
     for _ in range(1000):

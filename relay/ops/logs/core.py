@@ -44,30 +44,31 @@ _OfAllocation: TypeAlias = (
 
 
 class Watched(NamedTuple):
-    """As whose event, and how high, a kind of event is written."""
+    """As whose event, how high, and as what a kind of event is written."""
 
     target: str
     level: Level
+    event: str
 
 
 WATCHED: dict[type[CoreEvent], Watched] = {
-    AllocationCreated: Watched("relay.core.allocations", Level.INFO),
-    AllocationRefreshed: Watched("relay.core.allocations", Level.DEBUG),
-    RelayedAddressDeleted: Watched("relay.core.allocations", Level.DEBUG),
-    AllocationFreed: Watched("relay.core.allocations", Level.INFO),
-    ChannelBound: Watched("relay.core.channels", Level.DEBUG),
-    ChannelRefreshed: Watched("relay.core.channels", Level.DEBUG),
-    ChannelExpired: Watched("relay.core.channels", Level.DEBUG),
-    PeerRefused: Watched("relay.core.requests", Level.INFO),
-    LimitReached: Watched("relay.core.requests", Level.WARN),
-    RequestRefused: Watched("relay.core.requests", Level.INFO),
-    Answered: Watched("relay.core.answers", Level.DEBUG),
+    AllocationCreated: Watched("relay.core.allocations", Level.INFO, "allocation created"),
+    AllocationRefreshed: Watched("relay.core.allocations", Level.DEBUG, "allocation refreshed"),
+    RelayedAddressDeleted: Watched("relay.core.allocations", Level.DEBUG, "relayed address deleted"),
+    AllocationFreed: Watched("relay.core.allocations", Level.INFO, "allocation freed"),
+    ChannelBound: Watched("relay.core.channels", Level.DEBUG, "channel bound"),
+    ChannelRefreshed: Watched("relay.core.channels", Level.DEBUG, "channel refreshed"),
+    ChannelExpired: Watched("relay.core.channels", Level.DEBUG, "channel expired"),
+    PeerRefused: Watched("relay.core.requests", Level.INFO, "peer refused"),
+    LimitReached: Watched("relay.core.requests", Level.WARN, "limit reached"),
+    RequestRefused: Watched("relay.core.requests", Level.INFO, "request refused"),
+    Answered: Watched("relay.core.answers", Level.DEBUG, "answered"),
 }
 
 
 def wanted(admits: Callable[[str, Level], bool]) -> frozenset[type[CoreEvent]]:
     """Give the events that the core needs to tell of, by what a filter admits."""
-    return frozenset(kind for kind in CORE_EVENTS if admits(*WATCHED[kind]))
+    return frozenset(kind for kind in CORE_EVENTS if admits(WATCHED[kind].target, WATCHED[kind].level))
 
 
 class CoreLog:
@@ -75,10 +76,12 @@ class CoreLog:
 
     Args:
         monotonic: gives the core's monotonic seconds.
+        leaves_out: tells whether an event of some target, level and words comes too often to be written; None writes all.
     """
 
-    def __init__(self, monotonic: Callable[[], float]) -> None:
+    def __init__(self, monotonic: Callable[[], float], leaves_out: Callable[[str, Level, str], bool] | None = None) -> None:
         self._monotonic = monotonic
+        self._leaves_out = leaves_out
         self._writers: dict[type, Callable[[Any], None]] = {
             AllocationCreated: _write_created,
             AllocationRefreshed: _write_refreshed,
@@ -94,8 +97,11 @@ class CoreLog:
         }
 
     def write(self, event: CoreEvent) -> None:
-        """Write an event."""
-        self._writers[type(event)](event)
+        """Write an event, if it does not come too often."""
+        kind = type(event)
+        # Before a line is made of it: when many clients allocate, that would be a tenth of what an allocation costs.
+        if self._leaves_out is None or not self._leaves_out(*WATCHED[kind]):
+            self._writers[kind](event)
 
     def _write_freed(self, event: AllocationFreed) -> None:
         _ALLOCATIONS.info(

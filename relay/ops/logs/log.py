@@ -180,6 +180,10 @@ class Log:
             threshold = thresholds[target] = self._filter.threshold(target)
         return level >= threshold
 
+    def leaves_out(self, target: str, level: Level, event: str) -> bool:
+        """Tell whether an event repeats too often to be written now; counted, if so. It need not be made up then."""
+        return self._repeats.leaves_out(Kind(target, event), level)
+
     def write(
         self, target: str, level: Level, event: str, fields: dict[str, object], exception: BaseException | None = None
     ) -> None:

@@ -63,18 +63,23 @@ class Repeats:
 
         Last words always may.
         """
-        rate = USUAL if level >= Level.INFO else ASKED_FOR
-        now = self._clock()
         with self._lock:
-            bucket = self._bucket(kind, rate, now)
-            bucket.tokens = min(float(rate.burst), bucket.tokens + (now - bucket.at) * rate.per_second)
-            bucket.at = now
+            bucket = self._refilled(kind, level)
             if bucket.tokens < 1 and level < Level.CRITICAL:
                 bucket.left_out += 1
                 return None
             bucket.tokens -= 1
             left_out, bucket.left_out = bucket.left_out, 0
             return left_out
+
+    def leaves_out(self, kind: Kind, level: Level) -> bool:
+        """Tell whether an event is to be left out, and count it if so; else `admit` is to be asked, when there is a line."""
+        with self._lock:
+            bucket = self._refilled(kind, level)
+            if bucket.tokens >= 1 or level >= Level.CRITICAL:
+                return False
+            bucket.left_out += 1
+            return True
 
     def take_left_out(self) -> dict[Kind, int]:
         """Give how many of each kind were left out and not told of yet; they count as told of then."""
@@ -83,6 +88,15 @@ class Repeats:
             for kind in left_out:
                 self._buckets[kind].left_out = 0
         return left_out
+
+    def _refilled(self, kind: Kind, level: Level) -> _Bucket:
+        """Give the bucket of a kind, with the tokens that it has by now."""
+        rate = USUAL if level >= Level.INFO else ASKED_FOR
+        now = self._clock()
+        bucket = self._bucket(kind, rate, now)
+        bucket.tokens = min(float(rate.burst), bucket.tokens + (now - bucket.at) * rate.per_second)
+        bucket.at = now
+        return bucket
 
     def _bucket(self, kind: Kind, rate: Rate, now: float) -> _Bucket:
         bucket = self._buckets.get(kind)
