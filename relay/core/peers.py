@@ -192,4 +192,7 @@ class PeerPolicy:
         return PeerRule.NEVER_A_PEER if _is_denied_by_default(address) else None
 
     def _is_this_machine(self, address: Address) -> bool:
-        return address.is_loopback or address.is_unspecified or str(address) in self.relay_addresses
+        # In numbers, since newer Pythons say of ::ffff:127.0.0.1, too, that it is loopback: then nobody would look into it.
+        number = int(address)
+        is_loopback = number >> 24 == 127 if address.version == 4 else number == _LOOPBACK  # noqa: PLR2004 - IPv4, 127.0.0.0/8
+        return is_loopback or number == 0 or str(address) in self.relay_addresses
