@@ -275,6 +275,13 @@ def test_a_public_address_that_is_no_address_of_this_machine_is_like_any_other()
     assert policy.permits(peer_at(OWN, 1))
 
 
+def test_what_python_calls_loopback_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3.13 does so of ::ffff:127.0.0.1, and whoever believed that it is the relay's own did not look into it."""
+    monkeypatch.setattr(IPv6Address, "is_loopback", property(lambda _: True))
+    monkeypatch.setattr(IPv6Address, "is_unspecified", property(lambda _: True))
+    assert not POLICY.permits(peer_at("::ffff:127.0.0.1", 5000))
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "8.8.8.8", OWN, INNER, "::1", OWN6, *embedding(OWN).values()])
 def test_permits_host_ignores_the_port(host: str) -> None:
     decisions = {POLICY.permits_host(peer_at(host, port)) for port in (0, 22, 3478, 8080, 50000, 65535)}
