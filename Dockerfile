@@ -20,7 +20,8 @@
 #
 # docs/deployment.md has the rest.
 
-FROM python:3.13-slim AS builder
+# The version that the tests run on.
+FROM python:3.11-slim AS builder
 WORKDIR /source
 # Compiles the program that relays inside the kernel; the image itself needs no compiler.
 RUN apt-get update && apt-get install --yes --no-install-recommends clang && rm -rf /var/lib/apt/lists/*
@@ -39,7 +40,7 @@ RUN pip install --require-hashes --requirement requirements/build.txt \
     && pip --python /opt/firezone-relay/bin/python install --require-hashes --requirement requirements/$REQUIREMENTS.txt \
     && pip --python /opt/firezone-relay/bin/python install --no-deps --no-index dist/*.whl
 
-FROM python:3.13-slim
+FROM python:3.11-slim
 COPY --from=builder /opt/firezone-relay /opt/firezone-relay
 
 # A number, so that an orchestrator can see that it isn't root; no name is needed. It owns nothing and writes nothing: the

@@ -141,7 +141,7 @@ class DurationType(click.ParamType[int]):
             return value
         match = re.fullmatch(r"([0-9]{1,9})([smhdw]?)", str(value).strip())
         if match is None or int(match[1]) < self._least:
-            self.fail(f"{str(value)!r} is no duration: write 90s, 15m, 12h or 1d", param, ctx)
+            self.fail(f"{str(value)!r} is no duration: write 90s, 15m, 12h, 1d or 2w", param, ctx)
         return int(match[1]) * _UNITS[match[2] or "s"]
 
 

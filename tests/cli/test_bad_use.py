@@ -111,8 +111,8 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         (("dance",), "No such command 'dance'"),
         (("credentials",), "Missing option '--relay-secret-file'"),
         (("credentials", "--relay-secret-file", "/nowhere"), "No such file"),
-        (("credentials", "--relay-secret-file", "x", "--ttl", "soon"), "write 90s, 15m, 12h or 1d"),
-        (("credentials", "--relay-secret-file", "x", "--ttl", "0"), "write 90s, 15m, 12h or 1d"),
+        (("credentials", "--relay-secret-file", "x", "--ttl", "soon"), "write 90s, 15m, 12h, 1d or 2w"),
+        (("credentials", "--relay-secret-file", "x", "--ttl", "0"), "write 90s, 15m, 12h, 1d or 2w"),
     ],
 )
 def test_bad_use_is_refused_in_one_line(
