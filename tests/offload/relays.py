@@ -21,7 +21,7 @@ from tests.turn_client import TurnClient
 
 SECRET: Final = "secret of those in the kernel"
 SERVICE: Final = 3478
-WITHIN: Final = 30.0
+WITHIN: Final = 10.0
 """Seconds in which what the network does is followed: less than half of one, on a machine that has nothing else to do."""
 
 MODES: Final = ("generic", "driver")
