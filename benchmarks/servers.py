@@ -164,7 +164,7 @@ def started(server: Server, cpus: Iterable[int]) -> Iterator[Running]:
         FailedError: it did not come up.
     """
     with server.log.open("ab") as log, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind((server.address[0], 0))
+        probe.bind((server.client_host, 0))
         probe.connect(server.address)
         where = _ROOT if server.name == RELAY else server.log.parent
         before = time.perf_counter()
