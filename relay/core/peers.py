@@ -138,14 +138,6 @@ class PeerPolicy:
     )
     """What was decided of late, by host and port, None for all ports: clients ask for the same peers every few minutes."""
 
-    def permits(self, peer: PeerAddress) -> bool:
-        """Tell whether packets may be relayed to a peer."""
-        return self.rule_against(peer) is None
-
-    def permits_host(self, peer: PeerAddress) -> bool:
-        """Tell whether packets may be relayed to some port of a peer's host."""
-        return self.rule_against_host(peer) is None
-
     def rule_against(self, peer: PeerAddress) -> PeerRule | None:
         """Give what a peer is refused by; None if it may be relayed to."""
         return self._rule_against(peer[0], peer[1])

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from typing import Final
 
 import pytest
@@ -67,23 +68,30 @@ def late(failing: Failing) -> int:
     return sum(failing.counted(why)[""] for why in ("dropped_late", "dropped_stale", "kernel_drops"))
 
 
+@contextlib.contextmanager
+def stopped(failing: Failing) -> Iterator[None]:
+    """The process does nothing meanwhile."""
+    failing.process.send_signal(signal.SIGSTOP)
+    assert os.WIFSTOPPED(os.waitpid(failing.process.pid, os.WUNTRACED)[1])
+    try:
+        yield
+    finally:
+        failing.process.send_signal(signal.SIGCONT)
+
+
 def test_a_process_that_was_stopped_goes_on_and_what_it_was_too_late_for_is_counted(failing: Failing) -> None:
     """As a machine is that was moved to another host, or had no CPU to give."""
     before = late(failing)
     with failing.client() as client, udp_socket("127.0.0.1") as peer:
         (relayed,) = client.allocate()
         assert client.bind_channel(CHANNEL, peer.getsockname()) is None
-        failing.process.send_signal(signal.SIGSTOP)
-        assert os.WIFSTOPPED(os.waitpid(failing.process.pid, os.WUNTRACED)[1])
-        try:
+        with stopped(failing):
             for each in range(STOPPED):
                 client.send(CHANNEL, b"%04d" % each)
                 peer.sendto(b"%04d" % each, relayed[:2])
             client.socket.settimeout(QUIET)
             with pytest.raises(TimeoutError):
                 client.refresh(600)
-        finally:
-            failing.process.send_signal(signal.SIGCONT)
         at_peer, at_client = list[int](), list[int]()
 
         def is_all_accounted_for() -> bool:
@@ -109,18 +117,15 @@ def test_what_waited_for_as_long_as_a_process_was_stopped_is_dropped_but_for_req
             assert int(peer.recv(100)) == each
             peer.sendto(b"%04d" % each, relayed[:2])
             assert client.receive() == (CHANNEL, b"%04d" % each)
-        failing.process.send_signal(signal.SIGSTOP)
-        assert os.WIFSTOPPED(os.waitpid(failing.process.pid, os.WUNTRACED)[1])
-        try:
+        with stopped(failing):
             for each in range(STOPPED):
                 client.send(CHANNEL, b"%04d" % each)
                 peer.sendto(b"%04d" % each, relayed[:2])
             for each in range(ASKED):
                 request = encode(MessageClass.REQUEST, Method.BINDING, b"%012d" % each, [])
                 other.socket.sendto(request, (failing.host, 3478))
+            # The kernel counts for how long packets wait, and nobody can tell it the time.
             time.sleep(STALE_AFTER * 2)
-        finally:
-            failing.process.send_signal(signal.SIGCONT)
         assert [int(other.socket.recv(100)[8:20]) for _ in range(ASKED)] == list(range(ASKED)), "all, however late"
         # Those that it reads one by one, until it finds that there are many.
         wait_until(lambda: failing.counted("dropped_stale")[""] - lost > 2 * (STOPPED - BATCH_DATAGRAMS), PATIENCE)

@@ -136,7 +136,7 @@ def group() -> Iterator[Path]:
                     return
             finally:
                 made.rmdir()
-    pytest.skip("NO CONTROL GROUP with a limit of pids can be made here")
+    pytest.skip("NO CONTROL GROUP with a limit of pids can be made here: run as root")
 
 
 def test_508_at_the_limit_of_a_control_group_and_service_once_it_is_raised(

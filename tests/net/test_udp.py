@@ -88,6 +88,7 @@ def notes_arrivals(sock: UdpSocket) -> bool:
     """Whether the kernel notes when datagrams arrive, which it begins to in its own time."""
     sock.waited()
     sock.transmit(b"", sock.getsockname())
+    # It has to wait, by the kernel's clock.
     time.sleep(STALE)
     sock.receive()
     return sock.waited() >= STALE

@@ -320,7 +320,7 @@ class _Sequence:
                     self._check_answer(data, client, about)
             case SendToPeer(allocation, _, peer):
                 assert allocation in self.ports
-                assert CONFIG.peers.permits(peer)
+                assert CONFIG.peers.rule_against(peer) is None
             case BindPort(allocation, port):
                 assert port in PORTS
                 assert port not in self.ports.values() or self.ports.get(allocation) == port
