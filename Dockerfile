@@ -1,38 +1,41 @@
-# The relay as an image: docker build --tag firezone-relay .
+# Build: docker build --tag firezone-relay .
 #
-# It is meant for the host's network:
+# Run in the host's network:
 #
-#   docker run --detach --name firezone-relay --restart on-failure \
+#   docker run --detach --name firezone-relay --restart unless-stopped \
 #       --network host --read-only --cap-drop ALL --security-opt no-new-privileges \
 #       --ulimit nofile=65536:65536 --pids-limit 20000 --stop-timeout 15 \
 #       --volume /etc/firezone-relay/token:/run/secrets/firezone-token:ro \
-#       --env FIREZONE_TOKEN=/run/secrets/firezone-token --env PUBLIC_IP4_ADDR=203.0.113.7 \
+#       --env FIREZONE_TOKEN=/run/secrets/firezone-token --env FIREZONE_API_URL=wss://api.example.com \
+#       --env PUBLIC_IP4_ADDR=203.0.113.7 \
 #       firezone-relay
 #
-# - Without `--network host`, 16,384 ports have to be published, each to the same number, and every packet goes through
-#   Docker's NAT or its proxy. The proxy hides the addresses of clients and peers, which are what a relay answers, checks and
-#   tells; and a NAT forgets who has been silent for two minutes, an allocation doesn't for ten.
-# - `net.core.rmem_max` is the host's to set, for all containers: deploy/firezone-relay.sysctl.conf has the value and why.
-# - `nofile`: 2 descriptors for each of 16,384 allocations, and 128 others. `--pids-limit`: a thread for each, and some 20.
-#   Docker has no limit on them unless told, other engines do.
-# - `--stop-timeout`: seconds until Docker kills a relay that was asked to end. DRAIN_TIMEOUT and 15 more; unset, it is 10.
-# - The token is a file that user 65532 can read, so that `docker inspect` doesn't show it: a variable would be shown.
+# - Without `--network host`, 16,384 ports must be published to the same port numbers, and every packet passes Docker's NAT
+#   or proxy. The proxy hides the addresses of clients and peers, which the relay needs. The NAT drops a mapping after two
+#   minutes without packets, but an allocation lasts ten minutes.
+# - Set `net.core.rmem_max` on the host, for all containers. deploy/firezone-relay.sysctl.conf has the value and the reason.
+# - `nofile`: 2 descriptors per allocation (16,384), and 128 others. `--pids-limit`: 1 thread per allocation, and about 20
+#   others. Docker sets no limit by default; other engines do.
+# - `--stop-timeout`: seconds between SIGTERM and SIGKILL. Use DRAIN_TIMEOUT plus 15; the default is 10.
+# - The token is a file that user 65532 can read. `docker inspect` would show the token in a variable.
 #
-# docs/deployment.md has the rest.
+# More in docs/deployment.md.
 
-# The version that the tests run on.
+# The Python version of the tests.
 FROM python:3.11-slim AS builder
 WORKDIR /source
-# Compiles the program that relays inside the kernel; the image itself needs no compiler.
+# clang compiles the XDP program. The final image has no compiler.
 RUN apt-get update && apt-get install --yes --no-install-recommends clang && rm -rf /var/lib/apt/lists/*
-# The build asks for these, and for nothing else.
-COPY pyproject.toml hatch_build.py README.md LICENSE ./
+# The build needs only these files.
+COPY pyproject.toml hatch_build.py *.md LICENSE ./
 COPY requirements requirements
-# otlp: with what it takes to push metrics to a collector (docker build --build-arg REQUIREMENTS=otlp).
-ARG REQUIREMENTS=relay
+# otlp: with support for OpenTelemetry (OTLP_GRPC_ENDPOINT). relay: without (docker build --build-arg REQUIREMENTS=relay).
+ARG REQUIREMENTS=otlp
 COPY relay relay
-# At its final place: the programs of a virtual environment have its path in them. Without a pip of its own: nothing is ever
-# installed there again. Of all that is installed, here and there, the hash is known before.
+COPY docs docs
+COPY deploy deploy
+# The virtual environment is created at its final path, because its programs contain the path. It has no pip, because nothing
+# is installed later. Every package is pinned by its hash.
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN pip install --require-hashes --requirement requirements/build.txt \
     && pip wheel --no-deps --no-index --no-build-isolation --wheel-dir dist . \
@@ -41,22 +44,26 @@ RUN pip install --require-hashes --requirement requirements/build.txt \
     && pip --python /opt/firezone-relay/bin/python install --no-deps --no-index dist/*.whl
 
 FROM python:3.11-slim
+# For commands and health checks written for the image of Firezone's Rust relay: curl, ip and ethtool. The base image has sh.
+RUN apt-get update && apt-get install --yes --no-install-recommends curl ethtool iproute2 && rm -rf /var/lib/apt/lists/*
 COPY --from=builder /opt/firezone-relay /opt/firezone-relay
+ENV PATH=/opt/firezone-relay/bin:$PATH
 
-# A number, so that an orchestrator can see that it isn't root; no name is needed. It owns nothing and writes nothing: the
-# bytecode has been made by pip. Ports are above 1023, so no capability is needed either.
+# A numeric user, so that orchestrators can verify that the user isn't root. The user owns no files, and the relay writes
+# none: pip has compiled the bytecode. All ports are above 1023, so the relay needs no capability.
 USER 65532:65532
 WORKDIR /
 
-# Clients, health. The ports of allocations (49152-65535/udp) are left out: `docker run --publish-all` would publish each of
-# them, and to another number.
+# Ports for clients and health checks. Without the ports of allocations (49152-65535/udp), which `docker run --publish-all`
+# would publish to other port numbers.
 EXPOSE 3478/udp 8080/tcp
 
-# Whether the relay lives and does not hang, not whether it answers clients: one that waits for its portal is well (`healthcheck
-# --ready` asks that). It looks where HEALTH_CHECK_ADDR says, as the relay does, and costs a fifth of a second of CPU.
-HEALTHCHECK --interval=30s --timeout=5s --start-period=10s CMD ["/opt/firezone-relay/bin/firezone-relay", "healthcheck"]
+# Checks that the relay is alive, also while it waits for its portal (`healthcheck --ready` checks that clients get responses).
+# Like the relay, the check reads HEALTH_CHECK_ADDR. It costs a fifth of a second of CPU.
+HEALTHCHECK --interval=30s --timeout=5s --start-period=10s CMD ["firezone-relay", "healthcheck"]
 
-# As a list, without a shell in between: the relay is process 1 itself, and gets the signal. By default process 1 gets none;
-# the relay waits for this one from its first moment, and ends with exit code 0.
+# No entry point, so that the command of a container can be a shell or another command of the program.
+# Exec form without a shell, so that the relay is process 1 and receives the signal. By default, process 1 ignores SIGTERM; the
+# relay handles it from the start, and exits with code 0.
 STOPSIGNAL SIGTERM
-ENTRYPOINT ["/opt/firezone-relay/bin/firezone-relay"]
+CMD ["firezone-relay"]

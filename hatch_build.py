@@ -1,7 +1,7 @@
-"""Compiles the program that relays inside the kernel, when this package is built: `relay/offload/program.o`.
+"""Compile the kernel program `relay/offload/program.o` and collect the files for operators when this package is built.
 
-That takes clang, or the compiler that CLANG names. Without it the package is built all the same, and relays as it does where
-the kernel won't have the program. Run by hand (`python hatch_build.py`), this compiles in place.
+This needs clang, or the compiler in CLANG. Without clang the package is built without the program, and can't offload. To
+compile in place, run `python hatch_build.py`.
 """
 
 import os
@@ -14,65 +14,71 @@ from typing import Any
 
 SOURCE = "relay/offload/program.c"
 OBJECT = "relay/offload/program.o"
+FOR_OPERATORS = ("*.md", "LICENSE", "docs/*.md", "deploy/*.*", "deploy/kubernetes/**/*.*")
+"""Files that a wheel installs below share/firezone-relay."""
 OPTIONS = ("-target", "bpf", "-mcpu=v3", "-O2", "-ffreestanding", "-Wall", "-Wextra", "-Werror")
 
 
 class CompileError(Exception):
-    """The compiler that was asked for isn't there, or doesn't take the program."""
+    """The configured compiler is missing, or rejects the program."""
 
 
 def find_compiler() -> str | None:
-    """Tell where the compiler is; None if there is no clang, or CLANG is empty.
+    """Return the path of the compiler, or None without clang or with an empty CLANG.
 
     Raises:
-        CompileError: there is none of the name that CLANG has.
+        CompileError: the compiler in CLANG does not exist.
     """
     named = os.environ.get("CLANG")
     found = shutil.which("clang" if named is None else named)
     if named and found is None:
-        raise CompileError(f"CLANG is {named}, which isn't there")
+        raise CompileError(f"CLANG is {named}, which does not exist")
     return found
 
 
 def compile_program(root: Path) -> bool:
-    """Compile the program in place, or remove what is left of an earlier time if there is no compiler.
+    """Compile the program in place, or remove an old object if there is no compiler.
 
     Args:
-        root: where the source tree is.
+        root: the source tree.
 
     Returns:
-        Whether there is an object now.
+        Whether the object exists now.
 
     Raises:
-        CompileError: see there; an object of an earlier time is left as it was.
+        CompileError: compilation failed. An old object is unchanged.
     """
     built = root / OBJECT
     compiler = find_compiler()
     if compiler is None:
         built.unlink(missing_ok=True)
-        print(f"no clang: built without {OBJECT}, all packets will be relayed by Python", file=sys.stderr)
+        print(f"no clang: built without {OBJECT}, the sockets will relay all packets", file=sys.stderr)
         return False
-    # Put there in one step: whoever reads it meanwhile gets the one or the other.
+    # Replaced atomically, so that a concurrent reader gets a complete file.
     with tempfile.TemporaryDirectory(dir=built.parent) as directory:
         fresh = Path(directory) / built.name
         done = subprocess.run([compiler, *OPTIONS, "-c", str(root / SOURCE), "-o", str(fresh)], check=False)
         if done.returncode:
-            raise CompileError(f"{compiler} has failed on {SOURCE}")
+            raise CompileError(f"{compiler} can't compile {SOURCE}")
         fresh.replace(built)
     return True
 
 
 def get_build_hook() -> type:
-    """Tell hatchling what to run; only that has what this imports."""
+    """Return the build hook for hatchling, importing hatchling only here."""
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface  # noqa: PLC0415
 
     class ProgramBuildHook(BuildHookInterface[Any]):
-        """Adds the object to a wheel, whose tag still says any machine: it is the kernel that runs it."""
+        """A hook that adds the object to a wheel for any machine, because BPF is independent of the CPU."""
 
-        def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - hatchling's
-            if compile_program(Path(self.root)):
-                # As git ignores it, it wouldn't be taken otherwise.
+        def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+            root = Path(self.root)
+            if compile_program(root):
+                # Hatchling skips files ignored by git.
                 build_data["artifacts"].append(f"/{OBJECT}")
+            if version != "editable":
+                files = [str(path.relative_to(root)) for pattern in FOR_OPERATORS for path in root.glob(pattern)]
+                build_data["shared_data"].update({path: f"share/firezone-relay/{path}" for path in files})
 
     return ProgramBuildHook
 

@@ -1,4 +1,4 @@
-"""What this relay costs, beside coturn and beside system calls alone: ``python -m benchmarks``, or ``make bench``."""
+"""Measure the relay beside coturn and a minimal relay in C: ``python -m benchmarks``, or ``make bench``."""
 
 import signal
 import tempfile
@@ -10,104 +10,96 @@ import click
 from rich.console import Console
 
 from benchmarks.allocations import raise_descriptor_limit
-from benchmarks.cases import QUICK, Case, Plan, all_cases
-from benchmarks.charts import write_charts
-from benchmarks.command_line import chosen, list_cases, results_directory, run
-from benchmarks.failure import FailedError
-from benchmarks.generator import Generator, NoCompilerError, compiled
+from benchmarks.cases import QUICK, Case, Plan, chosen
+from benchmarks.doubts import doubts
+from benchmarks.errors import MeasurementError
+from benchmarks.generator import Generator, compile_programs
+from benchmarks.loopback import LoopbackSuite
 from benchmarks.measure import machine
-from benchmarks.pinning import Places, on, places
-from benchmarks.progress import Said
-from benchmarks.report import LATEST
+from benchmarks.offload.suite import offload_suite
+from benchmarks.pinning import on, places
+from benchmarks.report import FOLDER, description, write
 from benchmarks.results import Results
-from benchmarks.run import Bench, Run, calibrate
-from benchmarks.servers import COTURN, DIRECT, Server, coturn_server, plain_server, relay_server
-from benchmarks.table import WIDTH, print_tables
+from benchmarks.servers import coturn_version
+from benchmarks.tables import WIDTH, tables
 
 _EPILOG = """\b
 python -m benchmarks --list
 python -m benchmarks --only saturated-up --only 'paced-*-20000' --rounds 1
-python -m benchmarks.report     writes the table of the last full run into README.md
+python -m benchmarks --only offload     relaying in the kernel; needs root, clang, iproute2 and ethtool
+python -m benchmarks.report             tables of the last full run, for benchmarks/README.md
 
-The servers have one CPU to themselves, and the load the others. Nothing else should run meanwhile: CPU times are little
-disturbed by other work, but delays and rates are. Exit codes: 0 done, even if servers failed in some cases; 130 ended early;
-2 it can't be run as asked.
+A full run writes JSON and a plot to benchmarks/results. Stop all other work first: rates and delays suffer most.
+Exit codes: 0 done, even with failures in some cases; 1 cannot run, or interrupted; 2 usage error.
 """
 
 
 @click.command(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option("--quick", is_flag=True, help="One short round, in about a minute: to see whether it works, not for figures.")
-@click.option("--rounds", type=click.IntRange(1), help="How often each case is measured.  [default: 3; 1 with --quick]")
-@click.option("--only", multiple=True, metavar="NAME", help="Cases whose names begin with this, or match it. Repeatable.")
-@click.option("--list", "list_only", is_flag=True, help="Name all cases, and end.")
+@click.option("--quick", is_flag=True, help="One short round in two minutes, as a check and not for figures.")
+@click.option("--rounds", type=click.IntRange(1), help="Rounds of each case.  [default: 3; 1 with --quick]")
 @click.option(
-    "--results",
-    "directory",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Where latest.json and the plots go.  [default: benchmarks/results, and folders in it for quick and partial runs]",
+    "--only", multiple=True, metavar="NAME", help="Cases with a name that begins with NAME or matches. Repeatable."
 )
-def main(*, quick: bool, rounds: int | None, only: Sequence[str], list_only: bool, directory: Path | None) -> None:
-    """Measure this relay, coturn, and a relay in C that does nothing but its system calls.
+@click.option("--list", "list_only", is_flag=True, help="List all cases, and end.")
+@click.option("--results", "folder", type=click.Path(path_type=Path, file_okay=False), help="Folder for JSON and the plot.")
+def main(*, quick: bool, rounds: int | None, only: Sequence[str], list_only: bool, folder: Path | None) -> None:
+    """Measure this relay, coturn, and a relay in C that makes only the necessary system calls.
 
-    Progress is on standard error, the tables on standard output.
+    Progress goes to standard error, the tables to standard output.
     """
-    cases = chosen(all_cases(), only)
-    if list_only:
-        list_cases(cases)
-        return
-    plan = QUICK if quick else Plan()
-    plan = plan if rounds is None else plan._replace(rounds=rounds)
-    directory = directory or results_directory(quick=quick, partial=bool(only))
-    # Whoever ends this with SIGTERM gets what Ctrl-C does: servers and load are ended too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    console = Console(width=WIDTH, highlight=False)
+    plan = QUICK if quick else Plan()
     try:
-        results = _measure(plan, cases)
-    except (NoCompilerError, FailedError) as error:
+        cases = chosen(only)
+        if list_only:
+            for case in cases:
+                click.echo(f"{case.name:<24}  {case.title}")
+            return
+        results = _measure(cases, plan._replace(rounds=rounds or plan.rounds))
+    except (MeasurementError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    results.write(directory / LATEST)
-    files = [directory / LATEST, *write_charts(results, directory)]
-    print_tables(results, Console(width=WIDTH, highlight=False))
-    click.echo(f"Written: {', '.join(str(file) for file in files)}", err=True)
+    if folder is None and not (quick or only):
+        folder = FOLDER
+    for path in write(results, folder) if folder else ():
+        click.echo(f"written: {path}", err=True)
+    for table in tables():
+        table.print(results, console)
+    for line in (*doubts(results), description(results)):
+        console.print(line, markup=False, soft_wrap=True)
 
 
-def _measure(plan: Plan, cases: Sequence[Case]) -> Results:
-    began, said_to, where = time.monotonic(), Console(stderr=True), places()
+def _measure(cases: Sequence[Case], plan: Plan) -> Results:
+    began, where = time.monotonic(), places()
+
+    def report(line: str) -> None:
+        passed = round(time.monotonic() - began)
+        click.echo(f"{passed // 60:2d}:{passed % 60:02d}  {line}", err=True)
+
+    raise_descriptor_limit()
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as name, on(where.load):
-        load, plain = compiled(Path(name))
-        bench = _bench(Path(name), plan, cases, where, (load, plain))
-        for line in _remarks(bench):
-            said_to.print(line, highlight=False, markup=False)
-        coturn = bench.servers.get(COTURN)
+        programs = Path(name)
+        compile_programs(programs)
+        generator = Generator(programs / "load", yields=where.shared)
+        loopback = LoopbackSuite([case for case in cases if not case.is_offload], plan, where, generator, programs)
+        version = coturn_version()
+        if version == "not installed":
+            report("no comparison with coturn: turnserver is not installed (Debian: apt-get install coturn)")
+        if where.shared:
+            report("load and servers share the only CPU: rates and delays mean little")
         results = Results(
-            {
-                "machine": machine(None if coturn is None else coturn.version),
-                "places": str(where),
-                "plan": plan._asdict(),
-                "generator": calibrate(bench),
-            }
+            {"machine": machine(version), "places": str(where), "plan": plan._asdict(), "generator": loopback.calibrate()}
         )
-        with Said(said_to, bench.seconds()) as said:
-            Run(bench, results, said).run()
-    results.about["seconds"] = round(time.monotonic() - began, 1)
+        loopback.run(results, report)
+        offloaded = [case for case in cases if case.is_offload]
+        if offloaded:
+            try:
+                with offload_suite(offloaded, plan, where, generator, programs) as suite:
+                    suite.run(results, report)
+            except MeasurementError as error:
+                report(f"left out, relaying in the kernel: {error}")
     return results
 
 
-def _bench(directory: Path, plan: Plan, cases: Sequence[Case], where: Places, programs: tuple[Path, Path]) -> Bench:
-    load, plain = programs
-    found = (Server(DIRECT), relay_server(directory), coturn_server(directory), plain_server(directory, plain))
-    servers = {server.name: server for server in found if server is not None}
-    return Bench(plan, cases, servers, where, Generator(load, yields=where.shared), raise_descriptor_limit())
-
-
-def _remarks(bench: Bench) -> list[str]:
-    """Say what is missing."""
-    remarks = []
-    if COTURN not in bench.servers:
-        remarks.append("turnserver is not installed, so there is nothing to compare with (Debian: apt-get install coturn)")
-    if bench.places.shared:
-        remarks.append("only one CPU may be used: load and servers share it, unpinned, and rates and delays say little")
-    return remarks
-
-
 if __name__ == "__main__":
-    run(main, "python -m benchmarks")
+    main(prog_name="python -m benchmarks")

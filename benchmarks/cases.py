@@ -1,168 +1,198 @@
-"""What is measured: the cases by name, and how much time each is given."""
+"""The cases of both suites by name, and the time for each."""
 
-from collections.abc import Iterator
+import fnmatch
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from itertools import product
+from typing import Final, NamedTuple
 
+from benchmarks.errors import MeasurementError
 from benchmarks.servers import COTURN, DIRECT, PLAIN, RELAY
 
-SIZES = (172, 1200)
-"""Payloads: 20 ms of telephony (G.711 with RTP), and what a tunnel's full packets come near to."""
+NATIVE: Final = "native"
+GENERIC: Final = "generic"
+SOCKETS: Final = "sockets"
+"""The relay with offload in native and generic mode, and without offload; the last beside the others in one namespace."""
 
-FLOWS = 20
-"""Of cases that are not about their number."""
+SIZES: Final = (172, 1200)
+"""Payloads in bytes: 20 ms of telephony (G.711 with RTP), and nearly the full packets of a tunnel."""
+OFFLOAD_SIZES: Final = (200, 1400)
+"""Payloads in bytes: the size of the targets, and nearly the full packets of a tunnel."""
 
-TRAIN = 54
-"""Packets of 1200 B in a GSO train: as many as fit a message, 65,507 bytes, with their ChannelData headers."""
+FLOWS: Final = 20
+"""Flows in cases without a number of their own."""
 
-OVERLOAD = 2
-"""Times of its own best that a server is offered."""
+BATCH: Final = 54
+"""Packets of 1200 B in a GSO batch: the most that fit a message of 65,507 bytes, with their ChannelData headers."""
 
-MOST_IN_FLIGHT = 1000
-MOST_IN_FLIGHT_OF_ONE = 48
-"""Packets under way in a saturated case, over all flows and in each. More would not fit all receive buffers (coturn's hold
-56 packets of 1200 B for each allocation), so that losses would be measured; fewer might leave a server without work."""
+OVERLOAD: Final = 2
+"""Offered load, as a multiple of the saturated rate."""
+
+_MOST_IN_FLIGHT: Final = 1000
+_MOST_IN_FLOW: Final = 48
+"""Packets in flight in a saturated case, over all flows and in each flow. More packets overflow some receive buffers:
+coturn's hold 56 packets of 1200 B for each allocation. Fewer packets may leave a server idle."""
+
+OFFLOAD_WINDOW: Final = 192
+"""Packets in flight with offload: they fit the ring of a veth, which holds 256."""
+_SOCKET_WINDOW: Final = 40
+"""Packets in flight in each flow without offload: they fit coturn's receive buffers, the smallest."""
 
 
 class Kind(StrEnum):
-    """How a case is measured."""
+    """Kind of a case; each is measured in another way."""
 
     SATURATED = "saturated"
     PACED = "paced"
-    ECHO = "echo"
-    TRAINS = "trains"
+    BUSY = "busy"
+    BATCHES = "batches"
     OVERLOAD = "overload"
     ALLOCATIONS = "allocations"
-    CROWD = "crowd"
+    ALL_PORTS = "all-ports"
+    OFFLOAD = "offload"
+    OFFLOAD_PROGRAM = "offload-program"
+    OFFLOAD_DELAY = "offload-delay"
+    OFFLOAD_CHANNELS = "offload-channels"
 
 
 @dataclass(frozen=True)
 class Case:
-    """Something that is measured of each server in turn."""
+    """A measurement, repeated for each server in turn."""
 
     name: str
-    title: str
+    label: str
+    """Title without the direction."""
     kind: Kind
-    direction: str = "up"
-    size: int = 172
+    direction: str = ""
+    size: int = 200
     flows: int = FLOWS
     rate: int = 0
 
     @property
+    def title(self) -> str:
+        """Return the title for people."""
+        return {"up": "client→peer, ", "down": "peer→client, "}.get(self.direction, "") + self.label
+
+    @property
     def servers(self) -> tuple[str, ...]:
-        """Name those that it is measured of, in order."""
-        if self.kind in {Kind.ALLOCATIONS, Kind.CROWD}:
+        """Return the names of the servers to measure, in order. A case about delays begins without a server, as baseline."""
+        if self.kind in {Kind.ALLOCATIONS, Kind.ALL_PORTS}:
             return RELAY, COTURN
-        # Delays are compared with those of a path without any server, which comes first.
-        return (*((DIRECT,) if self.is_delay else ()), RELAY, COTURN, PLAIN)
+        if self.kind in {Kind.OFFLOAD_PROGRAM, Kind.OFFLOAD_CHANNELS}:
+            return (NATIVE,)
+        all_servers = (NATIVE, GENERIC, SOCKETS, COTURN, PLAIN) if self.is_offload else (RELAY, COTURN, PLAIN)
+        return (DIRECT, *all_servers) if self.has_delays else all_servers
 
     @property
-    def is_delay(self) -> bool:
-        """Tell whether delays are what it is about, or also."""
-        return self.kind in {Kind.PACED, Kind.ECHO}
+    def is_offload(self) -> bool:
+        """Return whether the case belongs to the offload suite."""
+        return self.kind.startswith("offload")
 
     @property
-    def has_packets(self) -> bool:
-        """Tell whether it is measured with the load generator alone."""
-        return self.kind not in {Kind.ALLOCATIONS, Kind.CROWD}
-
-    @property
-    def segments(self) -> int:
-        """Packets in a message."""
-        return TRAIN if self.kind is Kind.TRAINS else 1
+    def has_delays(self) -> bool:
+        """Return whether delays are measured."""
+        return self.kind in {Kind.PACED, Kind.OFFLOAD_DELAY}
 
     @property
     def window(self) -> int:
-        """Packets under way at once in each lane, where that is how it is measured."""
-        if self.kind is Kind.TRAINS:
-            # One train is what fits the receive buffer that coturn gives to an allocation, and 20 what fits its listener's.
-            return TRAIN * (2 if self.flows == 1 and self.direction == "up" else 1)
-        lanes = self.flows * (2 if self.direction == "both" else 1)
-        return max(1, min(MOST_IN_FLIGHT_OF_ONE, MOST_IN_FLIGHT // lanes))
+        """Return the packets in flight in each flow of a saturated case on loopback."""
+        if self.kind is Kind.BATCHES:
+            # One batch fits the receive buffer of a coturn allocation, and 20 batches fit its listener's.
+            return BATCH * (2 if self.flows == 1 and self.direction == "up" else 1)
+        return max(1, min(_MOST_IN_FLOW, _MOST_IN_FLIGHT // self.flows))
+
+    def offload_window(self, server: str) -> int:
+        """Return the packets in flight in a saturated case of the offload suite."""
+        return OFFLOAD_WINDOW if server in {NATIVE, GENERIC} else min(_MOST_IN_FLIGHT, _SOCKET_WINDOW * self.flows)
 
 
 class Plan(NamedTuple):
-    """How much to measure."""
+    """Rounds, durations and counts."""
 
     rounds: int = 3
     seconds: float = 0.8
-    """Of load in a saturated case."""
+    """Sending time of a saturated case."""
     paced_seconds: float = 1.5
     warm_up_seconds: float = 0.15
+    busy_seconds: float = 3
+    """Sending time before and in a case beside a busy loop: the relay looks at the use of its CPU once a second."""
     allocations: int = 1000
-    refreshes: int = 1000
-    crowd: int = 16384
-    """Allocations at once in the case of many: as many as there are ports, if descriptors allow."""
-    crowd_rounds: int = 2
+    """Also the number of Refresh requests."""
+    all_ports: int = 16384
+    """Allocations at the same time: the whole port range, if the descriptor limit permits."""
+    offload_seconds: float = 0.4
+    wait_seconds: float = 0.04
+    """Waiting before and after each saturated measurement with live frames, to find the cost of waiting."""
+    channels: int = 10_000
 
 
-QUICK = Plan(
+QUICK: Final = Plan(
     rounds=1,
-    seconds=0.25,
-    paced_seconds=0.4,
+    seconds=0.2,
+    paced_seconds=0.3,
     warm_up_seconds=0.05,
     allocations=300,
-    refreshes=300,
-    crowd=2048,
-    crowd_rounds=1,
+    all_ports=2048,
+    offload_seconds=0.1,
+    wait_seconds=0.02,
 )
 
 
 def all_cases() -> tuple[Case, ...]:
-    """Give all cases. Those with more flows come later: flows are added, and few are there without being used."""
-    packets = (*_saturated(), *_paced(), *_trains(), *_overload())
+    """Return all cases, sorted by the number of flows: flows are added during a round, and few are idle."""
+    loopback = sorted(_loopback(), key=lambda case: case.flows)
     return (
-        *sorted(packets, key=lambda case: case.flows),
-        Case("allocations", "Allocations, one after another", Kind.ALLOCATIONS),
-        Case("crowd", "As many allocations as there are ports", Kind.CROWD),
+        *loopback,
+        Case("allocations", "allocations and refreshes, one after another", Kind.ALLOCATIONS),
+        Case("all-ports", "as many allocations as ports", Kind.ALL_PORTS),
+        *_offload(),
     )
 
 
-def expected_seconds(case: Case, plan: Plan) -> float:
-    """Guess how long a case takes in a round."""
-    if case.kind is Kind.CROWD:
-        return 3 + plan.crowd * 0.0027
-    if case.kind is Kind.ALLOCATIONS:
-        return 3 + plan.allocations * 0.0025 + plan.refreshes * 0.0006
-    seconds = plan.paced_seconds if case.is_delay else plan.seconds
-    return len(case.servers) * (seconds + plan.warm_up_seconds + 0.08)
+def chosen(patterns: Sequence[str]) -> tuple[Case, ...]:
+    """Return the cases with a name that begins with, or matches, one of the patterns; all cases without patterns."""
+    cases = all_cases()
+    for pattern in patterns:
+        if not any(_matches(case, pattern) for case in cases):
+            raise MeasurementError(f"no case matches {pattern!r}: --list shows all names")
+    return tuple(case for case in cases if not patterns or any(_matches(case, pattern) for pattern in patterns))
 
 
-def _saturated() -> Iterator[Case]:
-    for direction, flow_counts in (("up", (1, FLOWS, 500, 1000)), ("down", (1, FLOWS, 500, 1000)), ("both", (FLOWS, 500))):
-        for flows in flow_counts:
-            for size in SIZES:
-                title = f"{_ARROWS[direction]}, {size} B, {_counted(flows)}, saturated"
-                yield Case(f"saturated-{direction}-{size}-{flows}", title, Kind.SATURATED, direction, size, flows)
+def _matches(case: Case, pattern: str) -> bool:
+    return case.name.startswith(pattern) or fnmatch.fnmatchcase(case.name, pattern)
 
 
-def _paced() -> Iterator[Case]:
-    for rate in (2000, 20_000):
-        for direction in ("up", "down"):
-            for size in SIZES:
-                title = f"{_ARROWS[direction]}, {size} B, {rate:,}/s over {FLOWS} flows"
-                yield Case(f"paced-{direction}-{size}-{rate}", title, Kind.PACED, direction, size, rate=rate)
-        title = f"{_ARROWS['echo']}, 172 B, {rate // 2:,}/s over {FLOWS} flows, there and back"
-        yield Case(f"echo-172-{rate // 2}", title, Kind.ECHO, "echo", rate=rate // 2)
-
-
-def _trains() -> Iterator[Case]:
+def _loopback() -> Iterator[Case]:
+    for direction, size, flows in product(("up", "down"), SIZES, (1, FLOWS, 500)):
+        label = f"{size} B, {_flows(flows)}, saturated"
+        yield Case(f"saturated-{direction}-{size}-{flows}", label, Kind.SATURATED, direction, size, flows)
+    for rate, direction, size in product((2000, 20_000), ("up", "down"), SIZES):
+        label = f"{size} B, {rate:,}/s over {FLOWS} flows"
+        yield Case(f"paced-{direction}-{size}-{rate}", label, Kind.PACED, direction, size, rate=rate)
     for direction in ("up", "down"):
-        for flows in (1, FLOWS):
-            title = f"{_ARROWS[direction]}, GSO trains of {TRAIN} × 1200 B, {_counted(flows)}"
-            yield Case(f"trains-{direction}-{flows}", title, Kind.TRAINS, direction, 1200, flows)
-
-
-def _overload() -> Iterator[Case]:
+        label = f"172 B, 1,000/s over {FLOWS} flows, beside a busy loop on its CPU"
+        yield Case(f"busy-{direction}", label, Kind.BUSY, direction, 172, rate=1000)
+    for direction, flows in product(("up", "down"), (1, FLOWS)):
+        label = f"GSO batches of {BATCH} × 1200 B, {_flows(flows)}"
+        yield Case(f"batches-{direction}-{flows}", label, Kind.BATCHES, direction, 1200, flows)
     for direction in ("up", "down"):
-        for size in SIZES:
-            title = f"{_ARROWS[direction]}, {size} B, {_counted(FLOWS)}, offered {OVERLOAD} × its best"
-            yield Case(f"overload-{direction}-{size}", title, Kind.OVERLOAD, direction, size)
+        label = f"1200 B, {_flows(FLOWS)}, offered {OVERLOAD} × its best"
+        yield Case(f"overload-{direction}", label, Kind.OVERLOAD, direction, 1200)
 
 
-_ARROWS = {"up": "client→peer", "down": "peer→client", "both": "both ways", "echo": "echo"}
+def _offload() -> Iterator[Case]:
+    for flows, size, direction in product((1, 1000), OFFLOAD_SIZES, ("up", "down")):
+        label = f"{size} B, {_flows(flows)}"
+        yield Case(f"offload-{direction}-{size}-{flows}", label, Kind.OFFLOAD, direction, size, flows)
+    for flows, direction in product((1, 1000), ("up", "down")):
+        label = f"200 B, {_flows(flows)}"
+        yield Case(f"offload-program-{direction}-{flows}", label, Kind.OFFLOAD_PROGRAM, direction, flows=flows)
+    for direction in ("up", "down"):
+        label = f"200 B, 2,000/s over {FLOWS} flows"
+        yield Case(f"offload-delay-{direction}", label, Kind.OFFLOAD_DELAY, direction, rate=2000)
+    yield Case("offload-channels", "10,000 clients, each with a peer of its own", Kind.OFFLOAD_CHANNELS)
 
 
-def _counted(flows: int) -> str:
-    return "1 flow" if flows == 1 else f"{flows:,} flows"
+def _flows(count: int) -> str:
+    return "1 flow" if count == 1 else f"{count:,} flows"

@@ -1,7 +1,7 @@
-"""One process that sends what nobody wants, each datagram in the name of another: ``python -m benchmarks.flooding``.
+"""A process of the flood: requests that need no response, from many source addresses: ``python -m benchmarks.flooding``.
 
-A process may send from any address of its machine, without privileges (ip(7), IP_PKTINFO), and all of 127.0.0.0/8 are. Some
-sources have asked for nonces before, as an attacker with addresses of their own could.
+A process may send from any address of its machine without privileges (ip(7), IP_PKTINFO), for example from 127.0.0.0/8. Some
+sources have nonces, like an attacker with addresses of its own.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from relay.core.attributes import LIFETIME, NONCE, REALM, REQUESTED_TRANSPORT, USERNAME
 from relay.core.credentials import FIREZONE_REALM
@@ -21,10 +21,10 @@ from relay.core.stun import Message, MessageClass, Method, decode, encode
 
 SOURCES_WITH_NONCES = 500
 BURST = 64
-"""Datagrams between two looks at the clock."""
+"""Datagrams between two clock readings."""
 
 _IP_PKTINFO = 8
-"""Linux (linux/in.h); the socket module has no name for it."""
+"""From linux/in.h; the socket module does not define it."""
 
 _PKTINFO = struct.Struct("=i4s4s")
 _ANSWER_SECONDS = 3.0
@@ -32,92 +32,84 @@ _ANSWER_SECONDS = 3.0
 Control: TypeAlias = list[tuple[int, int, bytes]]
 
 
-class Flood(NamedTuple):
-    """What to send."""
-
-    to: tuple[str, int]
-    first: int
-    """The first of the IPv4 addresses that it comes from."""
-    sources: int
-    rate: float
-    """Datagrams a second; 0 is as many as this process can."""
-    seconds: float
-
-
-def control_of(address: int) -> Control:
-    """Give what has a datagram sent from an IPv4 address."""
+def source(address: int) -> Control:
+    """Return the control message that sets the source address."""
     return [(socket.IPPROTO_IP, _IP_PKTINFO, _PKTINFO.pack(0, address.to_bytes(4, "big"), bytes(4)))]
 
 
-def from_strangers() -> list[bytes]:
-    """Give a datagram of each kind that anybody can write."""
-    username = (USERNAME, f"{int(time.time()) + 600}:flood")
-    old = (username, (REALM, FIREZONE_REALM), (NONCE, b"A" * 16))
+def request(method: Method, *attributes: object, key: bytes | None = None) -> bytes:
+    """Encode a request."""
+    return encode(MessageClass.REQUEST, method, os.urandom(12), attributes, key=key)  # type: ignore[arg-type]
+
+
+def unauthenticated() -> list[bytes]:
+    """Return a datagram of each kind that needs no nonce."""
+    username, transport = (USERNAME, f"{int(time.time()) + 600}:flood"), (REQUESTED_TRANSPORT, 17)
     return [
-        encode(MessageClass.REQUEST, Method.BINDING, os.urandom(12), []),
-        encode(MessageClass.REQUEST, Method.ALLOCATE, os.urandom(12), [(REQUESTED_TRANSPORT, 17)]),
-        encode(MessageClass.REQUEST, Method.ALLOCATE, os.urandom(12), [username, (REQUESTED_TRANSPORT, 17)]),
-        encode(MessageClass.REQUEST, Method.REFRESH, os.urandom(12), [(LIFETIME, 600), *old], key=b"wrong"),
+        request(Method.BINDING),
+        request(Method.ALLOCATE, transport),
+        request(Method.ALLOCATE, username, transport),
+        request(Method.REFRESH, (LIFETIME, 600), username, (REALM, FIREZONE_REALM), (NONCE, b"A" * 16), key=b"wrong"),
         b"\x40\x00\x00\xac" + bytes(172),
     ]
 
 
-def with_nonces(sock: socket.socket, flood: Flood) -> list[tuple[bytes, Control]]:
-    """Get nonces for some sources, and give a request of each that all is right with but the password."""
-    ask = encode(MessageClass.REQUEST, Method.ALLOCATE, os.urandom(12), [(REQUESTED_TRANSPORT, 17)])
+def with_nonces(sock: socket.socket, to: tuple[str, int], addresses: range) -> list[tuple[bytes, Control]]:
+    """Request a nonce from each address, and return requests with these nonces and a wrong password."""
     sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
     sock.settimeout(_ANSWER_SECONDS)
-    written = []
-    for address in range(flood.first, flood.first + min(flood.sources, SOURCES_WITH_NONCES)):
-        sock.sendmsg([ask], control_of(address), 0, flood.to)
+    made = []
+    for address in addresses:
+        sock.sendmsg([request(Method.ALLOCATE, (REQUESTED_TRANSPORT, 17))], source(address), 0, to)
         with contextlib.suppress(TimeoutError):
             data, control, *_ = sock.recvmsg(2000, 64)
-            answer = decode(data)
-            nonce = answer.get(NONCE) if isinstance(answer, Message) else None
+            response = decode(data)
+            nonce = (response.get(NONCE) if isinstance(response, Message) else None) or b""
             _, _, at = _PKTINFO.unpack(control[0][2])
-            proof = ((USERNAME, f"{int(time.time()) + 600}:flood"), (REALM, FIREZONE_REALM), (NONCE, nonce or b""))
-            data = encode(MessageClass.REQUEST, Method.REFRESH, os.urandom(12), proof, key=b"wrong")
-            written.append((data, control_of(int.from_bytes(at, "big"))))
-    return written
+            proof = ((USERNAME, f"{int(time.time()) + 600}:flood"), (REALM, FIREZONE_REALM), (NONCE, nonce))
+            made.append((request(Method.REFRESH, *proof, key=b"wrong"), source(int.from_bytes(at, "big"))))
+    return made
 
 
-def datagrams(flood: Flood, sock: socket.socket) -> Iterator[tuple[bytes, Control]]:
-    """Give what to send, for ever: each source sends each kind in turn, and every sixth one has a nonce."""
-    proven = itertools.cycle(with_nonces(sock, flood))
-    strangers = [control_of(address) for address in range(flood.first, flood.first + flood.sources)]
-    kinds = from_strangers()
+def datagrams(sock: socket.socket, to: tuple[str, int], addresses: range) -> Iterator[tuple[bytes, Control]]:
+    """Return datagrams without end: each source sends each kind in turn, and every sixth datagram has a nonce."""
+    authenticating = itertools.cycle(with_nonces(sock, to, addresses[:SOURCES_WITH_NONCES]))
+    controls = [source(address) for address in addresses]
+    kinds = unauthenticated()
     print("under way", flush=True)
     while True:
         for first in range(len(kinds)):
-            for number, control in enumerate(strangers, first):
+            for number, control in enumerate(controls, first):
                 yield kinds[number % len(kinds)], control
                 if number % len(kinds) == 0:
-                    yield next(proven)
+                    yield next(authenticating)
 
 
-def run(flood: Flood) -> int:
-    """Send, and give how many datagrams that were."""
+def run(to: tuple[str, int], addresses: range, rate: float, seconds: float) -> int:
+    """Send for some time, and return the number of datagrams. A rate of 0 is full speed."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("", 0))
-        source = datagrams(flood, sock)
-        first = next(source)
+        made = datagrams(sock, to, addresses)
+        first = next(made)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)
         began = time.monotonic()
-        for sent, (data, control) in enumerate(itertools.chain((first,), source), 1):
-            # A full buffer or an ICMP error: the next one.
+        sent = 0
+        for sent, (data, control) in enumerate(itertools.chain((first,), made), 1):
+            # Ignore a full buffer or an ICMP error.
             with contextlib.suppress(OSError):
-                sock.sendmsg([data], control, socket.MSG_DONTWAIT, flood.to)
+                sock.sendmsg([data], control, socket.MSG_DONTWAIT, to)
             if sent % BURST == 0:
                 elapsed = time.monotonic() - began
-                if elapsed > flood.seconds:
-                    return sent
-                if flood.rate and sent > flood.rate * elapsed:
-                    time.sleep(sent / flood.rate - elapsed)
-    raise AssertionError("it goes on until its time is over")
+                if elapsed > seconds:
+                    break
+                if rate and sent > rate * elapsed:
+                    time.sleep(sent / rate - elapsed)
+        return sent
 
 
 if __name__ == "__main__":
-    host, port, first_host, *numbers = sys.argv[1:]
-    sources, rate, seconds = (float(each) for each in numbers)
+    host, port, first_host, count, rate, seconds = sys.argv[1:]
     beginning = int.from_bytes(socket.inet_aton(first_host), "big")
-    print(json.dumps(run(Flood((host, int(port)), beginning, int(sources), rate, seconds))), flush=True)
+    print(
+        json.dumps(run((host, int(port)), range(beginning, beginning + int(count)), float(rate), float(seconds))), flush=True
+    )

@@ -1,151 +1,113 @@
-"""The load generator, ``load.c``, and the plain relay, ``plain.c``: compiled, and run."""
+"""The load generator, ``load.c``, and the plain relay, ``plain.c``: compilation and runs."""
 
 import json
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.failure import FailedError
-from benchmarks.flows import Flow
+from benchmarks.errors import MeasurementError
+from benchmarks.sessions import Flow
 
 _SOURCES = Path(__file__).parent
 _COMPILE_SECONDS = 60
 _GRACE_SECONDS = 20
-"""Beyond the time of sending: for what is still under way."""
-
-
-class NoCompilerError(Exception):
-    """There is no C compiler, or it fails. The message is one line."""
+"""Added to the sending time, for packets still in flight."""
 
 
 class Traffic(NamedTuple):
-    """What went in, and what came out; times in µs where nothing else is said."""
+    """Packets in and out of a server; delays in µs."""
 
     sent: int
     arrived: int
-    """In an echo: at the client again."""
     in_time: int
-    """Arrived before the last was sent."""
-    relayed: int
-    """Packets that came out of the server: in an echo, two for each that arrived."""
-    refused: int
-    """Messages that the kernel did not take."""
+    """Packets received before the last packet was sent."""
     late: int
-    """Messages sent over 1 ms late, since the machine was busy."""
-    stalls: int
-    """How often all packets of a lane were given up."""
+    """Messages sent more than 1 ms late, because the machine was busy."""
     seconds: float
-    """Of sending."""
+    """Sending time."""
     idle: float
-    """The share of that in which there was nothing to do for the generator: where it is 0, the generator is the limit."""
+    """Idle share of the generator during sending. At 0, the generator is the limit."""
     running: float
-    """The share of that in which the generator had its CPU; what is not in it went to other work on this machine."""
+    """Share of the sending time with a CPU. Other processes took the rest."""
     last_ms: float
-    """From the first packet sent to the last that arrived."""
+    """From the first packet sent to the last packet received."""
     p50: float
+    p90: float
     p99: float
     p999: float
-    longest: float
 
     @property
     def rate(self) -> float:
-        """Packets that arrived in a second."""
+        """Return the received packets per second of sending."""
         return self.in_time / self.seconds
 
     @property
     def loss(self) -> float:
-        """The share that never arrived, in percent."""
+        """Return the lost share in percent."""
         return 100 * (self.sent - self.arrived) / max(self.sent, 1)
 
+    def check_arrivals(self) -> None:
+        """Check that at least one packet arrived."""
+        if not self.arrived:
+            raise MeasurementError(f"none of {self.sent:,} packets arrived")
 
-@dataclass(frozen=True)
-class Load:
-    """What to send; one of ``window``, ``rate`` and ``once`` says how."""
+
+class Load(NamedTuple):
+    """A load to generate, by exactly one of ``window``, ``rate`` and ``once``."""
 
     direction: str
     size: int
-    seconds: float = 0
+    milliseconds: int = 0
     window: int = 0
     rate: int = 0
-    once: bool = False
+    once: int = 0
     segments: int = 1
-    quiet_ms: int = 300
-    """What is still under way counts until nothing has arrived for so long."""
-
-    def arguments(self) -> list[str]:
-        """Say it as the generator wants to be told."""
-        numbers = {
-            "size": self.size,
-            "segments": self.segments,
-            "window": self.window,
-            "rate": self.rate,
-            "milliseconds": round(self.seconds * 1000),
-            "quiet": self.quiet_ms,
-        }
-        options = [text for name, number in numbers.items() for text in (f"--{name}", str(number))]
-        return ["--direction", self.direction, *options, *(["--once"] if self.once else [])]
+    quiet: int = 300
+    """The generator waits for packets in flight until none has arrived for so many milliseconds."""
 
 
 class Generator:
     """The compiled generator."""
 
     def __init__(self, program: Path, *, yields: bool) -> None:
-        self._program = program
-        self._yields = yields
+        self._program, self._yields = program, yields
 
     def run(self, load: Load, flows: Sequence[Flow], peer: int) -> Traffic:
-        """Send, and count what arrives; that may be nothing.
-
-        Raises:
-            FailedError: the generator itself failed.
-        """
+        """Send, and count the packets received, possibly none."""
         descriptors = [peer, *(flow.client.fileno() for flow in flows)]
-        command = [str(self._program), "--peer", str(peer), *load.arguments(), *(["--yield"] if self._yields else [])]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=descriptors
-        )
-        return _outcome(process, "".join(flow.line() for flow in flows), load.seconds + _GRACE_SECONDS)
+        arguments = {"peer": peer, "yield": int(self._yields), **load._asdict()}
+        command = [str(self._program), *(text for name, value in arguments.items() for text in (f"--{name}", str(value)))]
+        timeout = load.milliseconds / 1000 + _GRACE_SECONDS
+        lines = "".join(flow.line() for flow in flows)
+        try:
+            done = subprocess.run(
+                command, input=lines, capture_output=True, text=True, pass_fds=descriptors, timeout=timeout, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise MeasurementError(f"the load generator still ran after {timeout:.0f} s") from error
+        if done.returncode != 0:
+            raise MeasurementError(f"the load generator ended with {done.returncode}: {done.stderr.strip()}")
+        return Traffic(**json.loads(done.stdout))
 
 
-def _outcome(process: subprocess.Popen[str], flows: str, seconds: float) -> Traffic:
-    try:
-        out, err = process.communicate(flows, timeout=seconds)
-    except subprocess.TimeoutExpired as error:
-        raise FailedError(f"the load generator was not done after {seconds:.0f} s") from error
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-    if process.returncode != 0:
-        raise FailedError(f"the load generator ended with {process.returncode}: {err.strip()}")
-    return Traffic(**json.loads(out))
+def compile_programs(directory: Path) -> None:
+    """Compile the generator and the plain relay into a directory, as ``load`` and ``plain``."""
+    for name, sources in (("load", ("load.c", "flows.c")), ("plain", ("plain.c",))):
+        paths = (str(_SOURCES / source) for source in sources)
+        options = ("-O2", "-Wall", "-Wextra", "-o", str(directory / name), *paths, "-lm")
+        compile_c(directory / name, "cc", *options, package="gcc libc6-dev")
 
 
-def compiled(directory: Path) -> tuple[Path, Path]:
-    """Compile the generator and the plain relay into a directory; give the paths of the two programs.
-
-    Raises:
-        NoCompilerError: there is no compiler, or it fails.
-    """
-    if shutil.which("cc") is None:
-        raise NoCompilerError("the benchmarks need a C compiler, cc (Debian: apt-get install gcc libc6-dev)")
-    load = _compile(directory / "load", "load.c", "lanes.c")
-    return load, _compile(directory / "plain", "plain.c")
-
-
-def _compile(program: Path, *sources: str) -> Path:
-    paths = [str(_SOURCES / source) for source in sources]
-    done = subprocess.run(
-        ["cc", "-O2", "-Wall", "-Wextra", "-o", str(program), *paths, "-lm"],
-        capture_output=True,
-        text=True,
-        timeout=_COMPILE_SECONDS,
-        check=False,
-    )
+def compile_c(program: Path, compiler: str, *arguments: str, package: str) -> Path:
+    """Run a C compiler, and return the path of its output."""
+    hint = f"(Debian: apt-get install {package})"
+    if shutil.which(compiler) is None:
+        raise MeasurementError(f"the benchmarks need a C compiler, {compiler} {hint}")
+    command = [compiler, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
     if done.returncode != 0:
-        first = (done.stderr.strip().splitlines() or ["it said nothing"])[0]
-        raise NoCompilerError(f"cc can't compile {sources[0]} (Debian: apt-get install gcc libc6-dev): {first}")
+        first = (done.stderr.strip().splitlines() or ["no message"])[0]
+        raise MeasurementError(f"{compiler} cannot compile {program.name} {hint}: {first}")
     return program

@@ -1,19 +1,17 @@
 /*
- * The load: flows through a server, on sockets that were opened, and allocated with, by who starts this program.
+ * The load generator: packets through a server, on sockets opened by the parent process.
  *
- * It never waits in a system call. A server would pay for waking it up, though in earnest it sends to a network card, which
- * needs no waking; and what arrives is seen at once, so that delays are exact. It takes a CPU of its own for that.
+ * It never sleeps, so servers do not pay for waking it and delays are exact. It needs a CPU of its own.
  *
- * Standard input has a line for each flow: the descriptor of the client's socket, which is connected to the server; the
- * channel, 0 for payloads without a header; host and port of the relayed address, or wherever else the peer is to send to.
- * All peers are one socket, since it makes no difference to a server who they are: each flow has its own relayed address.
+ * Standard input has a line for each flow: the descriptor of the client's socket, connected to the server; the channel, or 0 for
+ * payloads without a header; host and port of the relayed address. All peers share one socket, because each flow has its own
+ * relayed address.
  *
- * How packets are sent:
- *   --window N  each lane (one direction of a flow) has N packets under way at any time: as fast as the server takes them,
- *               and hardly any are lost, so that what the server spends is spent on packets that arrive.
- *   --rate N    N packets a second over all lanes, with gaps as between independent senders (exponential; the same ones in
- *               each run), whether the server keeps up or not.
- *   --once      one message in each lane, as fast as can be.
+ * Ways to send:
+ *   --window N  each flow has N packets in flight: full speed with almost no loss.
+ *   --rate N    N packets a second over all flows, with exponential gaps as from independent senders (the same in each run),
+ *               regardless of losses.
+ *   --once 1    one message in each flow, at full speed.
  *
  * The result is a line of JSON on standard output.
  */
@@ -29,53 +27,51 @@
 #include <sys/prctl.h>
 #include <time.h>
 
-#include "lanes.h"
+#include "flows.h"
 
 #define GAPS 4096
-#define MOST_DUE 256                    /* messages in one go; between two, what has arrived is read */
+#define MOST_DUE 256                    /* most messages between two reads */
 #define LATE_NS 1000000u
 #define LONGEST_DRAIN_NS 10000000000u
-#define FIRST_PATIENCE_NS 50000000u
-#define LEAST_PATIENCE_NS 5000000u
+#define FIRST_TIMEOUT_NS 50000000u
+#define LEAST_TIMEOUT_NS 5000000u
 
 static uint64_t window, rate, duration_ns, quiet_ns = 100000000u;
 static int once, yields;
 
-static uint64_t began_ns, ended_ns, running_ns, in_time, late, stalls, idle_ns;
-static size_t next_lane;
+static uint64_t began_ns, ended_ns, running_ns, in_time, late, idle_ns;
+static size_t next_flow;
 
-/* ---- as fast as the server takes them ---- */
+/* ---- full speed ---- */
 
 /*
- * What was lost must not hold its place in the window for ever. Packets of a lane stay in order, so one that arrives tells
- * of all before it; if none does for several round trips, all that are under way are given up.
+ * Return the packets in flight. Packets of a flow stay in order, so an arrival accounts for all earlier packets. If none arrives
+ * for several round trips, all packets in flight count as lost, and free the window.
  */
-static uint64_t under_way(struct lane *lane, uint64_t now)
+static uint64_t in_flight(struct flow *flow, uint64_t now)
 {
-	uint64_t known = lane->seen > lane->given_up ? lane->seen : lane->given_up;
-	uint64_t patience = tally.usual_delay_ns ? 4 * tally.usual_delay_ns + LEAST_PATIENCE_NS : FIRST_PATIENCE_NS;
+	uint64_t known = flow->seen > flow->given_up ? flow->seen : flow->given_up;
+	uint64_t timeout = tally.usual_delay_ns ? 4 * tally.usual_delay_ns + LEAST_TIMEOUT_NS : FIRST_TIMEOUT_NS;
 
-	if (lane->sent > known && now > lane->active_ns + patience) {
-		lane->given_up = known = lane->sent;
-		stalls++;
-	}
-	return lane->sent - known;
+	if (flow->sent > known && now > flow->active_ns + timeout)
+		flow->given_up = known = flow->sent;
+	return flow->sent - known;
 }
 
 static void top_up(uint64_t now)
 {
-	for (size_t i = 0; i < lane_count; i++) {
-		uint64_t after = under_way(&lanes[i], now) + plan.segments;
+	for (size_t i = 0; i < flow_count; i++) {
+		uint64_t after = in_flight(&flows[i], now) + plan.segments;
 
 		for (; after <= window; after += plan.segments)
-			put(&lanes[i], now);
+			put(&flows[i], now);
 	}
 	flush();
 }
 
 /* ---- at a rate ---- */
 
-/* Exponential gaps with a mean of exactly one: what independent senders give together. */
+/* Return exponential gaps with a mean of exactly one, as between the packets of independent senders. */
 static const double *exponential_gaps(void)
 {
 	static double gaps[GAPS];
@@ -94,7 +90,7 @@ static const double *exponential_gaps(void)
 	return gaps;
 }
 
-/* Say how many messages are due. After a pause that was forced upon us they are sent all the same, and counted as late. */
+/* Return the number of due messages. After a forced pause all are sent, and counted as late. */
 static uint64_t due_by(uint64_t now)
 {
 	static const double *gaps;
@@ -112,22 +108,22 @@ static uint64_t due_by(uint64_t now)
 	return due;
 }
 
-/* Put messages into the lanes in turn; several in a row only if there are more than lanes, as in an overload. */
+/* Spread messages over the flows in turn; several in a row only if there are more messages than flows, as in an overload. */
 static void put_in_turn(uint64_t messages, uint64_t now)
 {
-	uint64_t in_a_row = (messages + lane_count - 1) / lane_count;
+	uint64_t in_a_row = (messages + flow_count - 1) / flow_count;
 
 	while (messages > 0) {
 		for (uint64_t i = 0; i < in_a_row && messages > 0; i++, messages--)
-			put(&lanes[next_lane], now);
-		next_lane = (next_lane + 1) % lane_count;
+			put(&flows[next_flow], now);
+		next_flow = (next_flow + 1) % flow_count;
 	}
 	flush();
 }
 
 /* ---- the run ---- */
 
-static void send_what_may_be_sent(uint64_t now)
+static void send_due(uint64_t now)
 {
 	if (window)
 		top_up(now);
@@ -143,7 +139,7 @@ static void send_and_take(void)
 		uint64_t sent_before = tally.sent, before = now;
 		uint64_t taken = take();
 
-		send_what_may_be_sent(now);
+		send_due(now);
 		now = clock_ns();
 		if (taken == 0 && tally.sent == sent_before) {
 			idle_ns += now - before;
@@ -153,7 +149,7 @@ static void send_and_take(void)
 	}
 }
 
-/* What is still under way counts too, until nothing more comes for a while. */
+/* Wait for packets in flight, until none has arrived for a while. */
 static void drain(void)
 {
 	uint64_t now = clock_ns(), quiet_since = now, end = now + LONGEST_DRAIN_NS;
@@ -181,7 +177,7 @@ static void run_load(void)
 
 	began_ns = clock_ns();
 	if (once)
-		put_in_turn(lane_count, began_ns);
+		put_in_turn(flow_count, began_ns);
 	else
 		send_and_take();
 	ended_ns = clock_ns();
@@ -192,17 +188,16 @@ static void run_load(void)
 
 static void print_result(void)
 {
-	printf("{\"sent\": %lu, \"arrived\": %lu, \"in_time\": %lu, \"relayed\": %lu, \"refused\": %lu, \"late\": %lu, "
-	       "\"stalls\": %lu, \"seconds\": %.6f, \"idle\": %.4f, \"running\": %.4f, \"last_ms\": %.3f, "
-	       "\"p50\": %.2f, \"p99\": %.2f, \"p999\": %.2f, \"longest\": %.2f}\n",
-	       tally.sent, tally.arrived, in_time, tally.relayed, tally.refused, late, stalls,
-	       (double)(ended_ns - began_ns) / 1e9, (double)idle_ns / (double)(ended_ns - began_ns),
-	       (double)running_ns / (double)(ended_ns - began_ns),
-	       tally.last_ns ? (double)(tally.last_ns - began_ns) / 1e6 : 0.0,
-	       delay_us(0.5), delay_us(0.99), delay_us(0.999), longest_delay_us());
+	double sending_ns = (double)(ended_ns - began_ns);
+
+	printf("{\"sent\": %lu, \"arrived\": %lu, \"in_time\": %lu, \"late\": %lu, \"seconds\": %.6f, \"idle\": %.4f, "
+	       "\"running\": %.4f, \"last_ms\": %.3f, \"p50\": %.2f, \"p90\": %.2f, \"p99\": %.2f, \"p999\": %.2f}\n",
+	       tally.sent, tally.arrived, in_time, late, sending_ns / 1e9, (double)idle_ns / sending_ns,
+	       (double)running_ns / sending_ns, tally.last_ns ? (double)(tally.last_ns - began_ns) / 1e6 : 0.0,
+	       delay_us(0.5), delay_us(0.9), delay_us(0.99), delay_us(0.999));
 }
 
-/* ---- what to do ---- */
+/* ---- arguments ---- */
 
 static void fail(const char *what)
 {
@@ -213,36 +208,22 @@ static void fail(const char *what)
 static struct flow *read_flows(size_t *count)
 {
 	size_t room = 32;
-	struct flow *flows = malloc(room * sizeof(*flows)), flow = {.relayed = {.sin_family = AF_INET}};
+	struct flow *found = malloc(room * sizeof(*found)), flow = {.relayed = {.sin_family = AF_INET}};
 	char host[64];
 	uint16_t port;
 
-	for (*count = 0; flows && scanf("%d %u %63s %hu", &flow.client, &flow.channel, host, &port) == 4; (*count)++) {
+	for (*count = 0; found && scanf("%d %u %63s %hu", &flow.client, &flow.channel, host, &port) == 4; (*count)++) {
 		if (inet_pton(AF_INET, host, &flow.relayed.sin_addr) != 1)
 			fail("a flow has no IPv4 address");
 		flow.relayed.sin_port = htons(port);
 		if (*count == room)
-			flows = realloc(flows, (room *= 2) * sizeof(*flows));
-		if (flows)
-			flows[*count] = flow;
+			found = realloc(found, (room *= 2) * sizeof(*found));
+		if (found)
+			found[*count] = flow;
 	}
-	if (!flows || *count == 0)
+	if (!found || *count == 0)
 		fail("no flows on standard input");
-	return flows;
-}
-
-static enum direction direction_of(const char *name)
-{
-	static const struct {
-		const char *name;
-		enum direction direction;
-	} known[] = {{"up", UP}, {"down", DOWN}, {"both", BOTH}, {"echo", ECHO}};
-
-	for (size_t i = 0; i < sizeof(known) / sizeof(*known); i++)
-		if (strcmp(name, known[i].name) == 0)
-			return known[i].direction;
-	fail("--direction is up, down, both or echo");
-	return UP;
+	return found;
 }
 
 static void set(int option, const char *value)
@@ -250,7 +231,7 @@ static void set(int option, const char *value)
 	uint64_t number = strtoull(value ? value : "0", NULL, 10);
 
 	switch (option) {
-	case 'd': plan.direction = direction_of(value); break;
+	case 'd': plan.direction = strcmp(value, "down") ? UP : DOWN; break;
 	case 'l': plan.size = number; break;
 	case 'g': plan.segments = number; break;
 	case 'p': plan.peer = (int)number; break;
@@ -258,8 +239,8 @@ static void set(int option, const char *value)
 	case 'r': rate = number; break;
 	case 's': duration_ns = number * 1000000u; break;
 	case 'q': quiet_ns = number * 1000000u; break;
-	case 'o': once = 1; break;
-	case 'y': yields = 1; break;
+	case 'o': once = (int)number; break;
+	case 'y': yields = (int)number; break;
 	default: exit(2);
 	}
 }
@@ -269,12 +250,12 @@ int main(int count, char **arguments)
 	static const struct option options[] = {
 		{"direction", 1, NULL, 'd'}, {"size", 1, NULL, 'l'}, {"segments", 1, NULL, 'g'}, {"peer", 1, NULL, 'p'},
 		{"window", 1, NULL, 'w'}, {"rate", 1, NULL, 'r'}, {"milliseconds", 1, NULL, 's'}, {"quiet", 1, NULL, 'q'},
-		{"once", 0, NULL, 'o'}, {"yield", 0, NULL, 'y'}, {NULL, 0, NULL, 0},
+		{"once", 1, NULL, 'o'}, {"yield", 1, NULL, 'y'}, {NULL, 0, NULL, 0},
 	};
-	struct flow *flows;
-	size_t flow_count;
+	struct flow *opened;
+	size_t opened_count;
 
-	/* Nothing is left running if who started this dies. */
+	/* The kernel ends this process if its parent dies. */
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	plan = (struct plan){UP, 172, 1, -1};
 	for (int option; (option = getopt_long(count, arguments, "", options, NULL)) != -1;)
@@ -282,8 +263,8 @@ int main(int count, char **arguments)
 	if (plan.peer < 0 || !(window || rate || once) || !plan.segments || plan.size < LEAST_PAYLOAD ||
 	    plan.segments * (plan.size + CHANNEL_HEADER) > LONGEST_DATAGRAM)
 		fail("--peer, one of --window, --rate and --once, and messages that fit a datagram are needed");
-	flows = read_flows(&flow_count);
-	open_lanes(flows, flow_count);
+	opened = read_flows(&opened_count);
+	open_flows(opened, opened_count);
 	run_load();
 	print_result();
 	return 0;

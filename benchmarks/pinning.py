@@ -1,29 +1,32 @@
-"""Which CPU does what: the servers have one to themselves, so that each gets the same, and the load has the others."""
+"""CPU affinity: the servers have one CPU to themselves, and the load generator uses the others."""
 
 import contextlib
 import os
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 
 class Places(NamedTuple):
-    """CPUs by what they are for."""
+    """CPUs by purpose."""
 
     server: frozenset[int]
     load: frozenset[int]
 
     @property
     def shared(self) -> bool:
-        """Tell whether load and servers are in each other's way."""
+        """Return whether load and servers compete for a CPU."""
         return bool(self.server & self.load)
 
     def __str__(self) -> str:
-        return f"servers on CPU {_listed(self.server)}, load on {_listed(self.load)}"
+        server, load = (",".join(map(str, sorted(cpus))) for cpus in self)
+        return f"servers on CPU {server}, load on {load}"
 
 
 def places() -> Places:
-    """Divide the CPUs that this process may use: the last is for servers, and its hyperthread is left idle if possible."""
+    """Divide the CPUs of this process: the last is for servers, and its hyperthread is left idle if possible."""
     cpus = frozenset(os.sched_getaffinity(0))
     if len(cpus) == 1:
         return Places(cpus, cpus)
@@ -34,7 +37,7 @@ def places() -> Places:
 
 @contextlib.contextmanager
 def on(cpus: Iterable[int]) -> Iterator[None]:
-    """Be on some CPUs; processes made meanwhile stay there, with all their threads."""
+    """Run on some CPUs. Child processes started meanwhile stay there, with all their threads."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cpus)
     try:
@@ -43,15 +46,21 @@ def on(cpus: Iterable[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
+@contextlib.contextmanager
+def busy(cpus: Iterable[int]) -> Iterator[None]:
+    """Run a busy loop on each CPU meanwhile."""
+    with contextlib.ExitStack() as stack:
+        for cpu in cpus:
+            with on({cpu}):
+                loop = subprocess.Popen((sys.executable, "-c", "while True: pass"), start_new_session=True)
+            stack.callback(loop.wait)
+            stack.callback(loop.kill)
+        yield
+
+
 def _siblings(cpu: int) -> frozenset[int]:
-    """Give the hyperthreads of a CPU's core, from a list like ``0,64`` or ``0-1``."""
-    try:
-        text = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii")
-    except OSError:
-        return frozenset()
-    bounds = [[int(bound) for bound in part.split("-")] for part in text.strip().split(",")]
+    """Return the hyperthreads of a CPU's core, from a list like ``0,64`` or ``0-1``."""
+    file = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    text = file.read_text(encoding="ascii").strip() if file.exists() else str(cpu)
+    bounds = [[int(bound) for bound in part.split("-")] for part in text.split(",")]
     return frozenset(each for bound in bounds for each in range(bound[0], bound[-1] + 1))
-
-
-def _listed(cpus: Iterable[int]) -> str:
-    return ",".join(str(cpu) for cpu in sorted(cpus))

@@ -1,12 +1,12 @@
 /*
- * What system calls alone cost: a relay of ChannelData that does nothing else, for comparison.
+ * The plain relay: a minimal relay of ChannelData, that makes only the necessary system calls.
  *
  * plain HOST PORT FIRST_PORT FLOWS PEER_HOST PEER_PORT
  *
- * Clients send to HOST:PORT, and channel 0x4000 + n is flow n, which belongs to whoever used it last. Its relayed address is
- * HOST:FIRST_PORT+n; what is sent from there goes to the one peer, and what arrives there goes to the client of the flow.
- * One thread, one epoll, one recvfrom and one sendto for each packet; no handshake, no authentication, no checks of who sent
- * what. What is ChannelData of no flow is sent back, so that its start can be noticed.
+ * Clients send to HOST:PORT. Channel 0x4000 + n is flow n, and belongs to its last sender. The relayed address of flow n is
+ * HOST:FIRST_PORT+n: packets from there go to the one peer, and packets to there go to the client of the flow. One thread, one
+ * epoll, one recvfrom and one sendto for each packet; no handshake, no authentication, no checks of addresses. Other messages are
+ * sent back, as a sign of life.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -21,13 +21,13 @@
 
 #define FIRST_CHANNEL 0x4000
 #define HEADER 4
-#define READ_IN_A_ROW 32        /* of one socket, before the others have their turn */
+#define READ_IN_A_ROW 32        /* most packets of one socket before the next socket */
 #define RECEIVE_BUFFER (4 * 1024 * 1024)
 #define EVENTS 64
 
 struct flow {
 	int socket;
-	struct sockaddr_in client;      /* port 0: not known yet */
+	struct sockaddr_in client;      /* port 0: unknown */
 };
 
 static struct flow *flows;
@@ -61,7 +61,7 @@ static int bound_socket(const char *host, unsigned port)
 	return opened;
 }
 
-/* A packet that can't be sent is lost. */
+/* Send a packet; an error loses the packet. */
 static void send_to(int from, const char *data, size_t length, const struct sockaddr_in *to)
 {
 	if (sendto(from, data, length, 0, (const struct sockaddr *)to, sizeof(*to)) < 0)
@@ -133,7 +133,7 @@ int main(int count, char **arguments)
 {
 	int epoll = epoll_create1(0);
 
-	/* Nothing is left running if who started this dies. */
+	/* The kernel ends this process if its parent dies. */
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	if (count != 7 || epoll < 0)
 		fail("plain HOST PORT FIRST_PORT FLOWS PEER_HOST PEER_PORT");

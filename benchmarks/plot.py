@@ -1,24 +1,20 @@
-"""Bar charts as SVG: a few panels, each with groups of bars, one for each server."""
+"""The plot of CPU time a packet, as SVG: one part for each direction, with a group of bars for each case without offload."""
 
-import math
+import re
 from collections.abc import Iterator, Sequence
 from html import escape
-from typing import NamedTuple
 
-from benchmarks.results import Figure
-from benchmarks.rows import number
+from benchmarks.results import Figure, Results
+from benchmarks.tables import number, tables
 
-_WIDTH = 980
-_GAP = 30
-_PANEL = (_WIDTH - 3 * _GAP) / 2
-_LABELS = 150
-"""Width of the labels to the left of the bars; as much again, nearly, is left for values to their right."""
+TITLE = "CPU time a packet, µs (shorter is better)"
+PARTS = ("CPU a packet, client→peer, ", "CPU a packet, peer→client, ")
+"""Beginnings of the titles of rows."""
+_ABBREVIATED = re.compile(r", saturated|GSO batches of | over 20 flows|, µs$")
 
-_VALUES = 90
-_BAR = 11
-_GROUP_GAP = 9
-_TITLE = 30
-_LEGEND = 56
+_WIDTH, _GAP, _LABELS, _VALUES = 980, 30, 150, 90
+_COLUMN = (_WIDTH - 3 * _GAP) / 2
+_BAR, _GROUP_GAP, _TOP, _LEGEND = 11, 9, 30, 56
 
 _STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #24292f; }
@@ -26,97 +22,62 @@ text { font: 12px system-ui, sans-serif; fill: #24292f; }
 .value { font-size: 10px; fill: #57606a; }
 .axis { stroke: #8c959f; }
 .spread { stroke: #24292f; stroke-width: 1; }
-.s0 { fill: #2f6fdb; } .s1 { fill: #e07b39; } .s2 { fill: #9aa4af; } .s3 { fill: #3aa67a; } .s4 { fill: #8a63d2; }
+.s0 { fill: #2f6fdb; } .s1 { fill: #e07b39; } .s2 { fill: #9aa4af; }
 @media (prefers-color-scheme: dark) {
   text { fill: #d0d7de; } .value { fill: #9198a1; } .spread { stroke: #f0f6fc; }
 }
 """
 
-
-class Group(NamedTuple):
-    """Bars of one thing; None for a server of which there is nothing."""
-
-    label: str
-    figures: Sequence[Figure | None]
+Groups = list[tuple[str, list[Figure | None]]]
+"""Labels, each with the figures of all servers."""
 
 
-class Panel(NamedTuple):
-    """Groups on one scale."""
-
-    title: str
-    groups: Sequence[Group]
-    logarithmic: bool = False
-
-
-def svg(title: str, names: Sequence[str], panels: Sequence[Panel]) -> str:
-    """Draw panels, two side by side, with whiskers from the least to the most of all rounds."""
-    shown = [panel for panel in panels if any(_known(panel))]
-    parts = [_text(_GAP, 24, title, "title"), *_legend(names)]
-    top = float(_LEGEND)
-    for left, right in zip(shown[::2], [*shown[1::2], None], strict=False):
-        row = [panel for panel in (left, right) if panel is not None]
-        for column, panel in enumerate(row):
-            parts += _panel(panel, len(names), _GAP + column * (_PANEL + _GAP), top)
-        top += max(_height(panel, len(names)) for panel in row)
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {top:.0f}" width="{_WIDTH}" height="{top:.0f}">'
-    return "\n".join([head, f"<title>{escape(title)}</title>", f"<style>{_STYLE}</style>", *parts, "</svg>", ""])
-
-
-def _known(panel: Panel) -> Iterator[Figure]:
-    return (figure for group in panel.groups for figure in group.figures if figure is not None)
-
-
-def _legend(names: Sequence[str]) -> Iterator[str]:
-    left = float(_GAP)
-    for index, name in enumerate(names):
-        yield f'<rect class="s{index}" x="{left:.0f}" y="34" width="{_BAR}" height="{_BAR}"/>'
-        yield _text(left + _BAR + 5, 44, name)
+def svg(results: Results) -> str:
+    """Draw the plot, with whiskers from the least to the most of all rounds."""
+    table = tables()[0]
+    parts: list[Groups] = [[], []]
+    for part, beginning in zip(parts, PARTS, strict=True):
+        for row in table.measured(results):
+            if row.title.startswith(beginning):
+                label = _ABBREVIATED.sub("", row.title.removeprefix(beginning))
+                part.append((label, [table.figure(row, results, name) for name in table.columns]))
+    lines, left = [_text(_GAP, 24, TITLE, "title")], float(_GAP)
+    for index, name in enumerate(table.columns.values()):
+        lines += [_rectangle(index, left, 34, _BAR), _text(left + _BAR + 5, 44, name)]
         left += 45 + 7 * len(name)
+    step = len(table.columns) * _BAR + _GROUP_GAP
+    for column, (part, beginning) in enumerate(zip(parts, PARTS, strict=True)):
+        lines += _part(beginning.strip(" ,"), part, step, _GAP + column * (_COLUMN + _GAP))
+    height = _LEGEND + _TOP + max(map(len, parts)) * step + 14
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}">'
+    return "\n".join([head, f"<title>{escape(TITLE)}</title>", f"<style>{_STYLE}</style>", *lines, "</svg>", ""])
 
 
-def _height(panel: Panel, bars: int) -> float:
-    return _TITLE + len(panel.groups) * (bars * _BAR + _GROUP_GAP) + 14
+def _part(title: str, groups: Groups, step: int, left: float) -> Iterator[str]:
+    yield _text(left, _LEGEND + 18, title, "title")
+    longest = max((each.most for _, figures in groups for each in figures if each), default=1.0)
+    zero, first, scale = left + _LABELS, _LEGEND + _TOP, (_COLUMN - _LABELS - _VALUES / 2) / longest
+    yield _line("axis", (zero, zero), (first, first + len(groups) * step - _GROUP_GAP))
+    for index, (label, figures) in enumerate(groups):
+        at = first + index * step
+        yield _text(zero - 8, at + (step - _GROUP_GAP) / 2 + 4, label, anchor="end")
+        for bar, figure in enumerate(figures):
+            if figure is None:
+                continue
+            end, least, most = (zero + scale * value for value in figure)
+            y = at + bar * _BAR
+            yield _rectangle(bar, zero, y, end - zero)
+            if most - least > 1:
+                yield _line("spread", (least, most), (y + (_BAR - 1) / 2,) * 2)
+            yield _text(max(end, most) + 4, y + _BAR - 2, number(figure.median), "value")
 
 
-def _panel(panel: Panel, bars: int, left: float, top: float) -> Iterator[str]:
-    yield _text(left, top + 18, panel.title, "title")
-    scale = _Scale(panel)
-    zero = left + _LABELS
-    bottom = top + _TITLE + len(panel.groups) * (bars * _BAR + _GROUP_GAP) - _GROUP_GAP
-    yield f'<line class="axis" x1="{zero:.1f}" x2="{zero:.1f}" y1="{top + _TITLE:.1f}" y2="{bottom:.1f}"/>'
-    for index, group in enumerate(panel.groups):
-        first = top + _TITLE + index * (bars * _BAR + _GROUP_GAP)
-        yield _text(zero - 8, first + bars * _BAR / 2 + 4, group.label, anchor="end")
-        for bar, figure in enumerate(group.figures):
-            if figure is not None:
-                yield from _bar(scale, figure, bar, zero, first + bar * _BAR)
+def _rectangle(series: int, x: float, y: float, width: float) -> str:
+    return f'<rect class="s{series}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{_BAR - 1}"/>'
 
 
-def _bar(scale: "_Scale", figure: Figure, series: int, left: float, top: float) -> Iterator[str]:
-    end, least, most = (left + scale.width(value) for value in (figure.median, figure.least, figure.most))
-    yield f'<rect class="s{series}" x="{left:.1f}" y="{top:.1f}" width="{end - left:.1f}" height="{_BAR - 1}"/>'
-    middle = top + (_BAR - 1) / 2
-    if most - least > 1:
-        yield f'<line class="spread" x1="{least:.1f}" x2="{most:.1f}" y1="{middle:.1f}" y2="{middle:.1f}"/>'
-    yield _text(max(end, most) + 4, top + _BAR - 2, number(figure.median), "value")
-
-
-class _Scale:
-    """From values to lengths."""
-
-    def __init__(self, panel: Panel) -> None:
-        values = [value for figure in _known(panel) for value in figure]
-        self._logarithmic = panel.logarithmic
-        self._most = max(values) or 1.0
-        self._least = max(min(values), self._most / 1e5) / 2
-        self._room = _PANEL - _LABELS - _VALUES / 2
-
-    def width(self, value: float) -> float:
-        """Give the length of a bar."""
-        if not self._logarithmic:
-            return max(0.0, value) / self._most * self._room
-        span = math.log(self._most / self._least)
-        return max(0.0, math.log(max(value, self._least) / self._least)) / span * self._room
+def _line(style: str, x: Sequence[float], y: Sequence[float]) -> str:
+    return f'<line class="{style}" x1="{x[0]:.1f}" x2="{x[1]:.1f}" y1="{y[0]:.1f}" y2="{y[1]:.1f}"/>'
 
 
 def _text(x: float, y: float, text: str, style: str = "", anchor: str = "start") -> str:

@@ -1,59 +1,57 @@
-"""Rewrites the tables in the README from the results of the last full runs: ``python -m benchmarks.report``."""
+"""Tables and the plot of the last full run, for benchmarks/README.md: ``python -m benchmarks.report``."""
 
 from pathlib import Path
 
 import click
 
-from benchmarks.charts import write_charts
-from benchmarks.command_line import RESULTS, run
-from benchmarks.offload.table import markdown as offload_markdown
-from benchmarks.offload.table import write_chart as write_offload_chart
+from benchmarks.plot import svg
 from benchmarks.results import Results
-from benchmarks.table import markdown
+from benchmarks.tables import tables
 
-ROOT = Path(__file__).parent.parent
-LATEST = "latest.json"
-OFFLOAD = "offload.json"
-
-BEGIN = "<!-- benchmarks: begin -->"
-END = "<!-- benchmarks: end -->"
-
-_BETWEEN = (
-    "Relaying in the kernel (`--ebpf-offloading`), beside the same relay without, coturn and plain C, between three network "
-    "namespaces:"
-)
+FOLDER = Path(__file__).parent / "results"
+README = Path(__file__).parent / "README.md"
+LATEST, PLOT = "latest.json", "cpu.svg"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 
-@click.command(context_settings={"show_default": True})
-@click.option(
-    "--results",
-    "path",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    default=RESULTS / LATEST,
-    help="What a run has written.",
-)
-@click.option(
-    "--readme",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    default=ROOT / "README.md",
-    help="The file with the two marks between which the table goes.",
-)
-def main(path: Path, readme: Path) -> None:
-    """Write the tables of the results into the README, between its two marks, and draw the plots anew."""
-    results = Results.read(path)
-    tables = markdown(results)
-    if path.with_name(OFFLOAD).exists():
-        offload = Results.read(path.with_name(OFFLOAD))
-        tables += f"\n\n{_BETWEEN}\n\n{offload_markdown(offload)}"
-        write_offload_chart(offload, path.parent)
-    text = readme.read_text(encoding="utf-8")
+def write(results: Results, folder: Path) -> list[Path]:
+    """Write the metrics of the tables as JSON, and the plot; return the paths."""
+    results.write(folder / LATEST, {row.metric for table in tables() for row in table.rows})
+    (folder / PLOT).write_text(svg(results), encoding="utf-8")
+    return [folder / LATEST, folder / PLOT]
+
+
+def description(results: Results) -> str:
+    """Return a sentence about machine, rounds and revision."""
+    about = results.about
+    machine, alone, rounds = about["machine"], about["generator"], about["plan"]["rounds"]
+    single, batches = (alone[name] / 1000 for name in ("packets_per_second", "in_batches_per_second"))
+    return (
+        f"{machine['cores']} cores of {machine['cpu']}, Linux {machine['kernel']}, CPython {machine['python']}, "
+        f"coturn {machine['coturn']}; {about['places']}; {'one round' if rounds == 1 else f'medians of {rounds} rounds'}; "
+        f"revision {machine['revision']}, {machine['date']}. The load generator alone: "
+        f"{single:,.0f} thousand packets/s, {batches:,.0f} in batches."
+    )
+
+
+def markdown(results: Results) -> str:
+    """Return the tables for the README."""
+    parts = [f"{table.title}:\n\n{table.markdown(results)}" for table in tables() if table.measured(results)]
+    return "\n\n".join([*parts, description(results)])
+
+
+@click.command()
+def main() -> None:
+    """Write the tables of benchmarks/results/latest.json into benchmarks/README.md, and the plot next to the results."""
+    results = Results.read(FOLDER / LATEST)
+    text = README.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise click.ClickException(f"{readme} has no {BEGIN} with {END} after it: put both where the table is to be")
-    readme.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}", encoding="utf-8")
-    write_charts(results, path.parent)
+        raise click.ClickException(f"{README} has no {BEGIN} with {END} after it")
+    README.write_text(f"{before}{BEGIN}\n{markdown(results)}\n{END}{after}", encoding="utf-8")
+    (FOLDER / PLOT).write_text(svg(results), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    run(main, "python -m benchmarks.report")
+    main(prog_name="python -m benchmarks.report")

@@ -1,20 +1,18 @@
-"""What was measured, round by round, and what is said about it: medians, spreads and ratios."""
+"""Outcomes by case, round and server, with medians, spreads and ratios."""
 
 import json
 import statistics
-from collections.abc import Collection
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeAlias
 
-from benchmarks.packets import Metrics
-from benchmarks.servers import COTURN, RELAY
-
+Metrics: TypeAlias = dict[str, float]
 Outcome: TypeAlias = Metrics | str
-"""Of one case with one server in one round; text is why there is none."""
+"""Outcome of a case with a server in a round. Text is the reason of a failure."""
 
 
 class Figure(NamedTuple):
-    """The values of one metric over all rounds."""
+    """Values of a metric over all rounds."""
 
     median: float
     least: float
@@ -22,73 +20,77 @@ class Figure(NamedTuple):
 
 
 class Results:
-    """The outcomes of a run, and what they were measured on."""
+    """The outcomes of a run, and a description of the run."""
 
     def __init__(self, about: dict[str, Any]) -> None:
         self.about = about
         self._rounds: dict[str, list[dict[str, Outcome]]] = {}
 
-    def keep(self, case: str, number: int, server: str, outcome: Outcome) -> None:
-        """Keep the outcome of a round; rounds are counted from 0."""
+    def add(self, case: str, number: int, server: str, outcome: Outcome) -> None:
+        """Add the outcome of a round; rounds count from 0."""
         rounds = self._rounds.setdefault(case, [])
         rounds += [{} for _ in range(number + 1 - len(rounds))]
         rounds[number][server] = outcome
 
-    def servers(self) -> set[str]:
-        """Name all servers of which there is an outcome."""
-        return {server for rounds in self._rounds.values() for outcomes in rounds for server in outcomes}
-
-    def has(self, case: str) -> bool:
-        """Tell whether a case was run at all."""
-        return case in self._rounds
-
-    def values(self, case: str, server: str, metric: str) -> list[float]:
-        """Give what was measured, without the rounds that failed."""
-        values = (_value(outcome, metric) for outcome in self._outcomes(case, server))
-        return [value for value in values if value is not None]
+    def has(self, case: str, server: str | None = None) -> bool:
+        """Return whether a case was measured, at all or with a server, successfully or not."""
+        return any(server is None or server in outcomes for outcomes in self._rounds.get(case, ()))
 
     def figure(self, case: str, server: str, metric: str) -> Figure | None:
-        """Sum up what was measured; None if nothing was."""
-        return _figure(self.values(case, server, metric))
+        """Return the figure of a metric; None if all rounds failed."""
+        values = (_value(outcomes.get(server), metric) for outcomes in self._rounds.get(case, ()))
+        return _figure([value for value in values if value is not None])
 
-    def ratio(self, case: str, metric: str, one: str = RELAY, other: str = COTURN) -> Figure | None:
-        """Give one server's figure to another's; each ratio is of two measurements of the same round."""
-        pairs = ((_value(each.get(one), metric), _value(each.get(other), metric)) for each in self._rounds.get(case, ()))
-        return _figure([ours / theirs for ours, theirs in pairs if ours is not None and theirs])
+    def ratio(self, case: str, metric: str, servers: tuple[str, str]) -> Figure | None:
+        """Return the ratio of two servers' values. Each ratio is of two measurements in the same round."""
+        pairs = [[_value(outcomes.get(name), metric) for name in servers] for outcomes in self._rounds.get(case, ())]
+        return _figure([mine / other for mine, other in pairs if mine is not None and other])
 
-    def was_tried(self, case: str, server: str) -> bool:
-        """Tell whether a case was measured with a server, whatever came of it."""
-        return bool(self._outcomes(case, server))
+    def failures(self) -> Iterator[str]:
+        """Return a line for each failure, without repetitions."""
+        lines = (
+            f"{case}, {server}: {outcome}"
+            for case, rounds in self._rounds.items()
+            for outcomes in rounds
+            for server, outcome in outcomes.items()
+            if isinstance(outcome, str)
+        )
+        return iter(dict.fromkeys(lines))
 
-    def failures(self, case: str, server: str) -> list[str]:
-        """Give the reasons of all rounds that failed."""
-        return [outcome for outcome in self._outcomes(case, server) if isinstance(outcome, str)]
+    def medians(self, metric: str) -> Iterator[tuple[str, str, float]]:
+        """Return case, server and median for each case with the metric."""
+        for case, rounds in self._rounds.items():
+            for server in dict.fromkeys(name for outcomes in rounds for name in outcomes):
+                figure = self.figure(case, server, metric)
+                if figure is not None:
+                    yield case, server, figure.median
 
-    def all_values(self, metric: str, cases: Collection[str]) -> list[tuple[str, str, float]]:
-        """Give the medians of a metric in some cases, with case and server."""
-        found = []
-        for case in (name for name in self._rounds if name in cases):
-            servers = sorted({server for outcomes in self._rounds[case] for server in outcomes})
-            figures = ((server, self.figure(case, server, metric)) for server in servers)
-            found += [(case, server, figure.median) for server, figure in figures if figure is not None]
-        return found
-
-    def write(self, path: Path) -> None:
-        """Write everything as JSON."""
+    def write(self, path: Path, metrics: set[str]) -> None:
+        """Write some metrics as JSON, rounded to six digits, with a line for each case."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        document = {"about": self.about, "cases": self._rounds}
-        path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        lines = [
+            f"{json.dumps(case)}: {json.dumps([_shortened(outcomes, metrics) for outcomes in rounds], ensure_ascii=False)}"
+            for case, rounds in self._rounds.items()
+        ]
+        about = json.dumps(self.about, ensure_ascii=False)
+        path.write_text(f'{{"about": {about}, "cases": {{\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read what `write` wrote."""
+        """Read a file of `write`."""
         document = json.loads(path.read_text(encoding="utf-8"))
         results = cls(document["about"])
         results._rounds = document["cases"]
         return results
 
-    def _outcomes(self, case: str, server: str) -> list[Outcome]:
-        return [outcomes[server] for outcomes in self._rounds.get(case, ()) if server in outcomes]
+
+def _shortened(outcomes: dict[str, Outcome], metrics: set[str]) -> dict[str, Outcome]:
+    return {
+        server: outcome
+        if isinstance(outcome, str)
+        else {name: float(f"{value:.6g}") for name, value in outcome.items() if name in metrics}
+        for server, outcome in outcomes.items()
+    }
 
 
 def _value(outcome: Outcome | None, metric: str) -> float | None:

@@ -4,28 +4,27 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from relay.ops.metrics.metric import Kind, LabelValue, Metric
+from relay.ops.metrics.metric import LabelValue, Metric, MetricKind
 from relay.ops.metrics.prometheus import label_of, name_of
-from relay.ops.metrics.service import HEALTH, PROCESS, REQUESTS
-from relay.ops.metrics.traffic import IN_THE_KERNEL, LOSSES, RELAYING
+from relay.ops.metrics.table import HEALTH, IN_THE_KERNEL, LOSSES, PROCESS, RELAYING, REQUESTS
 
 PAGE = Path(__file__).with_name("metrics.md")
 BEGIN, END = "<!-- metrics: begin, made by `make docs` -->", "<!-- metrics: end -->"
 
 GROUPS = {
-    "What is relayed": RELAYING,
-    "What clients ask": REQUESTS,
-    "What is lost": LOSSES,
+    "Relayed traffic": RELAYING,
+    "Requests": REQUESTS,
+    "Losses": LOSSES,
     "In the kernel": IN_THE_KERNEL,
     "Health": HEALTH,
     "The process": PROCESS,
 }
 
-_SUFFIXES = {Kind.COUNTER: "_total", Kind.GAUGE: "", Kind.HISTOGRAM: ""}
+_SUFFIXES = {MetricKind.COUNTER: "_total", MetricKind.GAUGE: "", MetricKind.HISTOGRAM: ""}
 
 
 def page(text: str) -> str:
-    """Give the page as it should be, of what it is."""
+    """Return the page with current tables."""
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
     return "\n".join([head + BEGIN, *_lines(), END + tail])
@@ -34,7 +33,7 @@ def page(text: str) -> str:
 def _lines() -> Iterator[str]:
     for title, metrics in GROUPS.items():
         yield f"\n### {title}\n"
-        yield "| metric | in Prometheus | kind, unit | what it is |"
+        yield "| metric | in Prometheus | kind, unit | description |"
         yield "|---|---|---|---|"
         for metric in metrics:
             kind = f"{metric.kind.value}, `{metric.unit}`"
@@ -55,7 +54,7 @@ def _in_prometheus(label: str) -> str:
 
 
 def _values(values: tuple[LabelValue, ...]) -> str:
-    if len(values) == 1:
+    if len(values) <= 1:
         # What it is there and then, such as a version.
         return ""
     return ": " + ", ".join(f"`{value}`" if value != "" else "empty" for value in values)

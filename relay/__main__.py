@@ -1,28 +1,28 @@
-"""Where the process begins, by ``firezone-relay`` or ``python -m relay``."""
+"""The entry point of ``firezone-relay`` and ``python -m relay``."""
 
 import gc
 from typing import NoReturn
 
 from relay.ops import signals
 
-SELDOM = 100
-"""Collections of the middle generation after which Python looks at all objects for cycles that nobody refers to; its own
-choice is 10. That holds up all packets, for 25 µs an allocation that there is, and finds next to nothing: what allocations
-leave, and packets, has no cycles. It comes after 700,000 objects at the earliest, which are 16,000 allocations."""
+FULL_COLLECTION_THRESHOLD = 100
+"""Collections of the middle generation between two full collections. Python's default is 10. A full collection stops all
+packets, for 25 µs per allocation, and frees almost nothing, because neither packets nor allocations leave reference cycles.
+With this threshold it runs after 700,000 new objects at the earliest, which is 16,000 allocations."""
 
 
 def main() -> NoReturn:
     """Run the command line."""
-    # First of all: the imports take a third of a second, and a signal that comes meanwhile shall not be lost.
-    signals.hold()
-    # Already for the imports: else a tenth of their time goes into it.
+    # Before the imports: they take a third of a second, and a signal during the imports must not be lost.
+    signals.block()
+    # Before the imports: otherwise full collections take a tenth of their time.
     young, middle, _ = gc.get_threshold()
-    gc.set_threshold(young, middle, SELDOM)
+    gc.set_threshold(young, middle, FULL_COLLECTION_THRESHOLD)
     from relay import cli  # noqa: PLC0415 - see above
     from relay.ops.privilege import conceal_memory, keep_streams  # noqa: PLC0415
 
     keep_streams()
-    # Before anything is read that nobody else may see.
+    # Before secrets are read.
     conceal_memory()
     cli.main()
 

@@ -1,9 +1,10 @@
-"""The command line: what can be asked for.
+"""The command line: options of the relay, and the commands beside it.
 
-What it takes to do it is imported once it is asked for: a command that only looks at a relay need not wait for all of one.
+Each command imports its modules when it runs, because a health check must not wait for the imports of a whole relay.
 """
 
 import errno
+import functools
 import importlib
 import io
 import json
@@ -17,379 +18,415 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
+from click_option_group import OptionGroup
 
-from relay import __version__
-from relay.config import HIGHEST_PORT, LOWEST_PORT, AttachMode, BadUseError, DiscoveryMethod, LogFormat
-from relay.core.config import MAX_CHANNELS, UNAUTHENTICATED_BURST, UNAUTHENTICATED_RATE
+from relay import __version__, options
+from relay.config import HIGHEST_PORT, LOWEST_PORT, SERVICE_PORT, AttachMode, DiscoveryMethod, LogFormat, UsageError
+from relay.core.config import (
+    ASSURED_CHANNELS,
+    MAX_CHANNELS,
+    MAX_CHANNELS_IN_ALL,
+    UNAUTHENTICATED_BURST,
+    UNAUTHENTICATED_RATE,
+)
 from relay.core.credentials import SALT_BYTES, mint
 from relay.ops import signals
-from relay.options import (
-    CollectorType,
-    CpuType,
-    DurationType,
-    EndpointType,
-    HostnamesType,
-    InterfacesType,
-    IntervalType,
-    IpAddressType,
-    LogFilterType,
-    NetworksType,
-    PortalUrlType,
-    read_secret,
-)
+from relay.options import Parsed
 
 T = TypeVar("T", bound=Callable[..., Any])
 
-BAD_USE = 2
-"""Exit code for what the user can mend."""
+_TOKEN_ADVICE = "set a token as FIREZONE_TOKEN, because every user of this machine can read command lines"  # noqa: S105 - advice
+
+EXIT_USAGE = 2
+"""The exit code of usage errors, which the user can fix."""
 
 _UNWRITABLE = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO))
-"""What a disk that is full says, or a terminal that is gone."""
+"""Errors of a full disk and of a closed terminal."""
 
-_ELSEWHERE = {"healthcheck": "relay.healthcheck", "probe": "relay.probe.command", "top": "relay.top.command"}
-"""Commands that are imported once they are asked for, by name, with the module that has each."""
+_LAZY_COMMANDS = {
+    "drain": "relay.tools.drain",
+    "explain": "relay.tools.explain",
+    "healthcheck": "relay.tools.healthcheck",
+    "kick": "relay.tools.control",
+    "probe": "relay.tools.probe.command",
+    "top": "relay.tools.top.command",
+}
+"""The module of each command that is imported only when it runs."""
 
 _EPILOG = """\b
-In a Firezone network:
-  make a token for a relay in the portal, put it into a file, and
-  FIREZONE_TOKEN=/etc/firezone-relay/token firezone-relay --public-ip4-addr 203.0.113.7
+Create a relay token in the Elixir console of a self-hosted Firezone portal (bin/portal remote):
+  {:ok, token} = Portal.Authentication.create_relay_token()
+  IO.puts(Portal.Authentication.encode_fragment!(token))
 
 \b
-Without one:
+With a Firezone portal, save the token to a file, and run:
+  export FIREZONE_TOKEN=/etc/firezone-relay/token FIREZONE_API_URL=wss://api.example.com
+  firezone-relay --public-ip4-addr 203.0.113.7
+
+\b
+Without a portal:
   firezone-relay --standalone --public-ip4-addr 203.0.113.7
   firezone-relay credentials --relay-secret-file secret.txt --ttl 12h
   firezone-relay probe 203.0.113.7 --relay-secret-file secret.txt
 
-FIREZONE_TOKEN is the token, or the path of a file with it. The token itself is no option, since every user of a machine can
-read its command lines. HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE are honoured on the way to the portal.
+\b
+Complete options in bash (in another shell: zsh_source or fish_source):
+  eval "$(_FIREZONE_RELAY_COMPLETE=bash_source firezone-relay)"
 
-Signals: SIGTERM leaves the portal, waits as --drain-timeout says, and ends; a second one, or SIGINT, ends at once. SIGUSR1
-writes the state of the relay and what all threads do, SIGQUIT the latter alone, also if the relay hangs; SIGABRT ends it
-with such last words, also if Python hangs. Exit codes: 0 asked to end, 1 the relay can't go on, 2 it can't be run as asked.
+FIREZONE_TOKEN is the token or its file. No argument takes the token itself, because every user of a machine can read its
+command lines. HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE apply to the connection to the portal.
+
+Signals: SIGTERM leaves the portal, drains for --drain-timeout and exits. SIGINT or a second SIGTERM exits at once. SIGUSR1
+writes the state of the relay and the stacks of all threads to the log. SIGQUIT writes only the stacks, even if the relay
+hangs. SIGABRT writes the stacks and aborts. SIGHUP and SIGUSR2 change nothing: to change settings, restart the
+relay or take it over.
+
+Exit codes: 0 stopped on request, 1 fatal error, 2 usage error.
 """
 
 
 def _setting(
+    section: OptionGroup,
     flag: str,
-    name: str,
-    variable: str,
-    type_: click.ParamType[Any],
+    type_: click.ParamType[Any] | None,
     text: str,
+    *,
+    name: str | None = None,
+    variable: str | tuple[str, ...] | None = None,
     **more: Any,  # noqa: ANN401
 ) -> Callable[[T], T]:
-    """Declare an option that can also be given in the environment."""
-    return click.option(flag, name, envvar=variable, show_envvar=True, type=type_, help=text, **more)
+    """Declare an option with environment variables. By default, ``--lowest-port`` has the variable LOWEST_PORT."""
+    names = (flag,) if name is None else (flag, name)
+    if variable is None:
+        variable = flag.removeprefix("--").replace("-", "_").upper()
+    return section.option(*names, envvar=variable, show_envvar=bool(variable), type=type_, help=text, **more)
 
 
-class _Commands(click.Group):
-    """The commands, those that are elsewhere among them."""
+_portal, _address, _limit, _kernel, _log, _advanced = (
+    functools.partial(_setting, OptionGroup(title))
+    for title in ("Portal", "Addresses", "Limits", "Kernel", "Logs and metrics", "Advanced")
+)
+"""Declare an option in a section of ``--help``. Options of a section must be adjacent."""
+
+
+class _LazyGroup(click.Group):
+    """The commands of the program, including those in `_LAZY_COMMANDS`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*super().list_commands(ctx), *_ELSEWHERE})
+        return sorted({*super().list_commands(ctx), *_LAZY_COMMANDS})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _ELSEWHERE:
+        if cmd_name not in _LAZY_COMMANDS:
             return super().get_command(ctx, cmd_name)
-        command = getattr(importlib.import_module(_ELSEWHERE[cmd_name]), cmd_name)
-        assert isinstance(command, click.Command)  # noqa: S101 - the table says so
+        command = getattr(importlib.import_module(_LAZY_COMMANDS[cmd_name]), cmd_name)
+        assert isinstance(command, click.Command)  # noqa: S101 - guaranteed by the table
         return command
 
 
 @click.group(
-    cls=_Commands,
+    cls=_LazyGroup,
     invoke_without_command=True,
     epilog=_EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110},
 )
 @click.version_option(__version__, message="%(version)s")
 @click.option(
+    "--check", is_flag=True, show_default=False, help="Print all settings, their sources and likely mistakes, and exit."
+)
+@_portal(
     "--token-file",
-    type=click.Path(path_type=Path),
-    help="The file with the token that the portal made for this relay; instead of FIREZONE_TOKEN.",
-)
-@_setting(
-    "--name",
-    "name",
-    "FIREZONE_NAME",
-    click.STRING,
-    "What the portal calls this relay. Unset: it has no name.",
-)
-@_setting(
-    "--api-url",
-    "api_url",
-    "FIREZONE_API_URL",
-    PortalUrlType(),
-    "Where the portal is.",
-    default="wss://api.firezone.dev",
-)
-@_setting(
-    "--drain-timeout",
-    "drain_timeout",
-    "DRAIN_TIMEOUT",
-    DurationType("SECONDS", least=0),
-    "After SIGTERM, go on relaying for so long, without new allocations, or until none is left.",
-    default="0",
-)
-@click.option("--standalone", is_flag=True, show_default=False, help="Run without a portal, with a secret of one's own.")
-@_setting(
-    "--public-ip4-addr",
-    "public_ip4",
-    "PUBLIC_IP4_ADDR",
-    IpAddressType(4),
-    "The IPv4 address at which clients and peers reach this relay.",
-)
-@_setting(
-    "--public-ip6-addr",
-    "public_ip6",
-    "PUBLIC_IP6_ADDR",
-    IpAddressType(6),
-    "The IPv6 address, likewise; at least one of the two is needed.",
-)
-@_setting(
-    "--listen-address-discovery-method",
-    "discovery",
-    "LISTEN_ADDRESS_DISCOVERY_METHOD",
-    click.Choice([each.value for each in DiscoveryMethod]),
-    "Ask the cloud that this machine runs in for the public addresses that are not given.",
-)
-@_setting(
-    "--bind-ip4-addr",
-    "bind_ip4",
-    "BIND_IP4_ADDR",
-    IpAddressType(4),
-    "The IPv4 address to bind, where it differs from the public one (1:1 NAT). Unset: the public one if this machine "
-    "has it, else all.",
-)
-@_setting("--bind-ip6-addr", "bind_ip6", "BIND_IP6_ADDR", IpAddressType(6), "The IPv6 address, likewise.")
-@_setting(
-    "--lowest-port",
-    "lowest_port",
-    "LOWEST_PORT",
-    click.IntRange(1, 65535),
-    "First port of allocations.",
-    default=LOWEST_PORT,
-)
-@_setting(
-    "--highest-port",
-    "highest_port",
-    "HIGHEST_PORT",
-    click.IntRange(1, 65535),
-    "Last port of allocations.",
-    default=HIGHEST_PORT,
-)
-@_setting(
-    "--max-allocations",
-    "max_allocations",
-    "MAX_ALLOCATIONS",
-    click.IntRange(1),
-    "Allocations at once. Unset: as many as there are ports.",
-)
-@_setting(
-    "--max-allocations-per-address",
-    "max_allocations_per_address",
-    "MAX_ALLOCATIONS_PER_ADDRESS",
-    click.IntRange(1),
-    "Allocations at once of clients with one address (IPv6: /64). Unset: no limit, since an office may be behind it.",
-)
-@_setting(
-    "--max-channels-per-allocation",
-    "max_channels",
-    "MAX_CHANNELS_PER_ALLOCATION",
-    click.IntRange(1, 16384),
-    "Channels that an allocation may have bound.",
-    default=MAX_CHANNELS,
-)
-@_setting(
-    "--unauthenticated-rate",
-    "unauthenticated_rate",
-    "UNAUTHENTICATED_RATE",
-    click.IntRange(0, 1_000_000),
-    "Answers a second to one address (IPv6: /64) that has not proven who it is, whose owner may be the victim of a forger. "
-    "0 is without limit.",
-    default=UNAUTHENTICATED_RATE,
-)
-@_setting(
-    "--unauthenticated-burst",
-    "unauthenticated_burst",
-    "UNAUTHENTICATED_BURST",
-    click.IntRange(1, 1_000_000),
-    "Such answers at once, to an address that had few of late: all clients of an office at 9 o'clock.",
-    default=UNAUTHENTICATED_BURST,
-)
-@_setting(
-    "--relay-secret-file",
-    "relay_secret_file",
-    "RELAY_SECRET_FILE",
     click.Path(path_type=Path),
-    "Standalone: the file with the secret that credentials are made with. Unset: a random one, and a credential is printed.",
+    "File with this relay's token from the portal, read again for each attempt to join. Replaces FIREZONE_TOKEN.",
+    variable=(),
 )
-@_setting(
-    "--allow-peer",
-    "allow_peers",
-    "ALLOW_PEER",
-    NetworksType(),
-    multiple=True,
-    text="Relay to peers in these networks, though they are refused by default (loopback, link-local, ...). Repeatable.",
+@_portal(
+    "--api-url",
+    Parsed("URL", options.parse_portal_url),
+    "URL of your portal's API, such as wss://api.example.com. Required with a token.",
+    variable="FIREZONE_API_URL",
 )
-@_setting(
-    "--deny-peer",
-    "deny_peers",
-    "DENY_PEER",
-    NetworksType(),
-    multiple=True,
-    text="Never relay to peers in these networks; stronger than --allow-peer. Repeatable.",
+@_portal(
+    "--name",
+    click.STRING,
+    "Name of this relay in top and metrics. Current portals ignore the name.",
+    variable="FIREZONE_NAME",
 )
-@_setting(
-    "--health-address",
-    "health",
-    "HEALTH_CHECK_ADDR",
-    EndpointType(),
+@_portal(
+    "--standalone", None, "Run without a portal. See --relay-secret-file.", variable=(), is_flag=True, show_default=False
+)
+@_portal(
+    "--relay-secret-file",
+    click.Path(path_type=Path),
+    "Standalone: file with the secret for credentials. Unset: the relay creates a secret and prints a credential.",
+)
+@_address(
+    "--public-ip4-addr",
+    Parsed("IPV4", options.parse_ip4),
+    "IPv4 address at which clients and peers reach this relay.",
+    name="public_ip4",
+)
+@_address(
+    "--public-ip6-addr",
+    Parsed("IPV6", options.parse_ip6),
+    "IPv6 address at which clients and peers reach this relay. At least one public address is required.",
+    name="public_ip6",
+)
+@_address(
+    "--listen-address-discovery-method",
+    click.Choice([each.value for each in DiscoveryMethod]),
+    "Read unset public addresses from this cloud's metadata service.",
+    name="discovery",
+)
+@_address(
+    "--bind-ip4-addr",
+    Parsed("IPV4", options.parse_ip4),
+    "IPv4 address to bind (1:1 NAT). Unset: the public address if this machine has it, else all addresses.",
+    name="bind_ip4",
+)
+@_address(
+    "--bind-ip6-addr",
+    Parsed("IPV6", options.parse_ip6),
+    "IPv6 address to bind. Unset: the public address if this machine has it, else all addresses.",
+    name="bind_ip6",
+)
+@_address(
+    "--listen-port",
+    Parsed("PORT", options.parse_service_port),
+    "UDP port for clients. Only 3478, because clients drop packets from any other port.",
+    default=str(SERVICE_PORT),
+    expose_value=False,
+)
+@_address("--lowest-port", click.IntRange(1, 65535), "First port for allocations.", default=LOWEST_PORT)
+@_address("--highest-port", click.IntRange(1, 65535), "Last port for allocations.", default=HIGHEST_PORT)
+@_address(
+    "--health-check-addr",
+    Parsed("HOST:PORT", options.parse_endpoint),
+    "Address for GET /livez, /readyz and /healthz.",
+    name="health",
     default="0.0.0.0:8080",
-    text="Where GET /livez, /readyz and /healthz are answered.",
 )
-@_setting(
-    "--control-address",
-    "control",
-    "CONTROL_ENDPOINT",
-    EndpointType(),
+@_address(
+    "--control-endpoint",
+    Parsed("HOST:PORT", options.parse_endpoint),
+    "Address for metrics, status and the operator's commands. No authentication: keep it on loopback.",
+    name="control",
     default="127.0.0.1:9999",
-    text="Where operators look inside and change things. Whoever reaches it may do so: keep it on loopback.",
 )
-@_setting(
+@_address(
+    "--metrics-addr",
+    Parsed("HOST:PORT", options.parse_endpoint),
+    "Further address for GET /metrics, without all other pages. Unset: only the control address has metrics.",
+    name="metrics",
+)
+@_address(
     "--control-hostname",
-    "control_hostnames",
-    "CONTROL_HOSTNAME",
-    HostnamesType(),
+    Parsed("NAME", options.parse_hostnames),
+    "Comma-separated hostnames for requests to the control address. IP addresses and localhost are always accepted.",
+    name="control_hostnames",
     default=(),
     show_default=False,
-    text="Names by which the control address may be asked, with commas between them; addresses and localhost always work.",
 )
-@_setting(
-    "--cpu-affinity",
-    "cpu",
-    "CPU_AFFINITY",
-    CpuType(),
-    default="auto",
-    text="The CPU for all threads: Python runs one at a time, and on several CPUs they fight over whose turn it is. auto "
-    "is the one it starts on, off leaves threads wherever the kernel puts them.",
+@_limit("--max-allocations", click.IntRange(1), "Maximum number of allocations. Unset: the number of ports.")
+@_limit(
+    "--max-allocations-per-address",
+    click.IntRange(1),
+    "Maximum number of allocations per client address (IPv6: /64). Unset: no limit, since clients may share an address.",
 )
-@_setting(
-    "--switch-interval",
-    "switch_interval",
-    "SWITCH_INTERVAL",
-    IntervalType(),
-    default="0.5",
-    text="How long a thread may keep the interpreter while others wait for it. off is Python's own, 0.005.",
+@_limit(
+    "--max-channels-per-allocation",
+    click.IntRange(1, 16384),
+    "Maximum number of channels per allocation.",
+    name="max_channels",
+    default=MAX_CHANNELS,
 )
-@_setting(
+@_limit(
+    "--max-channels",
+    click.IntRange(1),
+    f"Maximum number of channels of all allocations, {ASSURED_CHANNELS} of each allocation not counted. A channel takes "
+    "0.5 KB.",
+    name="max_channels_in_all",
+    default=MAX_CHANNELS_IN_ALL,
+)
+@_limit(
+    "--unauthenticated-rate",
+    click.IntRange(0, 1_000_000),
+    "Maximum responses per second to one unauthenticated source address (IPv6: /64). Limits reflection attacks. 0 "
+    "disables the limit.",
+    default=UNAUTHENTICATED_RATE,
+)
+@_limit(
+    "--unauthenticated-burst",
+    click.IntRange(1, 1_000_000),
+    "Maximum burst of responses to one unauthenticated source address, for example when a whole office connects.",
+    default=UNAUTHENTICATED_BURST,
+)
+@_limit(
+    "--allow-peer",
+    Parsed("CIDR", options.parse_networks),
+    "Relay to peers in these networks, even if rejected by default (loopback, link-local, ...). Repeatable.",
+    name="allow_peers",
+    multiple=True,
+)
+@_limit(
+    "--deny-peer",
+    Parsed("CIDR", options.parse_networks),
+    "Never relay to peers in these networks. Overrides --allow-peer. Repeatable.",
+    name="deny_peers",
+    multiple=True,
+)
+@_kernel(
     "--ebpf-offloading",
-    "offload",
-    "EBPF_OFFLOADING",
-    InterfacesType(),
-    text="Have the kernel relay bound channels, by an XDP program at these network interfaces, with commas between them. "
-    "Needs root, or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON.",
+    Parsed("INTERFACE", options.parse_interfaces),
+    "Relay bound channels in the kernel (XDP) on these comma-separated interfaces. Needs root, or CAP_BPF, "
+    "CAP_NET_ADMIN and CAP_PERFMON.",
+    name="offload",
 )
-@_setting(
+@_kernel(
     "--ebpf-attach-mode",
-    "attach_mode",
-    "EBPF_ATTACH_MODE",
     click.Choice([each.value for each in AttachMode]),
-    "Where on a packet's way: in the driver; behind it, which is generic and slower; or auto, in drivers known for it.",
+    "XDP mode: driver, or generic (slower, any driver). auto: driver mode for drivers known to support it.",
+    name="attach_mode",
     default=AttachMode.AUTO.value,
 )
-@_setting(
+@_kernel(
+    "--cpu-affinity",
+    Parsed("auto|off|N", options.parse_cpu),
+    "Pin all threads to one CPU, since Python runs one thread at a time. auto: current CPU; off: no pinning.",
+    name="cpu",
+    default="auto",
+)
+@_log(
     "--log-format",
-    "log_format",
-    "LOG_FORMAT",
     click.Choice([each.value for each in LogFormat]),
-    "How log lines look.",
+    "Format of log lines.",
     default=LogFormat.HUMAN.value,
 )
-@_setting(
+@_log(
     "--log-filter",
-    "log_filter",
-    "LOG_FILTER",
-    LogFilterType(),
+    Parsed("DIRECTIVES", options.parse_log_filter),
+    "Log level: off, error, warn, info, debug or trace, with exceptions such as info,relay.core=debug,portal=off.",
+    variable=("LOG_FILTER", "RUST_LOG"),
     default="info",
-    text="What is logged: off, error, warn, info, debug or trace, and exceptions such as info,relay.core=debug,portal=off.",
 )
-@_setting(
+@_log(
     "--otlp-grpc-endpoint",
-    "otlp_endpoint",
-    "OTLP_GRPC_ENDPOINT",
-    CollectorType(),
-    "Push metrics to this OpenTelemetry collector. OpenTelemetry's own OTEL_ variables are honoured, too; needs the extra "
-    "otlp.",
+    Parsed("[http[s]://]HOST:PORT", options.parse_collector),
+    "Push metrics to this OpenTelemetry collector. The standard OTEL_ variables also apply. Needs the extra otlp.",
+    name="otlp_endpoint",
 )
-@_setting(
-    "--allow-root",
-    "allow_root",
-    "ALLOW_ROOT",
+@_advanced(
+    "--drain-timeout",
+    Parsed("SECONDS", options.parse_timeout),
+    "After SIGTERM, reject new allocations and keep relaying until no packet came for 5 s, at most for this time.",
+    default="0",
+)
+@_advanced(
+    "--take-over",
     click.BOOL,
-    "Run even as root, which makes a flaw in the relay one of the whole machine.",
+    "Take over all allocations of the relay at --handover-socket, which then exits. Without a relay there, start as always.",
     is_flag=True,
     show_default=False,
 )
-@_setting(
-    "--rng-seed",
-    "rng_seed",
-    "RNG_SEED",
-    click.INT,
-    "For tests: makes all random numbers predictable, the relay's secret among them.",
+@_advanced(
+    "--detach",
+    click.BOOL,
+    "With --take-over: go on in the background, and exit as soon as the new process relays. For ExecReload= of systemd.",
+    is_flag=True,
+    show_default=False,
 )
+@_advanced(
+    "--handover-socket",
+    click.Path(path_type=Path),
+    "Unix socket at which another process of this user can take this relay over. Default: RUNTIME_DIRECTORY/handover.sock.",
+)
+@_advanced(
+    "--switch-interval",
+    Parsed("SECONDS|off", options.parse_interval),
+    "Maximum time that a thread holds the interpreter while other threads wait. off: Python's default, 0.005.",
+    default="0.5",
+)
+@_advanced(
+    "--allow-root",
+    click.BOOL,
+    "Run even as root. A vulnerability in the relay then compromises the whole machine.",
+    is_flag=True,
+    show_default=False,
+)
+@_advanced("--rng-seed", click.INT, "Tests only: make all random numbers predictable, including the relay's secret.")
 @click.pass_context
-def cli(context: click.Context, /, **options: Any) -> None:  # noqa: ANN401 - one for each option above
+def cli(context: click.Context, /, **settings: Any) -> None:  # noqa: ANN401 - the values of all options
     """Relay packets between two peers that can't reach each other: STUN and TURN for Firezone networks.
 
-    Make a token for a relay in the Firezone portal, set it as FIREZONE_TOKEN, and start. Clients are answered on UDP port
-    3478 once the portal says so; each allocation has a UDP port of its own.
+    With the portal's token in FIREZONE_TOKEN, and FIREZONE_API_URL, the relay joins the portal and responds to clients on
+    UDP port 3478. Each allocation has a UDP port of its own.
     """
     if context.invoked_subcommand is None:
-        from relay import process  # noqa: PLC0415 - all of the relay, which commands beside it don't need
+        from relay.system import process  # noqa: PLC0415 - the whole relay, which other commands don't need
 
-        context.exit(process.run(**options))
-    signals.let_go()
+        context.exit(process.run(context, **settings))
+    signals.unblock()
 
 
 @cli.command(short_help="Make a username and a password for a client.")
 @click.option(
-    "--relay-secret-file", type=click.Path(path_type=Path), required=True, help="The file with the relay's secret."
+    "--relay-secret-file",
+    type=click.Path(path_type=Path),
+    envvar="RELAY_SECRET_FILE",
+    show_envvar=True,
+    required=True,
+    help="File with the relay's secret.",
 )
-@click.option("--ttl", type=DurationType(), default="1d", show_default=True, help="How long it is valid: 90s, 15m, 12h, 1d.")
-@click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
+@click.option(
+    "--ttl",
+    type=Parsed("DURATION", options.parse_lifetime),
+    default="1d",
+    help="Lifetime of the credential: 90s, 15m, 12h, 1d.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def credentials(relay_secret_file: Path, ttl: int, *, as_json: bool) -> None:
-    """Make a username and a password that a relay with the same secret takes until they expire.
+    """Make a username and a password. Every relay with the same secret accepts them until they expire.
 
-    Exit code: 0, or 2 for bad use.
+    Exit codes: 0, or 2 usage error.
     """
     expiry = int(time.time()) + ttl
-    credential = mint(read_secret(relay_secret_file), expiry, secrets.token_urlsafe(SALT_BYTES))
+    credential = mint(options.read_secret(relay_secret_file), expiry, secrets.token_urlsafe(SALT_BYTES))
     if as_json:
         click.echo(json.dumps({**credential._asdict(), "expires_at": expiry}))
     else:
         click.echo(f"username: {credential.username}\npassword: {credential.password}")
 
 
+def _message_of(error: click.ClickException | UsageError) -> str:
+    """Return the message of a usage error. An unknown argument may be the token, so no message contains one."""
+    message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+    if isinstance(error, click.NoSuchOption) and "token" in error.option_name.lower():
+        return f"no such option: {_TOKEN_ADVICE}"
+    if isinstance(error, click.NoSuchCommand) or "unexpected extra argument" in message:
+        return f"unexpected argument: see --help for the options and commands; {_TOKEN_ADVICE}"
+    return message
+
+
 def main() -> NoReturn:
-    """Run the command line; what the user can mend is said in one line, with exit code 2."""
+    """Run the command line. Print a usage error in one line and exit with code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A name that can't be shown there is no reason to show nothing.
+        # Replace characters that the terminal's encoding lacks, instead of failing.
         sys.stdout.reconfigure(errors="replace")
     try:
         code = cli.main(prog_name="firezone-relay", standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()
-    except (click.ClickException, BadUseError) as error:
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        click.echo(f"firezone-relay: {' '.join(message.split())}", err=True)
-        sys.exit(BAD_USE)
+    except (click.ClickException, UsageError) as error:
+        from relay.ops.logs.log import error_line  # noqa: PLC0415 - seldom needed
+
+        click.echo(error_line(f"firezone-relay: {' '.join(_message_of(error).split())}"), err=True)
+        sys.exit(EXIT_USAGE)
     except click.Abort:
         sys.exit(128 + signal.SIGINT)
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
-        click.echo(f"firezone-relay: the output can't be written: {error.strerror}", err=True)
-        # What could not be written would be tried again at the end, and fail again.
+        click.echo(f"firezone-relay: can't write to standard output: {error.strerror}", err=True)
+        # Python would flush its buffer again at exit, and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     sys.exit(code)

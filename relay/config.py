@@ -1,18 +1,20 @@
-"""What the relay is told at its start: the settings of one process, checked."""
+"""The settings of one relay process, and their checks."""
 
+import itertools
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
+from pathlib import Path
 
 from relay.core.addresses import Family
-from relay.core.config import MAX_CHANNELS, UNAUTHENTICATED_BURST, UNAUTHENTICATED_RATE
+from relay.core.config import MAX_CHANNELS, MAX_CHANNELS_IN_ALL, UNAUTHENTICATED_BURST, UNAUTHENTICATED_RATE
 from relay.core.credentials import RelaySecret
 from relay.core.peers import Network
 from relay.core.portal.endpoint import PortalToken, PortalUrl
 from relay.net.proxy import Proxy
 
 SERVICE_PORT = 3478
-"""Where clients talk to the relay (RFC 8656 §4). Not an option: every client knows it."""
+"""The port for clients (RFC 8656 §4). There is no option, because clients expect this port."""
 
 LOWEST_PORT = 49152
 HIGHEST_PORT = 65535
@@ -20,26 +22,32 @@ HIGHEST_PORT = 65535
 
 UNPRIVILEGED = 1024
 
+HTTP_OPTIONS = {"health": "--health-check-addr", "control": "--control-endpoint", "metrics": "--metrics-addr"}
+"""The option of each HTTP address."""
+
 ANY_CPU = -1
-"""The CPU that the process happens to be on at its start."""
+"""The CPU on which the process starts."""
+
+LIVE_TIMEOUT = 3.0
+"""Seconds. Orchestrators must wait longer than this for `/livez`."""
 
 _BROADCAST = IPv4Address("255.255.255.255")
-_NO_HOST = IPv4Network("0.0.0.0/8")
+_THIS_NETWORK = IPv4Network("0.0.0.0/8")
 
 
-class BadUseError(Exception):
-    """The relay can't be run as asked. The message is one line that says what is wrong and what to do."""
+class UsageError(Exception):
+    """A usage error. The message is one line: the wrong value, the accepted values, and the fix."""
 
 
 class LogFormat(StrEnum):
-    """How a log line looks."""
+    """The format of log lines."""
 
     HUMAN = "human"
     JSON = "json"
 
 
 class DiscoveryMethod(StrEnum):
-    """Who is asked for the public addresses of this machine."""
+    """The cloud metadata service that knows the public addresses of this machine."""
 
     GCE_METADATA = "gce_metadata"
     AWS_EC2_METADATA = "aws_ec2_metadata"
@@ -55,11 +63,11 @@ class Endpoint:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine reaches it."""
+        """Whether only programs on this machine can connect."""
         return ip_address(self.host).is_loopback
 
     def overlaps(self, other: "Endpoint") -> bool:
-        """Tell whether the two can't be listened on at once; port 0 is any that is free."""
+        """Check whether one process can't listen on both endpoints. Port 0 means any free port."""
         hosts = (ip_address(self.host), ip_address(other.host))
         same_host = hosts[0] == hosts[1] or any(host.is_unspecified for host in hosts)
         return self.port == other.port != 0 and hosts[0].version == hosts[1].version and same_host
@@ -69,33 +77,53 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds for which parts of a relay wait. No option sets them."""
+
+    live: float = LIVE_TIMEOUT
+    """The server actor must respond within this time for `/livez` to report the relay alive."""
+    close_port: float = 0.5
+    """The server actor waits this long for a port that is being closed and is needed again. Closing takes 0.3 ms."""
+    release_core: float = 1.0
+    """Shutdown waits this long for a thread that processes packets. A batch takes a few milliseconds."""
+    stop_listener: float = 0.5
+    """Shutdown waits this long for a listener. It is woken from its read at once, and may be in the core."""
+    stop_portal: float = 1.0
+    """Shutdown waits this long for the portal actor. It never blocks, so this allows for a slow machine."""
+    stop_server: float = 2.0
+    """Shutdown waits this long for the server actor to finish its message and to close the allocations."""
+    look_at_neighbours: float = 1.0
+    """The CPU time of other processes is read this often."""
+
+
+@dataclass(frozen=True, slots=True)
 class PortalAccess:
-    """How to join a Firezone network."""
+    """The portal of a Firezone network, and the token for joining the network."""
 
     url: PortalUrl
     token: PortalToken
-    name: str | None = None
-    """What people call this relay, for the portal to show."""
     proxy: Proxy | None = None
+    token_file: Path | None = None
+    """The file that is read again for each attempt to join."""
 
 
 class AttachMode(StrEnum):
-    """Where on the way of a packet the kernel relays it."""
+    """The point in the kernel at which the XDP program is attached."""
 
     DRIVER = "driver"
-    """In the driver of the interface, before anything else."""
+    """In the driver of the interface, before the network stack."""
     GENERIC = "generic"
-    """Behind it: with every driver, at a higher price."""
+    """In the network stack: works with every driver, and is slower."""
     AUTO = "auto"
-    """In drivers that are known to do it, else behind them."""
+    """In drivers that are known to support XDP, else in the network stack."""
 
 
 @dataclass(frozen=True, slots=True)
 class OffloadConfig:
-    """Where the kernel relays channels.
+    """The interfaces on which the kernel relays channels.
 
     Raises:
-        BadUseError: an interface is named twice, or none is.
+        UsageError: there is no interface, or an interface is repeated.
     """
 
     interfaces: tuple[str, ...]
@@ -104,20 +132,20 @@ class OffloadConfig:
 
     def __post_init__(self) -> None:
         if not self.interfaces:
-            raise BadUseError("--ebpf-offloading names no interface: give the one that clients' packets come by")
+            raise UsageError("--ebpf-offloading has no interface: use the interface that receives the clients' packets")
         twice = {name for name in self.interfaces if self.interfaces.count(name) > 1}
         if twice:
-            raise BadUseError(f"--ebpf-offloading names {min(twice)} twice: name it once")
+            raise UsageError(f"--ebpf-offloading has {min(twice)} twice: use each interface once")
 
 
 @dataclass(frozen=True, slots=True)
 class OtlpConfig:
-    """How metrics are pushed to an OpenTelemetry collector."""
+    """The OpenTelemetry collector for metrics."""
 
     endpoint: str | None
-    """Its URL; None if OpenTelemetry's own variables say it."""
+    """The URL of the collector. None: OpenTelemetry's own variables contain the URL."""
     interval: float
-    """Seconds from one push to the next."""
+    """Seconds between two pushes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,75 +153,92 @@ class Config:
     """The settings of one relay process.
 
     Raises:
-        BadUseError: they contradict each other, or can't work.
+        UsageError: settings are invalid or contradict each other.
     """
 
     public_ip4: IPv4Address | None = None
     public_ip6: IPv6Address | None = None
     bind_ip4: IPv4Address | None = None
     bind_ip6: IPv6Address | None = None
-    """Without them: the public address if this machine has it, else all addresses."""
+    """Unset: the public address if this machine has it, else all addresses."""
     lowest_port: int = LOWEST_PORT
     highest_port: int = HIGHEST_PORT
-    health: Endpoint = Endpoint("0.0.0.0", 8080)  # noqa: S104 - for probes from outside, as operators have it
+    health: Endpoint = Endpoint("0.0.0.0", 8080)  # noqa: S104 - orchestrators probe from other machines
     control: Endpoint = Endpoint("127.0.0.1", 9999)
+    metrics: Endpoint | None = None
+    """None: only the control address serves metrics."""
     control_hostnames: tuple[str, ...] = ()
-    """By which the control address may be asked, besides its addresses and localhost."""
+    """Hostnames accepted in requests to the control address, besides IP addresses and localhost."""
     secret: RelaySecret | None = None
-    """Without it, one is made at random."""
+    """Unset: a random secret."""
     rng_seed: int | None = None
     allow_peers: tuple[Network, ...] = ()
     deny_peers: tuple[Network, ...] = ()
     max_allocations: int | None = None
-    """Without it: as many as there are ports."""
+    """Unset: the number of ports."""
     max_allocations_per_address: int | None = None
-    """Without it: as many as there may be in all."""
+    """Unset: no limit per address."""
     max_channels: int = MAX_CHANNELS
-    """Of each allocation."""
+    """Per allocation."""
+    max_channels_in_all: int = MAX_CHANNELS_IN_ALL
     unauthenticated_rate: int = UNAUTHENTICATED_RATE
-    """Answers a second to each source address that has proven nothing; 0 for no limit."""
+    """Responses per second to one unauthenticated source address. 0: no limit."""
     unauthenticated_burst: int = UNAUTHENTICATED_BURST
-    """Such answers at once."""
+    """Maximum burst of responses to one unauthenticated source address."""
+    name: str | None = None
+    """The name of this relay for operators and the portal."""
     portal: PortalAccess | None = None
-    """Without it, the relay stands alone."""
+    """None: the relay is standalone."""
     drain_timeout: float = 0
-    """Seconds for which allocations live on after SIGTERM."""
+    """Seconds for which allocations continue after SIGTERM."""
     cpu: int | None = ANY_CPU
-    """The CPU for all threads; None leaves them wherever the kernel puts them."""
+    """The CPU for all threads. None: the kernel chooses."""
     switch_interval: float = 0.5
-    """Seconds for which a thread may keep the interpreter while others wait (`sys.setswitchinterval`)."""
+    """Seconds for which a thread may hold the interpreter while other threads wait (`sys.setswitchinterval`)."""
     offload: OffloadConfig | None = None
-    """Without it, the kernel relays nothing."""
+    """None: no offload."""
     otlp: OtlpConfig | None = None
-    """Without it, metrics are pushed nowhere."""
+    """None: metrics are not pushed."""
+    handover_socket: Path | None = None
+    """The Unix socket at which a successor can take this relay over. None: no successor can."""
     service_port: int = SERVICE_PORT
+    timeouts: Timeouts = Timeouts()
 
     def __post_init__(self) -> None:
         if self.public_ip4 is None and self.public_ip6 is None:
-            raise BadUseError(
-                "no public address: give --public-ip4-addr or --public-ip6-addr, or --listen-address-discovery-method"
+            raise UsageError(
+                "no public address: use --public-ip4-addr, --public-ip6-addr or --listen-address-discovery-method"
             )
         _check_addresses("4", self.public_ip4, self.bind_ip4)
         _check_addresses("6", self.public_ip6, self.bind_ip6)
         if self.lowest_port < UNPRIVILEGED:
-            raise BadUseError(f"--lowest-port {self.lowest_port} is below {UNPRIVILEGED}: those ports are for services")
+            raise UsageError(f"--lowest-port {self.lowest_port} is reserved for services: use {UNPRIVILEGED} or higher")
         if self.lowest_port > self.highest_port:
-            raise BadUseError(f"--lowest-port {self.lowest_port} is above --highest-port {self.highest_port}: swap them")
+            raise UsageError(f"--lowest-port {self.lowest_port} is above --highest-port {self.highest_port}: swap them")
         if self.service_port in self.ports:
-            raise BadUseError(f"--lowest-port and --highest-port enclose {self.service_port}, where clients are answered")
-        if self.health.overlaps(self.control):
-            raise BadUseError(
-                f"--health-address {self.health} and --control-address {self.control} are the same: give one another port"
+            raise UsageError(
+                f"ports {self.lowest_port}-{self.highest_port} include {self.service_port} (for clients): use other ports"
             )
+        for (option, at), (other, other_at) in itertools.combinations(self.http.items(), 2):
+            if at.overlaps(other_at):
+                raise UsageError(
+                    f"{HTTP_OPTIONS[option]} {at} and {HTTP_OPTIONS[other]} {other_at} overlap: use different ports"
+                )
 
     @property
     def ports(self) -> range:
-        """The ports that allocations get."""
+        """The ports for allocations."""
         return range(self.lowest_port, self.highest_port + 1)
 
     @property
+    def http(self) -> dict[str, Endpoint]:
+        """The HTTP addresses, by name."""
+        given = {"health": self.health, "control": self.control, "metrics": self.metrics}
+        return {name: at for name, at in given.items() if at is not None}
+
+    @property
     def capacity(self) -> int:
-        """How many allocations there can be at once."""
+        """The maximum number of allocations."""
         return min(len(self.ports), self.max_allocations or len(self.ports))
 
     @property
@@ -207,24 +252,24 @@ def _check_addresses(version: str, public: IPv4Address | IPv6Address | None, bin
     if public is not None:
         wrong = _public_fault(public)
         if wrong is not None:
-            raise BadUseError(
-                f"--public-ip{version}-addr {public} is {wrong}: give the address at which clients reach this relay"
+            raise UsageError(
+                f"--public-ip{version}-addr {public} is {wrong}: use the address at which clients reach this relay"
             )
     if bind is not None:
         if public is None:
-            raise BadUseError(f"--bind-ip{version}-addr does nothing without --public-ip{version}-addr: give both or none")
+            raise UsageError(f"--bind-ip{version}-addr has no effect without --public-ip{version}-addr: set both")
         if _fault(bind) is not None:
-            raise BadUseError(f"--bind-ip{version}-addr {bind} is {_fault(bind)}: give an address of this machine")
+            raise UsageError(f"--bind-ip{version}-addr {bind} is {_fault(bind)}: use an address of this machine")
 
 
 def _public_fault(address: IPv4Address | IPv6Address) -> str | None:
-    """Say why an address is none that others could send to."""
+    """Return the reason why clients can't send to an address, if there is a reason."""
     if address.is_unspecified:
         return "the unspecified address"
     if isinstance(address, IPv4Address):
-        return "an address of no host" if address in _NO_HOST else _fault(address)
+        return "an address of no host" if address in _THIS_NETWORK else _fault(address)
     if address.ipv4_mapped is not None:
-        return "an IPv4 address in disguise"
+        return "an IPv4-mapped address"
     if address.is_link_local or address.scope_id is not None:
         return "link-local"
     return _fault(address)

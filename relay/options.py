@@ -1,282 +1,253 @@
-"""The types of command line options: text to values, with one line that says what is wrong."""
+"""Types of command line options: functions that parse a text, and errors that state the accepted values."""
 
+import contextlib
 import re
 import sys
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from collections.abc import Callable
+from ipaddress import IPv4Address, IPv6Address, ip_network
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
-from relay.config import ANY_CPU, Endpoint
+from relay.config import ANY_CPU, SERVICE_PORT, Endpoint
 from relay.core.credentials import RelaySecret
 from relay.core.peers import Network
 from relay.core.portal.endpoint import PortalToken, PortalUrl
 from relay.ops.logs.filter import LogFilter
+
+T = TypeVar("T")
 
 _LONGEST_TEXT = 4096
 _LONGEST_INTERFACE = 15
 _HOSTNAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252}[A-Za-z0-9_])?")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _SHORTEST_INTERVAL, _LONGEST_INTERVAL = 0.0001, 10.0
+_NEW_TOKEN = "copy the token from the portal's console again"  # noqa: S105 - advice
+NEW_SECRET = "create a secret with openssl rand -hex 32"  # noqa: S105 - advice
 
 
-class IpAddressType(click.ParamType[IPv4Address | IPv6Address]):
-    """An address of one family."""
-
-    def __init__(self, version: int) -> None:
-        self.version = version
-        self.name = f"IPV{version}"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> IPv4Address | IPv6Address:  # noqa: ANN401
-        """Read an address."""
-        try:
-            address = ip_address(str(value).strip())
-        except ValueError:
-            self.fail(f"{str(value)!r} is no IP address", param, ctx)
-        if address.version != self.version:
-            self.fail(f"{address} is an IPv{address.version} address: give an IPv{self.version} address", param, ctx)
-        return address
-
-
-class EndpointType(click.ParamType[Endpoint]):
-    """An address and a port to listen on."""
-
-    name = "HOST:PORT"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Endpoint:  # noqa: ANN401
-        """Read ``192.0.2.1:80`` or ``[2001:db8::1]:80``."""
-        if isinstance(value, Endpoint):
-            return value
-        host, _, port = str(value).strip().rpartition(":")
-        try:
-            address = IPv6Address(host[1:-1]) if host.startswith("[") and host.endswith("]") else IPv4Address(host)
-            port_number = int(port) if port.isdecimal() and port.isascii() else -1
-        except ValueError:
-            port_number = -1
-        if not 0 <= port_number < 1 << 16:
-            self.fail(f"{str(value)!r} is no address with a port: write 127.0.0.1:8080 or [::1]:8080", param, ctx)
-        return Endpoint(str(address), port_number)
-
-
-class CollectorType(click.ParamType[str]):
-    """Where an OpenTelemetry collector is."""
-
-    name = "[http[s]://]HOST:PORT"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ANN401
-        """Read ``collector.example:4317``, which is without TLS, or a URL, and give it as one."""
-        match = re.fullmatch(r"(?:(https?)://)?((?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5}))/?", str(value).strip())
-        if match is None or not 0 < int(match[3]) < 1 << 16:
-            # It is not repeated: what makes it wrong may be a password in it.
-            self.fail("no address of a collector: write 127.0.0.1:4317 or https://collector.example:4317", param, ctx)
-        return f"{match[1] or 'http'}://{match[2]}"
-
-
-class NetworksType(click.ParamType[tuple[Network, ...]]):
-    """Networks in CIDR notation, with commas between them."""
-
-    name = "CIDR"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Network, ...]:  # noqa: ANN401
-        """Read ``10.0.0.0/8,fd00::/8``; a single address is a network of one."""
-        if isinstance(value, tuple):
-            return value
-        networks: list[Network] = []
-        for text in filter(None, (part.strip() for part in str(value).split(","))):
-            try:
-                networks.append(ip_network(text))
-            except ValueError as error:
-                self.fail(f"{text!r} is no network: write 10.0.0.0/8 or fd00::/8 ({error})", param, ctx)
-        return tuple(networks)
-
-
-class InterfacesType(click.ParamType[tuple[str, ...]]):
-    """Names of network interfaces, with commas between them."""
-
-    name = "INTERFACE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:  # noqa: ANN401
-        """Read ``eth0,eth1``; nothing is none."""
-        if isinstance(value, tuple):
-            return value
-        names = tuple(filter(None, (part.strip() for part in str(value).split(","))))
-        for name in names:
-            if len(name) > _LONGEST_INTERFACE or "/" in name or not name.isprintable():
-                self.fail(f"{name!r} is no name of an interface: write eth0, or eth0,eth1", param, ctx)
-        return names
-
-
-class HostnamesType(click.ParamType[tuple[str, ...]]):
-    """Names of hosts, with commas between them."""
-
-    name = "NAME"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:  # noqa: ANN401
-        """Read ``relay-1.example,relay-1``; nothing is none."""
-        if isinstance(value, tuple):
-            return value
-        names = tuple(filter(None, (part.strip() for part in str(value).split(","))))
-        for name in names:
-            if _HOSTNAME.fullmatch(name) is None:
-                self.fail(f"{name!r} is no name of a host: write relay-1.example, without scheme or port", param, ctx)
-        return names
-
-
-class DurationType(click.ParamType[int]):
-    """A time in seconds, or with a unit.
+class Parsed(click.ParamType[T]):
+    """An option type whose text a function parses.
 
     Args:
-        name: how it is called in the help.
-        least: seconds that it has to be, at least.
+        name: the placeholder in the help.
+        parse: parses a text without surrounding white space. Its ValueError is the error message.
     """
 
-    def __init__(self, name: str = "DURATION", least: int = 1) -> None:
+    def __init__(self, name: str, parse: Callable[[str], T]) -> None:
         self.name = name
-        self._least = least
+        self._parse = parse
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:  # noqa: ANN401
-        """Read ``90``, ``90s``, ``15m``, ``12h``, ``1d`` or ``2w`` as seconds."""
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"([0-9]{1,9})([smhdw]?)", str(value).strip())
-        if match is None or int(match[1]) < self._least:
-            self.fail(f"{str(value)!r} is no duration: write 90s, 15m, 12h, 1d or 2w", param, ctx)
-        return int(match[1]) * _UNITS[match[2] or "s"]
-
-
-class CpuType(click.ParamType[int | None]):
-    """The CPU for all threads."""
-
-    name = "auto|off|N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:  # noqa: ANN401
-        """Read ``auto`` as any CPU, ``off`` as none, and ``2`` as that one."""
-        if isinstance(value, int):
-            return value
-        text = str(value).strip().lower()
-        if text == "off":
-            return None
-        if text == "auto":
-            return ANY_CPU
-        # No machine has more digits, and what takes any number would take gigabytes to look for a large one.
-        if re.fullmatch("[0-9]{1,5}", text) is None:
-            self.fail(f"{str(value)!r} is no CPU: write auto, off, or the number of one", param, ctx)
-        return int(text)
-
-
-class IntervalType(click.ParamType[float]):
-    """How long a thread may keep the interpreter, in seconds."""
-
-    name = "SECONDS|off"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:  # noqa: ANN401
-        """Read ``0.5``; ``off`` is what the interpreter has without being told."""
-        if isinstance(value, float):
-            return value
-        text = str(value).strip().lower()
-        if text == "off":
-            return sys.getswitchinterval()
-        match = re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text)
-        if match is None or not _SHORTEST_INTERVAL <= float(text) <= _LONGEST_INTERVAL:
-            bounds = f"{_SHORTEST_INTERVAL} to {_LONGEST_INTERVAL:g}"
-            self.fail(f"{str(value)!r} is no such interval: write seconds, {bounds}, or off", param, ctx)
-        return float(text)
-
-
-class LogFilterType(click.ParamType[LogFilter]):
-    """What is logged."""
-
-    name = "DIRECTIVES"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> LogFilter:  # noqa: ANN401
-        """Read ``info,relay.core=debug``."""
-        if isinstance(value, LogFilter):
-            return value
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> T:  # noqa: ANN401
+        """Return the parsed text. Return a default value of another type unchanged."""
+        if not isinstance(value, str):
+            return value  # type: ignore[no-any-return]
         try:
-            return LogFilter.parse(str(value))
+            return self._parse(value.strip())
         except ValueError as error:
-            self.fail(f"no filter for the log: {error}", param, ctx)
+            self.fail(str(error), param, ctx)
 
 
-class PortalUrlType(click.ParamType[PortalUrl]):
-    """Where the portal is."""
-
-    name = "URL"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> PortalUrl:  # noqa: ANN401
-        """Read ``wss://api.example.com``."""
-        if isinstance(value, PortalUrl):
-            return value
-        try:
-            return PortalUrl.parse(str(value))
-        except ValueError as error:
-            # The URL is not repeated: what makes it wrong may be a password in it.
-            self.fail(f"no URL of a portal: {error}", param, ctx)
+def parse_ip4(text: str) -> IPv4Address:
+    """Parse ``203.0.113.7``."""
+    try:
+        return IPv4Address(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not an IPv4 address: use 203.0.113.7") from None
 
 
-def read_token(text: str) -> PortalToken:
-    """Read the portal's token from what FIREZONE_TOKEN has: the token, or the path of a file with it.
+def parse_ip6(text: str) -> IPv6Address:
+    """Parse ``2001:db8::7``."""
+    try:
+        return IPv6Address(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not an IPv6 address: use 2001:db8::7") from None
+
+
+def parse_endpoint(text: str) -> Endpoint:
+    """Parse ``192.0.2.1:80``, ``[2001:db8::1]:80`` or ``localhost:80``."""
+    host, _, port = text.rpartition(":")
+    host = "127.0.0.1" if host.lower() == "localhost" else host
+    try:
+        address = IPv6Address(host[1:-1]) if host.startswith("[") and host.endswith("]") else IPv4Address(host)
+        number = int(port) if port.isdecimal() and port.isascii() else -1
+    except ValueError:
+        number = -1
+    if not 0 <= number < 1 << 16:
+        raise ValueError(f"{text!r} is not an address and port: use 127.0.0.1:8080, [::1]:8080 or localhost:8080")
+    return Endpoint(str(address), number)
+
+
+def local_endpoint(text: str) -> Endpoint:
+    """Parse an address on which a relay listens; return an address at which this machine reaches the relay."""
+    at = parse_endpoint(text)
+    any_host = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - the relay listens there, this program does not
+    return Endpoint(any_host.get(at.host, at.host), at.port)
+
+
+def parse_service_port(text: str) -> None:
+    """Check that the port for clients is `SERVICE_PORT`."""
+    if text != str(SERVICE_PORT):
+        raise ValueError(
+            f"{text!r} can't work, because clients drop packets from any port but {SERVICE_PORT}: unset it, and give a "
+            "second relay on this machine its own address (--bind-ip4-addr)"
+        )
+
+
+def parse_collector(text: str) -> str:
+    """Parse ``collector.example:4317`` (no TLS) or a URL, and return a URL."""
+    match = re.fullmatch(r"(?:(https?)://)?((?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5}))/?", text)
+    if match is None or not 0 < int(match[3]) < 1 << 16:
+        # Without the value, which may contain a password.
+        raise ValueError("not a valid collector address: use 127.0.0.1:4317 or https://collector.example:4317")
+    return f"{match[1] or 'http'}://{match[2]}"
+
+
+def parse_networks(text: str) -> tuple[Network, ...]:
+    """Parse ``10.0.0.0/8,fd00::/8``. An address without prefix length is a network of one address."""
+    try:
+        return tuple(map(ip_network, _items(text)))
+    except ValueError as error:
+        raise ValueError(f"{error}: use 10.0.0.0/8 or fd00::/8") from None
+
+
+def parse_interfaces(text: str) -> tuple[str, ...]:
+    """Parse ``eth0,eth1``."""
+    for name in _items(text):
+        if len(name) > _LONGEST_INTERFACE or "/" in name or not name.isprintable():
+            raise ValueError(f"{name!r} is not a valid interface name: use eth0 or eth0,eth1")
+    return _items(text)
+
+
+def parse_hostnames(text: str) -> tuple[str, ...]:
+    """Parse ``relay-1.example,relay-1``."""
+    for name in _items(text):
+        if _HOSTNAME.fullmatch(name) is None:
+            raise ValueError(f"{name!r} is not a valid hostname: use relay-1.example, without scheme and port")
+    return _items(text)
+
+
+def parse_timeout(text: str) -> int:
+    """Parse ``0``, ``90``, ``90s``, ``15m``, ``12h``, ``1d`` or ``2w``, and return seconds."""
+    match = re.fullmatch(r"([0-9]{1,9})([smhdw]?)", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a valid duration: use 90s, 15m, 12h, 1d or 2w")
+    return int(match[1]) * _UNITS[match[2] or "s"]
+
+
+def parse_lifetime(text: str) -> int:
+    """Parse a duration of at least one second."""
+    seconds = parse_timeout(text)
+    if not seconds:
+        raise ValueError(f"{text!r} is too short: use 90s, 15m, 12h, 1d or 2w")
+    return seconds
+
+
+def parse_cpu(text: str) -> int | None:
+    """Parse a CPU number, ``auto`` (any CPU) or ``off`` (None)."""
+    if text.lower() == "off":
+        return None
+    if text.lower() == "auto":
+        return ANY_CPU
+    # At most 5 digits: sched_setaffinity takes a bit mask, which would need gigabytes for a large number.
+    if re.fullmatch("[0-9]{1,5}", text) is None:
+        raise ValueError(f"{text!r} is not a CPU: use auto, off or a CPU number")
+    return int(text)
+
+
+def parse_interval(text: str) -> float:
+    """Parse seconds, or ``off`` for the interpreter's default."""
+    if text.lower() == "off":
+        return sys.getswitchinterval()
+    match = re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text)
+    if match is None or not _SHORTEST_INTERVAL <= float(text) <= _LONGEST_INTERVAL:
+        bounds = f"{_SHORTEST_INTERVAL} to {_LONGEST_INTERVAL:g}"
+        raise ValueError(f"{text!r} is not a valid interval: use {bounds} seconds, or off")
+    return float(text)
+
+
+def parse_log_filter(text: str) -> LogFilter:
+    """Parse ``info,relay.core=debug``."""
+    try:
+        return LogFilter.parse(text)
+    except ValueError as error:
+        raise ValueError(f"invalid log filter: {error}") from None
+
+
+def parse_portal_url(text: str) -> PortalUrl:
+    """Parse ``wss://api.example.com``."""
+    try:
+        return PortalUrl.parse(text)
+    except ValueError as error:
+        # Without the value, which may contain a password.
+        raise ValueError(f"not a valid portal URL: {error}") from None
+
+
+def _items(text: str) -> tuple[str, ...]:
+    """Return the parts of a comma-separated list without empty parts."""
+    return tuple(filter(None, (part.strip() for part in text.split(","))))
+
+
+def token_path(text: str) -> Path | None:
+    """Return the path in FIREZONE_TOKEN, or None if FIREZONE_TOKEN is the token itself."""
+    stripped = text.strip()
+    is_path = stripped.startswith(("/", "./", "../"))
+    # A token may be too long for a file name.
+    with contextlib.suppress(OSError):
+        is_path = is_path or Path(stripped).is_file()
+    return Path(stripped) if is_path else None
+
+
+def parse_token(text: str, source: str = "FIREZONE_TOKEN") -> PortalToken:
+    """Parse the portal's token.
 
     Raises:
-        click.UsageError: it is none, or the file can't be read. The message shows no token.
+        click.UsageError: the token is invalid. The message does not contain the token.
     """
-    stripped = text.strip()
-    if stripped.startswith(("/", "./", "../")) or ("\0" not in stripped and _is_file(stripped)):
-        return read_token_file(Path(stripped))
     try:
-        return PortalToken.parse(stripped)
+        return PortalToken.parse(text)
     except ValueError as error:
-        raise click.UsageError(f"FIREZONE_TOKEN is no token: {error}; copy it from the portal again") from error
+        raise click.UsageError(f"{source} has no valid token: {error}; {_NEW_TOKEN}") from error
 
 
 def read_token_file(path: Path) -> PortalToken:
     """Read the portal's token from a file.
 
     Raises:
-        click.UsageError: the file can't be read, or there is no token in it.
+        click.UsageError: the file can't be read, or has no valid token.
     """
-    text = _read_text(path, "token", "copy it from the portal again")
-    try:
-        return PortalToken.parse(text)
-    except ValueError as error:
-        raise click.UsageError(f"{path} holds no token: {error}; copy it from the portal again") from error
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return Path(text).is_file()
-    except OSError:
-        # Longer than a name may be, for instance.
-        return False
+    return parse_token(_read_text(path, "token", _NEW_TOKEN), str(path))
 
 
 def read_secret(path: Path) -> RelaySecret:
-    """Read a relay secret from a file, white space around it left out.
+    """Read a relay secret from a file, without surrounding white space.
 
     Raises:
-        click.UsageError: the file can't be read, or there is no text in it.
+        click.UsageError: the file can't be read, or is empty.
     """
-    return RelaySecret(_read_text(path, "relay secret", "openssl rand -hex 32 makes one"))
+    return RelaySecret(_read_text(path, "relay secret", NEW_SECRET))
 
 
-def _read_text(path: Path, what: str, advice: str) -> str:
-    """Read a short text from a file, white space around it left out.
+def _read_text(path: Path, content: str, advice: str) -> str:
+    """Read a short text from a file, without surrounding white space.
 
     Raises:
-        click.UsageError: the file can't be read, or there is no such text in it. The message does not show it.
+        click.UsageError: the file can't be read, is empty or is too long. The message does not contain the text.
     """
     try:
         if not path.is_file() and path.exists():
-            raise click.UsageError(f"can't read the {what} from {path}: it is no regular file")
+            raise click.UsageError(f"can't read the {content} from {path}: not a regular file")
         with path.open(encoding="utf-8") as file:
             text = file.read(_LONGEST_TEXT + 1).strip()
     except OSError as error:
-        raise click.UsageError(f"can't read the {what} from {path}: {error.strerror}") from error
+        # Without a name that may be the text itself.
+        shown = path if "/" in str(path) else "the given file"
+        raise click.UsageError(f"can't read the {content} from {shown}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise click.UsageError(f"the {what} in {path} is no text ({advice})") from error
+        raise click.UsageError(f"the {content} in {path} is not UTF-8 text: {advice}") from error
     if len(text) > _LONGEST_TEXT:
-        raise click.UsageError(f"{path} is no {what}: it is longer than {_LONGEST_TEXT} characters")
+        raise click.UsageError(f"the {content} in {path} is longer than {_LONGEST_TEXT} characters: {advice}")
     if not text:
-        raise click.UsageError(f"{path} is empty: put the {what} into it ({advice})")
+        raise click.UsageError(f"{path} is empty: {advice}")
     return text

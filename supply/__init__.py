@@ -1,1 +1,1 @@
-"""What the relay is made of: locked, audited, and listed."""
+"""Supply chain: lock files, audit and SBOM."""

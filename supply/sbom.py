@@ -1,12 +1,13 @@
-"""Writes what the relay is shipped with, in CycloneDX: each package, its version, licence, hashes, and what needs what.
+"""Write the SBOM in CycloneDX: each shipped package with version, licence, hashes and dependencies.
 
-One document is about requirements/relay.txt, another about otlp.txt, of which an image may be built. They are made of these
-and of what the installed packages say of themselves, so it takes no network. The same lock gives the same document but for
-the time, which SOURCE_DATE_EPOCH sets.
+One document is for requirements/relay.txt, another for otlp.txt. The data comes from these files and the metadata of the
+installed packages, without network access. The same lock gives the same document, except for the time (SOURCE_DATE_EPOCH).
+
+`cyclonedx-py requirements` would write hashes, but neither licences nor dependencies, and `cyclonedx-py environment` the
+opposite, for all of the virtual environment.
 """
 
 import os
-import re
 import sys
 import tomllib
 import uuid
@@ -31,14 +32,14 @@ from supply.pins import FOLDER, LINUX, Pin, read
 
 NAME: Final = "firezone-relay"
 EXTRAS: Final = ("otlp",)
-"""Of the relay, that have a lock of their own."""
+"""Extras of the relay with a lock file."""
 
-_PROJECT: Final = FOLDER.parent / "pyproject.toml"
+_OSI: Final = "License :: OSI Approved :: "
 _LICENSES: Final = LicenseFactory()
 
 
 def main() -> None:
-    """Write them to the folder that the command line says."""
+    """Write the documents to the folder of the command line."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER.parent / "dist"
     folder.mkdir(parents=True, exist_ok=True)
     for extra in (None, *EXTRAS):
@@ -48,20 +49,11 @@ def main() -> None:
 
 
 def document(extra: str | None = None) -> str:
-    """Give the document, as JSON.
-
-    Args:
-        extra: what it is installed with, of `EXTRAS`.
-
-    Raises:
-        importlib.metadata.PackageNotFoundError: what is pinned is not installed.
-    """
-    project = tomllib.loads(_PROJECT.read_text(encoding="utf-8"))["project"]
-    lock, wanted = "relay", list(project["dependencies"])
-    if extra is not None:
-        lock, wanted = extra, wanted + project["optional-dependencies"][extra]
-    pins = [pin for pin in read(lock) if pin.is_for_linux]
-    components = {pin.name: _component(pin) for pin in pins}
+    """Return the document as JSON, for an installation with an extra or without."""
+    project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = project["dependencies"] + (project["optional-dependencies"][extra] if extra else [])
+    lock = extra or "relay"
+    components = {pin.name: _component(pin) for pin in read(lock) if pin.is_for_linux}
     relay = Component(
         name=NAME,
         version=__version__,
@@ -69,18 +61,22 @@ def document(extra: str | None = None) -> str:
         bom_ref=f"{NAME}@{__version__}",
         licenses=[_LICENSES.make_from_string(project["license"])],
     )
-    about = BomMetaData(timestamp=_now(), component=relay)
-    bom = Bom(components=components.values(), serial_number=_serial(lock), metadata=about)
-    bom.register_dependency(relay, [components[name] for name in _named(wanted)])
-    for pin in pins:
-        needs = _named(metadata.requires(pin.name) or [])
-        bom.register_dependency(components[pin.name], [components[name] for name in needs if name in components])
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    time = datetime.now(UTC) if epoch is None else datetime.fromtimestamp(int(epoch), UTC)
+    text = (FOLDER / f"{lock}.txt").read_text(encoding="utf-8")
+    serial_number = uuid.uuid5(uuid.NAMESPACE_OID, f"{NAME} {__version__} {text}")
+    about = BomMetaData(timestamp=time, component=relay)
+    bom = Bom(components=components.values(), serial_number=serial_number, metadata=about)
+    bom.register_dependency(relay, [components[name] for name in _names(wanted)])
+    for name, component in components.items():
+        needed = _names(metadata.requires(name) or [])
+        bom.register_dependency(component, [components[each] for each in needed if each in components])
     return JsonV1Dot6(bom).output_as_string(indent=2) + "\n"
 
 
 def _component(pin: Pin) -> Component:
     purl = PackageURL("pypi", None, pin.name, pin.version)
-    # Of all files of this version: which of them is installed depends on the machine. Where they are, the installer knows.
+    # The hashes of all files: the machine decides which of the files pip installs.
     files = ExternalReference(
         type=ExternalReferenceType.DISTRIBUTION,
         url=XsUri(purl.to_string()),
@@ -98,32 +94,22 @@ def _component(pin: Pin) -> Component:
 
 
 def _licenses(name: NormalizedName) -> Iterator[License]:
-    """Give what a package says of its licence; some say it in an expression, older ones in a line of text."""
-    said = metadata.metadata(name)
-    text = (said.get_all("License-Expression") or said.get_all("License") or [""])[0]
+    """Return the licences in a package's metadata: an expression, a line of text, or classifiers."""
+    found = metadata.metadata(name)
+    text = (found.get_all("License-Expression") or found.get_all("License") or [""])[0]
     if text and "\n" not in text:
         yield _LICENSES.make_from_string(text)
         return
-    for classifier in said.get_all("Classifier") or ():
-        if found := re.fullmatch(r"License :: OSI Approved :: (.+)", classifier):
-            yield _LICENSES.make_with_name(found[1])
+    for classifier in found.get_all("Classifier") or ():
+        if classifier.startswith(_OSI):
+            yield _LICENSES.make_with_name(classifier.removeprefix(_OSI))
 
 
-def _named(requirements: list[str]) -> Iterator[NormalizedName]:
-    """Give the names of what is required on Linux without any extra."""
+def _names(requirements: list[str]) -> Iterator[NormalizedName]:
+    """Return the names of requirements on Linux without extras."""
     for each in map(Requirement, requirements):
         if each.marker is None or each.marker.evaluate(LINUX | {"extra": ""}):
             yield canonicalize_name(each.name)
-
-
-def _serial(lock: str) -> uuid.UUID:
-    text = (FOLDER / f"{lock}.txt").read_text(encoding="utf-8")
-    return uuid.uuid5(uuid.NAMESPACE_OID, f"{NAME} {__version__} {text}")
-
-
-def _now() -> datetime:
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    return datetime.now(UTC) if epoch is None else datetime.fromtimestamp(int(epoch), UTC)
 
 
 if __name__ == "__main__":

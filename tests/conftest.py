@@ -1,55 +1,47 @@
-"""What tests of every kind use."""
+"""Fixtures and options of all tests."""
 
 import os
-import socket
+import shlex
+import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
 
 import pykka
 import pytest
-import structlog
-from hypothesis import HealthCheck, settings
 
 from relay.config import LogFormat
 from relay.ops.logs import log as logs
+from tests.support.examples import register_profiles
+from tests.support.waiting import PATIENCE
 
-# CI is root, and so is who tries a relay in a container: each program that tests start finds this in its environment.
+# Tests run as root in CI and in containers: each program started by tests inherits this variable.
 os.environ["ALLOW_ROOT"] = "1"
 
+register_profiles()
 
-def has_ipv6() -> bool:
-    """Whether this machine can talk to itself over IPv6."""
-    try:
-        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:
-            probe.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
+IN_OWN_NETWORK: Final = Path(__file__).with_name("in-own-network")
 
 
-HAS_IPV6 = has_ipv6()
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of test processes: 0 without network namespaces.
 
-# Containers often have no IPv6 at all: then there is nothing to be tested.
-needs_ipv6 = pytest.mark.skipif(not HAS_IPV6, reason="this machine has no IPv6")
-
-# An example that takes long is no failure: the machine may have other work. People's runs search at random, and find more
-# over time; CI's repeat themselves, so that a red one is about the change.
-settings.register_profile("people", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("ci", settings.get_profile("people"), derandomize=True, print_blob=True)
-settings.load_profile("ci" if os.environ.get("CI") else "people")
-
-PATIENCE = 30.0
-"""Seconds for what takes a hundredth of one where nothing else is to be done: a machine may be slow, and have other work."""
+    More than the CPUs, because about half of the processes wait at any time.
+    """
+    done = subprocess.run([IN_OWN_NETWORK, "true"], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        sys.stderr.write(f"All tests run in one process, which takes longer: no network namespaces here: {done.stderr}")
+        return 0
+    return 2 * len(os.sched_getaffinity(0))
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
-    """Wait for what another thread or process does and says nothing about; fail if it does not."""
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, f"not so within {seconds} s"
-        # Lets the other threads have the interpreter.
-        time.sleep(0.001)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: list[Any]) -> None:
+    """Start each worker in its own network namespace, where port 3478 of every address is free."""
+    for spec in specs:
+        spec.python = shlex.join((str(IN_OWN_NETWORK), sys.executable))
 
 
 @pytest.fixture(autouse=True)
@@ -58,5 +50,4 @@ def _no_actor_outlives_its_test() -> Iterator[None]:
         yield
     left = pykka.ActorRegistry.get_all()
     pykka.ActorRegistry.stop_all(timeout=PATIENCE)
-    structlog.reset_defaults()
     assert not left, f"left running: {left}"

@@ -1,9 +1,8 @@
-// Sends packets of many flows from where it is run as a test with live frames, one flow after another, and no more of them at
-// once than a relay is to have on its hands.
+// Send packets of many flows in turn, with a limit of packets in flight. Runs as a test with live frames.
 
 #include "load.h"
 
-// A frame was used before, and has the headers that the relay wrote: so all of them are written each time.
+// Write all headers: the kernel reuses frames, with the headers of the relay.
 INLINE int write_headers(struct xdp_md *context, const struct headers *headers)
 {
     struct headers *frame = (void *)(uptr)context->data;
@@ -17,39 +16,39 @@ INLINE int write_headers(struct xdp_md *context, const struct headers *headers)
     return 1;
 }
 
-// Nothing arrived for a while: what is under way was lost.
-INLINE void look_for_losses(struct load *load, u64 arrived, long long under_way)
+// Count the packets in flight as lost if nothing has arrived for a while.
+INLINE void count_losses(struct load *load, u64 arrived, long long in_flight)
 {
     u64 now = bpf_ktime_get_ns();
 
     if (arrived != load->seen) {
         load->seen = arrived;
         load->seen_at = now;
-    } else if (now - load->seen_at > PATIENCE) {
-        load->lost += under_way;
+    } else if (now - load->seen_at > TIMEOUT) {
+        load->lost += in_flight;
         load->seen_at = now;
     }
 }
 
-// Whoever looks at a counter that another CPU writes slows it down: so it is looked at once for many packets.
+// Read `arrived` once for many packets: each read slows down the CPU that writes the counter.
 INLINE int may_send(struct load *load, const u64 *arrived_so_far)
 {
     u64 arrived = *(volatile const u64 *)arrived_so_far;
-    long long under_way = load->sent - load->lost - arrived;
+    long long in_flight = load->sent - load->lost - arrived;
 
     if (load->credit)
         return 1;
-    if (under_way < 0) {
-        // What was given up has come after all.
-        load->lost += under_way;
-        under_way = 0;
+    if (in_flight < 0) {
+        // Lost packets have arrived late.
+        load->lost += in_flight;
+        in_flight = 0;
     }
-    if (under_way >= load->window - load->window / 4) {
-        look_for_losses(load, arrived, under_way);
+    if (in_flight >= load->window - load->window / 4) {
+        count_losses(load, arrived, in_flight);
         load->waited++;
         return 0;
     }
-    load->credit = load->window - under_way;
+    load->credit = load->window - in_flight;
     return 1;
 }
 

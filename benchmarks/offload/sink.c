@@ -1,4 +1,4 @@
-// Counts the packets that arrive, and lets them go no further.
+// Count and drop the packets of the load.
 
 #include "load.h"
 
@@ -10,7 +10,7 @@ SECTION("xdp") int sink(struct xdp_md *context)
 
     if (!load || !arrived_so_far || context->data_end - context->data != load->length)
         return XDP_PASS;
-    // One CPU at a time takes packets from one queue of an interface, and this one has one.
+    // The interface has one queue, so one CPU at a time runs this.
     ++*arrived_so_far;
     return XDP_DROP;
 }

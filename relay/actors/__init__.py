@@ -1,7 +1,7 @@
-"""The relay as actors on threads: what arrives on a socket is put to the core, and its commands are carried out.
+"""The actors of the relay, on threads.
 
-- `relay.actors.system` starts everything in order, hears of failures, and stops everything in reverse order.
-- `relay.actors.listener` reads the port that clients talk to.
-- `relay.actors.server` owns the core: all that arrives comes to its inbox, and it alone sends.
-- `relay.actors.allocation` reads the sockets of one allocation.
+- `relay.actors.readers` reads sockets: of the port for clients, and of each allocation.
+- `relay.actors.server` owns the core: all datagrams come to its mailbox, and it alone sends.
+- `relay.actors.mailbox` decides in which thread the server actor runs.
+- `relay.actors.offload` and `relay.actors.portal` keep the kernel's data path and the portal's channel.
 """

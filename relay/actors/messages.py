@@ -1,94 +1,95 @@
-"""What actors are told."""
+"""The messages of actors."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from relay.core.addresses import AllocationId, RelayedPort
+from relay.core.addresses import AllocationId, Family
+from relay.core.data import Datagram
 from relay.core.portal.commands import ConnectionId
-from relay.core.portal.refusal import Refusal
-from relay.core.trains import Arrival
+from relay.core.portal.events import ConnectionEvent
 
 
-class FromClients(NamedTuple):
-    """What arrived on the port that clients talk to, in one batch."""
+class ClientDatagrams(NamedTuple):
+    """One batch of datagrams that arrived on the port for clients."""
 
-    arrivals: Sequence[Arrival]
+    batch: Sequence[Datagram]
     is_flood: bool = False
-    """Whether more arrives there than can be taken."""
+    """Whether more datagrams arrive there than the relay can handle."""
 
 
-class FromPeers(NamedTuple):
-    """What arrived on an allocation's relayed addresses, in one batch."""
+class PeerDatagrams(NamedTuple):
+    """One batch of datagrams that arrived on the relayed addresses of an allocation."""
 
+    batch: Sequence[Datagram]
     allocation: AllocationId
-    arrivals: Sequence[Arrival]
 
 
 class Tick(NamedTuple):
-    """A deadline of the core has come."""
+    """A deadline of the core has passed."""
 
 
 class Failed(NamedTuple):
-    """A thread that worked for the actor failed: so has the actor."""
+    """The actor failed while another thread ran its code."""
 
     error: Exception
 
 
 class AllocationFailed(NamedTuple):
-    """What serves an allocation can't go on."""
+    """A socket or the reader of an allocation failed."""
 
     allocation: AllocationId
     error: BaseException
 
 
-class AllocationClosed(NamedTuple):
-    """The sockets of an allocation are closed."""
+class Kick(NamedTuple):
+    """End an allocation at an operator's request: the reply is whether it existed."""
 
     allocation: AllocationId
-    port: RelayedPort
+
+
+class OwnAddresses(NamedTuple):
+    """The addresses of this machine have changed."""
+
+    addresses: frozenset[str]
+    """All addresses."""
+    hosts: Mapping[Family, str]
+    """The addresses for sockets of allocations."""
+    several: frozenset[Family]
+    """The families of which sockets are bound to several addresses."""
 
 
 class Drain(NamedTuple):
-    """Take on no new allocation."""
+    """Make no new allocations."""
 
 
-class AreYouThere(NamedTuple):
-    """Whoever asks wants to know whether messages are still worked off."""
+class Resume(NamedTuple):
+    """Make new allocations again."""
 
 
-class PortalConnected(NamedTuple):
-    """The portal answered the upgrade with 101."""
+class Execute(NamedTuple):
+    """Call a function with the actor, in its turn, and reply with the result."""
 
-    connection: ConnectionId
-
-
-class PortalRefused(NamedTuple):
-    """The portal answered the upgrade with something else."""
-
-    connection: ConnectionId
-    refusal: Refusal
+    function: Callable[[Any], object]
 
 
-class PortalSaid(NamedTuple):
-    """The portal sent a text message."""
+class Ping(NamedTuple):
+    """A check that the actor still handles messages: the reply is empty."""
+
+
+class PortalEvent(NamedTuple):
+    """An event of a connection to the portal."""
 
     connection: ConnectionId
-    text: str
+    event: ConnectionEvent
 
 
-class PortalSentOther(NamedTuple):
-    """The portal sent a message or frame of another kind."""
-
-    connection: ConnectionId
-    kind: str
+class JoinPortal(NamedTuple):
+    """A request to join the portal's channel."""
 
 
-class PortalLost(NamedTuple):
-    """There is no connection to the portal, or none any more."""
-
-    connection: ConnectionId
-    reason: str
+class Succeeded(NamedTuple):
+    """Another process takes this relay's place at the portal."""
 
 
 class LeavePortal(NamedTuple):
-    """Leave the portal's channel."""
+    """A request to leave the portal's channel."""

@@ -1,192 +1,160 @@
-"""Keeps the kernel's data path in step with the network: next hops, interfaces, this machine's addresses."""
+"""Updates of the kernel's data path after changes of the network: next hops, interfaces, own addresses."""
 
 import contextlib
 import math
-import socket
-import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 
 import pykka
-import structlog
 
-from relay.actors.actor import Actor, FailureListener
-from relay.actors.clock import Clock
-from relay.actors.inbox import TimedInbox
-from relay.actors.messages import Failed, Tick
-from relay.core.addresses import Family
-from relay.core.commands import OFFLOAD_COMMANDS, Command
-from relay.offload.datapath import Datapath, asking, usage_by_client
-from relay.offload.layout import OWN_ADDRESSES, packed_address
-from relay.offload.netlink import Monitor, Network
-from relay.offload.network import AddressesChanged, Link, LinkNews, NeighbourNews, News, Overrun, RoutesChanged
+from relay.actors.actor import Actor, FailureListener, TimedActor
+from relay.actors.messages import Failed, OwnAddresses, Tick
+from relay.core.addresses import ClientAddress, Family, family_of, show
+from relay.core.commands import OFFLOAD_COMMANDS, Command, InstallChannel
+from relay.logger import Logger
+from relay.net.routes import source_toward
+from relay.net.threads import yield_cpu
+from relay.net.udp import UdpSocket
+from relay.offload.datapath import Datapath, asking
+from relay.offload.layout import OWN_ADDRESSES, V4_MAPPED, packed_address
+from relay.offload.netlink import Changes, Monitor, Network
+from relay.offload.network import Link
 from relay.offload.next_hops import NextHops, own_addresses
-from relay.ops.logs.lines import exception_words
-from relay.ops.threads import yield_cpu
+from relay.offload.watch import Figures, ProgramWatch, received_packets
+from relay.ops.clock import Clock
+from relay.ops.logs.render import exception_words
+from relay.ops.machine import UNSPECIFIED
 
-ROUTES_REST: Final = 0.25
-"""Seconds from one time that all routes are asked for to the next: 16,000 take 0.15 s, and some machines get new routes all
-the time."""
+REST: Final = 0.25
+"""Minimum seconds between two queries of all state: 16,000 routes take 0.15 s, and the routes of some machines change
+constantly."""
 
 STOP_TIMEOUT: Final = 0.5
-"""Seconds for each of the two to end."""
+"""Seconds for each actor to stop."""
 
 SWITCH_TIMEOUT: Final = 5.0
-"""Seconds for an operator to wait. To attach takes some milliseconds, with drivers that restart their queues a second."""
+"""Timeout in seconds of an operator's request. Attaching takes some milliseconds, or a second if the driver restarts its
+queues."""
 
-ROUTES_LIFETIME: Final = 30.0
-"""Seconds after which all routes are asked for without news: of paths that were found to be narrow, and of routers that sent
-us to another, there is none."""
+STATE_LIFETIME: Final = 30.0
+"""Maximum seconds between two queries of all state: path MTUs and redirects cause no notification."""
 
 _PORTION: Final = 256
-"""Routes asked for and entries written before packets get their chance."""
+"""Lookups and writes before other threads get the GIL."""
 
-_UNSPECIFIED: Final = frozenset(("0.0.0.0", "::"))  # noqa: S104 - what sockets are bound to
-
-_log = structlog.get_logger("relay.actors.offload")
+_log = Logger("relay.actors.offload")
 
 
 class Followed(NamedTuple):
-    """Destinations are needed from now on, or no longer."""
+    """Destinations of channels have changed."""
 
-    changes: dict[int, str | None]
-
-
-class KernelNews(NamedTuple):
-    """The kernel says what has changed in its network."""
-
-    news: list[News]
+    changes: dict[str, bool]
+    """Hosts to which channels lead for the first time (True), or no longer (False)."""
 
 
 class SwitchOffload(NamedTuple):
-    """Attach the program to the interfaces, or take it from them. The answer is whether that went well."""
+    """A request to attach or detach the program. The reply is whether this succeeded."""
 
     attached: bool
 
 
-class OffloadActor(Actor):
-    """Writes where packets go next, and attaches and detaches the program.
+class OffloadActor(TimedActor):
+    """The actor that writes next hops, and attaches and detaches the program.
 
     Args:
-        datapath: what it keeps.
-        hosts: where the relay's sockets are bound, by family.
-        clock: for the rest between two rounds of asking for routes.
-        failed: hears of its failure.
+        datapath: the data path to update.
+        hosts: bind addresses of the relay's sockets, by family.
+        clock: the clock for intervals between route queries.
+        by_sockets: returns the number of packets that the sockets have relayed.
+        failed: receives failures.
     """
 
-    def __init__(self, datapath: Datapath, hosts: Mapping[Family, str], clock: Clock, failed: FailureListener) -> None:
+    def __init__(
+        self,
+        datapath: Datapath,
+        hosts: Mapping[Family, str],
+        clock: Clock,
+        by_sockets: Callable[[], int],
+        failed: FailureListener,
+    ) -> None:
         super().__init__("offload", failed)
         self._datapath = datapath
-        # None leaves the choice to the kernel, as with a socket that is bound to all addresses.
-        self._sources = {family: None if host in _UNSPECIFIED else host for family, host in hosts.items()}
+        self._sources = _sources(hosts)
+        self._by_sockets = by_sockets
+        self._watch = ProgramWatch()
         self._clock = clock
-        self._inbox = cast(TimedInbox, self.actor_inbox)
         self._next_hops = NextHops()
-        self._links: dict[int, Link] = {}
         self._wanted = True
-        self._asked_at = -math.inf
+        self._looked_at = -math.inf
         self._network = Network()
         self._inputs: dict[type, Callable[[Any], object]] = {
             Followed: lambda told: self._follow(told.changes),
-            KernelNews: lambda told: self._hear(told.news),
+            Changes: self._hear,
+            OwnAddresses: self._bind,
             SwitchOffload: lambda told: self._switch(attached=told.attached),
-            Tick: lambda _: self._ask_for_routes(),
+            Tick: lambda _: self._look_soon(),
             Failed: _raise,
         }
 
-    @staticmethod
-    def _create_actor_inbox() -> Any:  # noqa: ANN401 - pykka's protocol for it is private
-        return TimedInbox()
-
-    def on_start(self) -> None:
-        """See what there is."""
-        try:
-            self._look_around()
-        except Exception:
-            # Pykka calls that for a message only.
-            self.on_failure(*sys.exc_info())
-            raise
-
     def on_receive(self, message: object) -> object:
-        """Take one message, and write what follows from it."""
+        """Process a message, and write the changed next hops."""
         try:
             answer = self._inputs[type(message)](message)
             self._write()
         except Exception as error:
             if not isinstance(message, SwitchOffload):
                 raise
-            # Or whoever asks for it would get the failure, and nobody else hear of it.
+            # Otherwise Pykka would raise the failure only in the requesting thread, and this actor would continue.
             self.actor_ref.tell(Failed(error))
             return False
         return answer
 
-    def on_failure(self, *failure: Any) -> None:  # noqa: ANN401 - what sys.exc_info() gives
-        """Have the sockets relay everything, since nobody keeps the next hops; and tell the supervisor."""
+    def on_failure(self, *failure: Any) -> None:  # noqa: ANN401 - as from sys.exc_info()
+        """Detach the program, because next hops would become outdated, and notify the supervisor."""
         self._datapath.detach()
         super().on_failure(*failure)
         self.on_stop()
 
     def on_stop(self) -> None:
-        """Ask the kernel nothing any more."""
+        """Close the rtnetlink socket."""
         self._network.close()
 
     def _look_around(self) -> None:
-        """Take in all that the kernel has, instead of what it said before."""
+        """Replace the known state by the kernel's current state, and attach the program to the current interfaces."""
+        self._looked_at = self._clock.monotonic()
+        self._inbox.wake_at(self._looked_at + STATE_LIFETIME, self._clock)
         links = self._network.links()
-        self._links = {each.ifindex: each for each in links}
         self._next_hops.replace(links, self._network.neighbours())
-        self._attach()
+        if self._wanted:
+            self._watch_program()
+            self._attach(links)
         self._write()
 
-    def _follow(self, changes: dict[int, str | None]) -> None:
-        for entry, host in changes.items():
-            if host is None:
-                self._next_hops.unfollow(entry)
+    def _follow(self, changes: dict[str, bool]) -> None:
+        for host, is_used in changes.items():
+            if is_used:
+                self._next_hops.follow(host, self._sources.get(_family(host)))
             else:
-                family = Family.IPV6 if ":" in host else Family.IPV4
-                self._next_hops.follow(entry, host, self._sources.get(family))
+                self._next_hops.unfollow(host)
 
-    def _hear(self, news: list[News]) -> None:
-        addresses = routes = False
-        for each in news:
-            match each:
-                case NeighbourNews():
-                    self._next_hops.neighbour(each)
-                case LinkNews():
-                    routes |= self._take_link(each)
-                    addresses = True
-                case AddressesChanged():
-                    addresses = routes = True
-                case RoutesChanged():
-                    routes = True
-                case Overrun():
-                    self._look_around()
-        if addresses:
-            self._attach()
-        if routes:
-            self._ask_for_routes()
+    def _bind(self, own: OwnAddresses) -> None:
+        # Hosts that are followed already keep their source, as do the open sockets.
+        self._sources = _sources(own.hosts)
+        self._look_soon()
 
-    def _ask_for_routes(self) -> None:
-        """Ask for all routes again; if that was done a moment ago, when it has been a while, and for all news until then."""
-        now = self._clock.monotonic()
-        if now >= self._asked_at + ROUTES_REST:
-            self._asked_at = now
-            self._next_hops.routes_changed()
-            self._inbox.wake_at(now + ROUTES_LIFETIME, self._clock)
-        else:
-            self._inbox.wake_at(self._asked_at + ROUTES_REST, self._clock)
+    def _hear(self, changes: Changes) -> None:
+        for each in changes.neighbours:
+            self._next_hops.neighbour(each)
+        if changes.others:
+            self._look_soon()
 
-    def _take_link(self, news: LinkNews) -> bool:
-        ifindex, link = news
-        before = self._links.get(ifindex)
-        if link is None:
-            self._links.pop(ifindex, None)
-            return self._next_hops.link(news)
-        if link.ipv6_mtu < link.mtu and (before is None or before.mtu != link.mtu):
-            # The kernel tells of a new MTU before IPv6 has it, and nothing when it has.
-            link = next((each for each in self._network.links() if each.ifindex == ifindex), link)
-        self._links[ifindex] = link
-        return self._next_hops.link(LinkNews(ifindex, link))
+    def _look_soon(self) -> None:
+        """Query all state, or set a timer if the last query was too recent, or if the state changes too fast."""
+        if self._clock.monotonic() >= self._looked_at + REST:
+            with contextlib.suppress(InterruptedError):
+                return self._look_around()
+        self._inbox.wake_at(self._looked_at + REST, self._clock)
+        return None
 
     def _switch(self, *, attached: bool) -> bool:
         self._wanted = attached
@@ -194,23 +162,35 @@ class OffloadActor(Actor):
             self._look_around()
             return not self._datapath.devices.failures
         self._datapath.detach()
+        self._watch = ProgramWatch()
         self._next_hops.attach({})
         _log.info("detached: the sockets relay everything")
         return True
 
-    def _attach(self) -> None:
-        """Let the interfaces that are there have the program, and the program know them and this machine's addresses."""
+    def _watch_program(self) -> None:
+        """Step down from a mode in which the program does not run: `_attach` then tries the next mode."""
+        datapath = self._datapath
+        # Without channels, the sockets rightly relay everything.
+        devices = datapath.devices.packed() if datapath.channels.installed else []
+
+        def read() -> Figures:
+            return Figures(datapath.program.totals().frames, received_packets(), self._by_sockets())
+
+        for name in self._watch.look(self._looked_at, devices, read):
+            _log.warning("the XDP program stands still", why=datapath.devices.stalled(name))
+            if datapath.devices.modes[name] is None:
+                self._watch = ProgramWatch()
+
+    def _attach(self, links: list[Link]) -> None:
+        """Attach the program, and write this machine's addresses."""
         devices, program = self._datapath.devices, self._datapath.program
-        if not self._wanted:
-            return
-        for note in devices.attach(self._links):
+        for note in devices.attach(links):
             if note in devices.failures.values():
                 _log.warning("offload not possible", why=note)
             else:
                 _log.info("offload changed", what=note)
         attached = devices.by_ifindex()
-        own = own_addresses(self._network.addresses(), self._links.values(), attached, limit=sys.maxsize)
-        self._datapath.channels.own_hosts = frozenset(_host(each.address) for each in own)
+        own = own_addresses(self._network.addresses(), links, attached)
         ours = [each for each in own if self._is_served(each.address)]
         if len(ours) > OWN_ADDRESSES:
             _log.warning("too many addresses: packets for some are relayed by the sockets", most=OWN_ADDRESSES)
@@ -218,107 +198,144 @@ class OffloadActor(Actor):
         self._next_hops.attach(attached)
 
     def _is_served(self, address: bytes) -> bool:
-        """Tell whether the relay's sockets receive what is sent to an address of this machine."""
-        family = Family.IPV6 if ":" in _host(address) else Family.IPV4
+        """Return whether the relay's sockets receive packets for an address of this machine."""
+        family = Family.IPV4 if address.startswith(V4_MAPPED) else Family.IPV6
         source = self._sources.get(family)
         return family in self._sources and (source is None or packed_address(source) == address)
 
     def _write(self) -> None:
-        """Ask for routes and write next hops until there is nothing left to do."""
-        hops, program = self._next_hops, self._datapath.program
+        """Query routes and write next hops until no work is left."""
+        hops, program, places = self._next_hops, self._datapath.program, self._datapath.channels.places
         while hops.pending:
             questions = hops.look_ups(_PORTION)
-            for question, outcome in zip(questions, self._network.look_up(questions), strict=True):
-                hops.found(question, outcome)
-            for entry, hop in hops.entries(_PORTION):
-                program.write_next_hop(entry, hop)
+            for question, route in zip(questions, self._network.look_up(questions), strict=True):
+                hops.found(question, route)
+            program.write_next_hops(hops.entries(_PORTION))
+            # The server actor takes the place of a host without channels.
+            ways = ((places.get(host), way) for host, way in hops.ways().items())
+            program.write_ways({place: way for place, way in ways if place is not None})
 
 
 class MonitorActor(Actor):
-    """Owns the socket by which the kernel tells what changes, and tells the offload actor.
+    """The owner of the notification socket, which forwards notifications to the offload actor.
 
-    Its thread is in the read, not in the inbox: so stop the monitor first, and then the actor.
+    Its thread waits in the socket and not in the inbox, so stop the monitor before the actor.
     """
 
-    def __init__(self, monitor: Monitor, offload: pykka.ActorRef[OffloadActor], failed: FailureListener) -> None:
+    def __init__(self, monitor: Monitor, tell: Callable[[Changes | Failed], None], failed: FailureListener) -> None:
         super().__init__("monitor", failed)
         self._monitor = monitor
-        self._offload = offload
+        self._tell = tell
 
     def on_start(self) -> None:
-        """Read until stopped."""
+        """Receive notifications until stopped."""
         try:
-            while (news := self._monitor.receive()) is not None:
-                if news:
-                    self._offload.tell(KernelNews(news))
-        except pykka.ActorDeadError:
-            # It has told the supervisor what of.
-            return
-        except Exception as error:  # noqa: BLE001 - whatever it is, nobody knows any more what changes
-            with contextlib.suppress(pykka.ActorDeadError):
-                self._offload.tell(Failed(error))
+            while (changes := self._monitor.receive()) is not None:
+                self._tell(changes)
+        except Exception as error:  # noqa: BLE001 - without notifications, next hops become outdated
+            self._tell(Failed(error))
 
     def on_stop(self) -> None:
-        """Give the socket back."""
+        """Close the socket."""
         self._monitor.close()
 
 
 class Offloading:
-    """The two of them, from their start to their stop, and what others ask of them.
+    """The interface to both actors, from start to stop.
 
-    Their failure is no reason to end: the sockets relay everything.
+    Their failure does not stop the relay, because the sockets relay everything.
     """
 
-    def __init__(self, datapath: Datapath, hosts: Mapping[Family, str], clock: Clock) -> None:
+    def __init__(
+        self,
+        datapath: Datapath,
+        hosts: Mapping[Family, str],
+        listening: Mapping[Family, UdpSocket],
+        clock: Clock,
+        by_sockets: Callable[[], int],
+    ) -> None:
         self.datapath = datapath
         self._hosts = hosts
+        self._listening = listening
         self._clock = clock
+        self._by_sockets = by_sockets
         self._offload: pykka.ActorRef[OffloadActor] | None = None
         self._stops: list[Callable[[], object]] = []
 
     def start(self) -> None:
-        """Start them.
+        """Start both actors.
 
         Raises:
-            BadUseError: the kernel can't be asked about its network.
+            UsageError: the kernel rejects rtnetlink queries.
         """
-        # What changes from here on is not missed by who looks around next.
+        # The monitor opens before the first query, so that no change is missed.
         with asking():
             monitor = Monitor()
-        self._offload = OffloadActor.start(self.datapath, self._hosts, self._clock, _failed)
-        listener = MonitorActor.start(monitor, self._offload, _failed)
+        self._offload = OffloadActor.start(self.datapath, self._hosts, self._clock, self._by_sockets, _failed)
+        listener = MonitorActor.start(monitor, self._tell, _failed)
         self._stops = [monitor.stop, lambda: _stop(listener), lambda: _stop(self._offload)]
 
     def stop(self) -> None:
-        """Stop them, and have the sockets relay everything."""
+        """Stop both actors, and detach the program."""
         for stop in self._stops:
             stop()
         self.datapath.detach()
 
     def carry_out(self, commands: list[Command]) -> None:
-        """Do what is for the kernel, of some commands; in the thread of whoever is the server actor."""
-        ours = [command for command in commands if isinstance(command, OFFLOAD_COMMANDS)]
-        if ours:
+        """Apply the offload commands of a batch, in the server actor's current thread."""
+        ours = [
+            command
+            for command in commands
+            if isinstance(command, OFFLOAD_COMMANDS)
+            and (not isinstance(command, InstallChannel) or self._leaves_from_asked(command.client))
+        ]
+        if not ours:
+            return
+        try:
             changes = self.datapath.channels.carry_out(ours)
+        except OSError as error:
+            # The kernel may still have ended channels, so that it must relay nothing.
+            self.datapath.program.write_settings((), ())
+            self._tell(Failed(error))
+        else:
             if changes:
                 self._tell(Followed(changes))
 
-    def _tell(self, message: object) -> None:
+    def follow(self, own: OwnAddresses) -> None:
+        """Send from the addresses to which sockets of allocations are bound from now on."""
+        self._hosts = own.hosts
+        self._tell(own)
+
+    def _leaves_from_asked(self, client: ClientAddress) -> bool:
+        """Check whether the kernel sends to a client from the address asked by the client, as far as noted."""
+        family = family_of(client)
+        asked = self._listening[family].asked.host(client)
+        if asked is None:
+            return True
+        try:
+            return asked == (_sources(self._hosts)[family] or source_toward(family, client[0], UNSPECIFIED[family]))
+        except OSError:
+            # No descriptor is free.
+            return False
+
+    def _tell(self, message: Followed | Changes | OwnAddresses | Failed) -> None:
+        """Tell the offload actor, which is dead after a failure."""
         if self._offload is not None:
             with contextlib.suppress(pykka.ActorDeadError):
                 self._offload.tell(message)
 
     def channels(self) -> dict[str, object]:
-        """Give what the kernel relayed for each channel of each client."""
+        """Return the kernel's usage counters by client and channel."""
         told: dict[str, dict[str, object]] = {}
         for portion in self.datapath.usage():
-            for client, used in usage_by_client(portion, self._clock.monotonic()).items():
-                told.setdefault(client, {}).update(used)
+            now = self._clock.monotonic()
+            for each in portion:
+                told.setdefault(show(each.client), {})[f"{each.number:#06x}"] = each.readable(now)
             yield_cpu()
         return {"clients": told}
 
-    def switch(self, attached: bool) -> bool:  # noqa: FBT001 - the only thing there is to say
-        """Attach the program to the interfaces, or take it from them; give whether that went well."""
+    def switch(self, attached: bool) -> bool:  # noqa: FBT001 - the only argument
+        """Attach or detach the program, and return whether this succeeded."""
         if self._offload is None:
             return False
         try:
@@ -333,16 +350,18 @@ def _stop(actor: pykka.ActorRef[Any] | None) -> None:
             actor.stop(timeout=STOP_TIMEOUT)
 
 
+def _sources(hosts: Mapping[Family, str]) -> dict[Family, str | None]:
+    """Return the sources of packets by family. None: the kernel's choice, as for a socket bound to all addresses."""
+    return {family: None if host == UNSPECIFIED[family] else host for family, host in hosts.items()}
+
+
+def _family(host: str) -> Family:
+    return Family.IPV6 if ":" in host else Family.IPV4
+
+
 def _failed(actor: str, error: BaseException) -> None:
     _log.error("offload failed: the sockets relay everything", actor=actor, error=exception_words(error), exc_info=error)
 
 
 def _raise(message: Failed) -> None:
     raise message.error
-
-
-def _host(address: bytes) -> str:
-    """Spell an address as a socket does."""
-    if address.startswith(b"\0" * 10 + b"\xff\xff"):
-        return socket.inet_ntoa(address[12:])
-    return socket.inet_ntop(socket.AF_INET6, address)

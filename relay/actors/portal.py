@@ -1,203 +1,146 @@
-"""The portal actor: keeps the relay in its Firezone network, and says when it may begin.
+"""The portal actor: drives the portal's channel, and reports when the relay may answer clients.
 
-It shares no lock and no queue with what relays packets. Whatever waits (for names, connections, the portal) waits in the
-thread of a connection, never in this one.
+The actor shares no lock and no queue with the packet path. Only the thread of a connection waits for names, sockets or the
+portal; the actor never waits for a connection.
 """
 
 import contextlib
-import sys
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import Any
 
 import pykka
-import structlog
 
-from relay.actors.actor import Actor, FailureListener
-from relay.actors.clock import Clock
-from relay.actors.inbox import TimedInbox
-from relay.actors.messages import (
-    LeavePortal,
-    PortalConnected,
-    PortalLost,
-    PortalRefused,
-    PortalSaid,
-    PortalSentOther,
-    Tick,
-)
-from relay.core.portal.channel import PortalChannel
-from relay.core.portal.commands import (
-    Abandon,
-    Begin,
-    Close,
-    Connect,
-    ConnectionId,
-    Fatal,
-    Left,
-    Note,
-    SendText,
-    Severity,
-)
-from relay.core.portal.refusal import Refusal
-from relay.net.dial import Dialer
-from relay.net.link import WebSocketLink
+from relay.actors.actor import FailureListener, TimedActor
+from relay.actors.messages import JoinPortal, LeavePortal, PortalEvent, Succeeded, Tick
+from relay.core.portal import commands, events
+from relay.core.portal.channel import PortalChannel, State
+from relay.core.portal.commands import ConnectionId
+from relay.core.portal.endpoint import PortalToken
+from relay.logger import Logger
+from relay.net.websocket import WebSocketLink
+from relay.ops.clock import Clock
 
-PortalNews: TypeAlias = Begin | Left | Fatal
-"""What whoever started the actor hears of; each at most once."""
-
-_Report: TypeAlias = PortalConnected | PortalRefused | PortalSaid | PortalSentOther | PortalLost
-
-_log = structlog.get_logger("relay.actors.portal")
+_log = Logger("relay.actors.portal")
 
 
-class PortalActor(Actor):
-    """The one thread in which the portal's channel is thought about.
+class PortalActor(TimedActor):
+    """The only thread that uses the portal's channel.
 
     Args:
         core: the channel.
-        dialer: connects to the portal.
         clock: stamps every input.
-        news: is told what matters to others, in this actor's thread.
-        failed: hears of its failure.
+        new_token: returns the token of the next attempt, or None for the last token.
+        news: receives these commands, each at most once, in the actor's thread.
+        failed: is called after a failure of the actor.
+        make_link: makes each connection, from the arguments of `WebSocketLink` after the dialer.
     """
 
     def __init__(
         self,
         core: PortalChannel,
-        dialer: Dialer,
         clock: Clock,
-        news: Callable[[PortalNews], None],
+        new_token: Callable[[], PortalToken | None],
+        news: Callable[[commands.Begin | commands.Left | commands.Fatal], None],
         failed: FailureListener,
+        make_link: Callable[..., WebSocketLink],
     ) -> None:
         super().__init__("portal", failed)
         self.core = core
-        self._dialer = dialer
         self._clock = clock
-        self._news = news
+        self._new_token = new_token
+        self._make_link = make_link
         self._links: dict[ConnectionId, WebSocketLink] = {}
-        self._inbox = cast(TimedInbox, self.actor_inbox)
         self._inputs: dict[type, Callable[[Any], None]] = {
-            PortalConnected: lambda told: core.handle_connected(told.connection, clock.now()),
-            PortalRefused: lambda told: core.handle_refused(told.connection, told.refusal, clock.now()),
-            PortalSaid: lambda told: core.handle_text(told.connection, told.text, clock.now()),
-            PortalSentOther: lambda told: core.handle_other_frame(told.connection, told.kind, clock.now()),
-            PortalLost: lambda told: core.handle_lost(told.connection, told.reason, clock.now()),
+            PortalEvent: self._handle_event,
+            JoinPortal: lambda _: core.start(clock.now()),
             LeavePortal: lambda _: core.leave(clock.now()),
+            Succeeded: lambda _: core.be_succeeded(),
             Tick: lambda _: core.handle_timeout(clock.now()),
         }
         self._outputs: dict[type, Callable[[Any], None]] = {
-            Connect: self._connect,
-            SendText: lambda command: self._links[command.connection].send(command.text),
-            Close: lambda command: self._links[command.connection].close(),
-            Abandon: self._abandon,
-            Note: _write_note,
-            Begin: news,
-            Left: news,
-            Fatal: news,
+            commands.Connect: self._connect,
+            commands.SendText: lambda command: self._links[command.connection].send(command.text),
+            commands.Close: lambda command: self._links[command.connection].close(),
+            commands.Abandon: self._abandon,
+            commands.Note: _write_note,
+            commands.Begin: news,
+            commands.Left: news,
+            commands.Fatal: news,
         }
 
-    @staticmethod
-    def _create_actor_inbox() -> Any:  # noqa: ANN401 - pykka's protocol for it is private
-        return TimedInbox()
-
     def on_start(self) -> None:
-        """Begin to connect."""
-        try:
-            self.core.start(self._clock.now())
-            self._carry_out()
-        except Exception:
-            # Pykka calls that for a message only.
-            self.on_failure(*sys.exc_info())
-            raise
+        """Start the channel."""
+        self.actor_ref.tell(JoinPortal())
 
     def on_receive(self, message: object) -> None:
-        """Take one message, carry out what follows from it, and set the time to be woken."""
-        try:
-            self._inputs[type(message)](message)
-        except Exception:
-            if not isinstance(message, _Report):
-                raise
-            self._survive(message)
-        if isinstance(message, PortalSaid | PortalSentOther):
-            link = self._links.get(message.connection)
-            if link is not None:
-                link.take()
-        elif isinstance(message, PortalRefused | PortalLost):
-            self._links.pop(message.connection, None)
+        """Handle a message, carry out the resulting commands, and set the wake-up time."""
+        if self.core.state in {State.WAITING, State.OVER} and (token := self._new_token()) is not None:
+            # Any message may find that it is time for the next attempt.
+            self.core.use_token(token)
+        self._inputs[type(message)](message)
         self._carry_out()
 
-    def on_failure(self, *failure: Any) -> None:  # noqa: ANN401 - what sys.exc_info() gives
-        """Tell the supervisor, and leave no connection behind."""
+    def on_failure(self, *failure: Any) -> None:  # noqa: ANN401 - the values of sys.exc_info()
+        """Notify the supervisor, and abandon the connection."""
         super().on_failure(*failure)
         self.on_stop()
 
     def on_stop(self) -> None:
-        """Let go of the connection."""
+        """Abandon the connection."""
         for link in self._links.values():
             link.abandon()
         self._links.clear()
 
-    def _survive(self, report: _Report) -> None:
-        """Survive a report that the core failed on.
+    def _handle_event(self, message: PortalEvent) -> None:
+        connection, event = message
+        try:
+            self.core.handle_event(connection, event, self._clock.now())
+        except Exception:  # noqa: BLE001 - see _note_fault
+            self._note_fault(connection)
+        if isinstance(event, events.TextReceived | events.OtherReceived):
+            link = self._links.get(connection)
+            if link is not None:
+                link.acknowledge()
+        elif isinstance(event, events.UpgradeRefused | events.ConnectionLost):
+            self._links.pop(connection, None)
 
-        It is a bug, and a reason to fix it; but no reason to let a portal end everybody's sessions.
-        """
+    def _note_fault(self, connection: ConnectionId) -> None:
+        """Count a bug in the core, and reconnect. A bug must not let a portal end the sessions of all clients."""
         self.core.faults += 1
         if self.core.faults == 1:
             _log.exception("the core failed on what the portal sent: please report this; further ones are only counted")
-        self._abandon(Abandon(report.connection))
-        self.core.handle_lost(report.connection, "this relay failed on what it sent", self._clock.now())
+        self._abandon(commands.Abandon(connection))
+        self.core.handle_event(connection, events.ConnectionLost("this relay failed on what it sent"), self._clock.now())
 
     def _carry_out(self) -> None:
         outputs = self._outputs
-        while commands := self.core.drain():
-            for command in commands:
+        while drained := self.core.drain():
+            for command in drained:
                 outputs[type(command)](command)
         self._inbox.wake_at(self.core.poll_timeout(), self._clock)
 
-    def _connect(self, command: Connect) -> None:
-        reports = _Reports(command.connection, self.actor_ref)
+    def _connect(self, command: commands.Connect) -> None:
+        actor = self.actor_ref
+
+        def report(event: events.ConnectionEvent) -> None:
+            with contextlib.suppress(pykka.ActorDeadError):
+                actor.tell(PortalEvent(command.connection, event))
+
         try:
-            link = WebSocketLink(self._dialer, command.url, command.headers, command.timeout, reports)
+            link = self._make_link(command.url, command.headers, command.timeout, report)
             link.start()
         except (OSError, RuntimeError) as error:
-            # No descriptor or no thread left: a bad moment for a connection, and no reason to end.
-            reports.lost(str(error))
+            # No descriptor or no thread is free. The channel retries later.
+            report(events.ConnectionLost(str(error)))
             return
         self._links[command.connection] = link
 
-    def _abandon(self, command: Abandon) -> None:
+    def _abandon(self, command: commands.Abandon) -> None:
         link = self._links.pop(command.connection, None)
         if link is not None:
             link.abandon()
 
 
-class _Reports:
-    """Tells the actor what its connection hears."""
-
-    def __init__(self, connection: ConnectionId, actor: pykka.ActorRef[PortalActor]) -> None:
-        self._connection = connection
-        self._actor = actor
-
-    def connected(self) -> None:
-        self._tell(PortalConnected(self._connection))
-
-    def refused(self, refusal: Refusal) -> None:
-        self._tell(PortalRefused(self._connection, refusal))
-
-    def text(self, text: str) -> None:
-        self._tell(PortalSaid(self._connection, text))
-
-    def other(self, kind: str) -> None:
-        self._tell(PortalSentOther(self._connection, kind))
-
-    def lost(self, reason: str) -> None:
-        self._tell(PortalLost(self._connection, reason))
-
-    def _tell(self, report: _Report) -> None:
-        with contextlib.suppress(pykka.ActorDeadError):
-            self._actor.tell(report)
-
-
-def _write_note(note: Note) -> None:
-    write = _log.warning if note.severity is Severity.WARNING else _log.info
+def _write_note(note: commands.Note) -> None:
+    write = _log.warning if note.is_warning else _log.info
     write(note.event, **note.fields)

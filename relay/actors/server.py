@@ -1,32 +1,33 @@
-"""Owns the core: puts to it what the other actors tell, and carries out what it commands."""
+"""Owns the core: passes the messages of other actors to it, and carries out its commands."""
 
 import contextlib
 import errno
-import functools
+import gc
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, Self, cast
 
 import pykka
-import structlog
 
 from relay.actors.actor import Actor, FailureListener
-from relay.actors.allocation import AllocationActor, RelayedSockets
-from relay.actors.clock import Clock
-from relay.actors.inbox import ServerInbox
+from relay.actors.handover import FrozenRelay
+from relay.actors.mailbox import Mailbox
 from relay.actors.messages import (
-    AllocationClosed,
     AllocationFailed,
-    AreYouThere,
+    ClientDatagrams,
     Drain,
+    Execute,
     Failed,
-    FromClients,
-    FromPeers,
+    Kick,
+    OwnAddresses,
+    PeerDatagrams,
+    Ping,
+    Resume,
     Tick,
 )
-from relay.actors.receiving import STALE_AFTER
+from relay.actors.readers import AllocationActor, RelayedSockets
+from relay.config import Timeouts
 from relay.core.addresses import AllocationId, Family, RelayedPort
 from relay.core.commands import (
     OFFLOAD_COMMANDS,
@@ -34,84 +35,75 @@ from relay.core.commands import (
     Command,
     Drained,
     FreeAllocation,
+    HandIn,
     SendToClient,
     SendToPeer,
 )
+from relay.core.data import Datagram
 from relay.core.events import CORE_EVENTS, CoreEvent
-from relay.core.instant import Instant
 from relay.core.lifecycle import BindRefusal
+from relay.core.overload import CORE_WAIT, HANDOVER_WAIT, STALE_AFTER, TURN
 from relay.core.server import Server
-from relay.core.trains import Arrival
+from relay.logger import Logger
 from relay.net.receiver import Receiver
-from relay.net.udp import UdpCounters, UdpSocket, is_broken, name_of
-from relay.ops.logs.lines import exception_words
+from relay.net.threads import yield_cpu
+from relay.net.udp import UdpSocket, is_broken, name_of
+from relay.ops.clock import Clock
+from relay.ops.logs.render import exception_words
+from relay.ops.totals import ServerCounters
 
 STOP_TIMEOUT = 1.5
-"""Seconds in which all allocations have to be closed at the end; the process ends without those that are not."""
+"""Seconds in which all allocations have to be closed at the end; then the process ends anyway."""
 
-CLOSE_TIMEOUT = 0.5
-"""Seconds to wait for a port that is being closed and is wanted again. It takes 0.3 ms, if nothing is wrong."""
+FREEZE_EVERY = 4096
+_CHANNELS_OF_ALLOCATION = 16
+"""Channels, or a sixteenth as many allocations, after which the garbage collector need not look at what is in memory any
+more. With 250,000 channels a full collection would stop everything for 60 ms, and neither channels nor allocations leave
+reference cycles."""
 
-_log = structlog.get_logger("relay.actors.server")
+_log = Logger("relay.actors.server")
 
 _ADDRESS_LENGTHS = {Family.IPV4: 2, Family.IPV6: 4}
 
-# Not EACCES and EPERM: what forbids one port of the range forbids them all, and trying each would hold everybody up.
+# Not EACCES and EPERM: a rule that forbids one port forbids them all, and trying each port would delay all clients.
 _PORT_REFUSALS = frozenset((errno.EADDRINUSE,))
 
 
-@dataclass(slots=True)
-class ServerCounters:
-    """What carrying out commands came to, beside what the core counts; plain integers that anyone may read at any time."""
-
-    bind_errors: Counter[str] = field(default_factory=Counter)
-    """Allocations for which sockets or a thread could not be had, by the name of the error."""
-    late_sends: int = 0
-    """Datagrams and trains for an allocation whose sockets were closed in the meantime."""
-    udp: UdpCounters = field(default_factory=UdpCounters)
-    """What the sockets themselves count."""
-    faults: int = 0
-    """Datagrams that the core failed on: each is a bug."""
-
-
 class DataPaths(NamedTuple):
-    """What relays: sockets that are open from the start, where to open more, and the kernel by itself."""
+    """The sockets for clients, the hosts for sockets of allocations, and the kernel's data path."""
 
     listening: dict[Family, UdpSocket]
-    """Of the port that clients talk to, by family; lent to the server actor, which does not close them."""
-    bind_hosts: dict[Family, str]
-    """Where the sockets of allocations are bound, by family."""
+    """The sockets of the port for clients, by family. The server actor does not close them."""
+    bind_hosts: Mapping[Family, str]
+    """The hosts to which sockets of allocations are bound, by family."""
     offload: Callable[[list[Command]], None] | None = None
-    """Does those of some commands that are about what the kernel relays; None if it relays nothing."""
+    """Carries out the commands for the kernel's data path; None without offload."""
+    timeouts: Timeouts = Timeouts()
+    inherited: "Mapping[AllocationId, AllocationHandle]" = MappingProxyType({})
+    """The allocations that a predecessor handed over."""
 
 
-class Serving(NamedTuple):
-    """What serves one allocation."""
+class AllocationHandle(NamedTuple):
+    """The actor and the sockets of one allocation."""
 
-    actor: pykka.ActorRef[AllocationActor]
+    actor: pykka.ActorRef[AllocationActor] | None
+    """None while `InheritedReader` reads the sockets."""
     sockets: RelayedSockets
     receiver: Receiver
     to_peers: dict[int, UdpSocket]
     """The sockets by the length of the addresses that they send to."""
 
-
-class Closing(NamedTuple):
-    """An allocation that is free, but whose port is not yet."""
-
-    allocation: AllocationId
-    closed: pykka.Future[bool]
+    @classmethod
+    def of(cls, sockets: RelayedSockets) -> Self:
+        """Return the handle of sockets that no actor reads yet."""
+        receiver = Receiver(tuple(sockets.by_family.values()), stale_after=STALE_AFTER)
+        return cls(None, sockets, receiver, by_address_length(sockets.by_family))
 
 
 class ServerActor(Actor):
-    """The one place in which the core runs, and from which everything is sent; its inbox says in which thread.
+    """The only place in which the core runs and from which everything is sent; `Mailbox` decides in which thread.
 
-    Args:
-        core: the relay.
-        paths: what it sends by.
-        clock: stamps every input.
-        counters: what it counts in.
-        failed: hears of its failure.
-        news: hears what matters to others.
+    The function ``news`` gets the commands that are for other parts of the relay.
     """
 
     def __init__(
@@ -126,29 +118,40 @@ class ServerActor(Actor):
         super().__init__("server", failed)
         self.core = core
         self.counters = counters
-        self.inbox = cast(ServerInbox, self.actor_inbox)
-        self.serving: dict[AllocationId, Serving] = {}
-        self._closing: dict[RelayedPort, Closing] = {}
-        self.inbox.work = self._work
-        self.inbox.forward_from_client = self._forward_from_client
-        self.inbox.forward_from_peer = self._forward_from_peer
+        self._mailbox = cast(Mailbox, self.actor_inbox)
+        self.allocations = dict(paths.inherited)
+        self._inherited = self.allocations.copy()
+        """Allocations without a reader of their own."""
+        if self._inherited:
+            self._mailbox.patience = HANDOVER_WAIT
+        self._frozen: FrozenRelay | None = None
+        """Set from the last look of a successor until the outcome of the handover."""
+        self._closing: dict[RelayedPort, pykka.Future[bool]] = {}
+        """Ports of ended allocations whose sockets may be open still."""
+        self._listening = paths.listening
         self._to_clients = by_address_length(paths.listening)
         self._bind_hosts = paths.bind_hosts
         self._offload = paths.offload
+        self._timeouts = paths.timeouts
         self._clock = clock
+        # Bound once, because each packet would pay for the look-ups.
+        self._relay_to_peer = core.relay_to_peer
+        self._handle_peer_datagram = core.handle_peer_datagram
+        self._commands = core.commands
         self._monotonic = clock.monotonic
-        self._forward_to_peer = core.forward_to_peer
-        self._forward_to_client = core.forward_to_client
-        self._inputs: dict[type, Callable[[Any], None]] = {
-            FromClients: self._take_from_clients,
-            FromPeers: self._take_from_peers,
+        self._rest: list[Datagram] = []
+        """Datagrams of the current message that are left for the next turn."""
+        self._freeze_at = FREEZE_EVERY
+        self._inputs: dict[type, Callable[[Any], object]] = {
             Failed: _raise,
-            Tick: self._tick,
-            AllocationFailed: self._take_failure,
-            AllocationClosed: self._forget_closed,
+            Tick: lambda _: core.handle_timeout(clock.now()),
+            AllocationFailed: self._fail_allocation,
+            Kick: lambda kick: core.handle_kick(kick.allocation, clock.now()),
+            OwnAddresses: self._follow_addresses,
             Drain: lambda _: core.handle_drain(clock.now()),
-            # That the message is worked off is the answer.
-            AreYouThere: lambda _: None,
+            Execute: lambda message: message.function(self),
+            Resume: lambda _: core.handle_resume(clock.now()),
+            Ping: lambda _: None,
         }
         self._outputs: dict[type, Callable[[Any], None]] = {
             SendToClient: self._send_to_client,
@@ -156,197 +159,250 @@ class ServerActor(Actor):
             BindPort: self._bind_port,
             FreeAllocation: self._free_allocation,
             Drained: news,
+            HandIn: self._hand_in,
             **dict.fromkeys(CORE_EVENTS, news),
-            # Done before all others of their batch.
+            # Carried out before all other commands.
             **dict.fromkeys(OFFLOAD_COMMANDS, lambda _: None),
         }
 
-    @staticmethod
-    def _create_actor_inbox() -> Any:  # noqa: ANN401 - pykka's protocol for it is private
-        return ServerInbox()
+    def _create_actor_inbox(self) -> Any:  # type: ignore[override]  # noqa: ANN401 - static in Pykka, whose type is private
+        self._packets: dict[type, Callable[[Any], Any]] = {
+            ClientDatagrams: self._handle_client_datagrams,
+            PeerDatagrams: self._handle_peer_datagrams,
+        }
+        return Mailbox(self._packets)
 
-    def on_receive(self, message: object) -> None:
-        """Take one message, when no other thread is this actor."""
-        with self.inbox.turn:
-            self._work(message)
+    def on_receive(self, message: object) -> object:
+        """Handle any message but packets, when no other thread is in the actor; return the reply."""
+        with self._mailbox.core_lock:
+            if self._frozen is not None and not isinstance(message, Execute | Ping | Failed):
+                self._frozen.messages.append(message)
+                self._mailbox.wake_at(None, self._clock)
+                return None
+            result = self._inputs[type(message)](message)
+            if self._frozen is None:
+                self._carry_out()
+        if isinstance(message, Tick):
+            # The next Tick may be due at once, and other threads wait for the core.
+            yield_cpu()
+        return result
 
-    def _work(self, message: object) -> None:
-        """Take one message, carry out what follows from it, and set the time to be woken."""
-        self._inputs[type(message)](message)
+    def freeze(self) -> None:
+        """Relay packets of established channels only, and hold all other input. Call this in an `Execute`."""
         self._carry_out()
-        deadline = self.core.poll_timeout()
-        if deadline != self.inbox.deadline:
-            self.inbox.wake_at(deadline, self._clock)
+        self._mailbox.patience = HANDOVER_WAIT
+        self._frozen = FrozenRelay(self.core, self._monotonic, self._send)
+        self._mailbox.handle_by(self._frozen.handlers)
+        self._mailbox.wake_at(None, self._clock)
+
+    def thaw(self) -> None:
+        """Go on after `freeze`, with all that was held. Call this in an `Execute`."""
+        frozen, self._frozen = self._frozen, None
+        if frozen is None:
+            return
+        self._mailbox.patience = CORE_WAIT
+        self._mailbox.handle_by(self._packets)
+        for command in frozen.commands:
+            self._outputs[type(command)](command)
+        rest: ClientDatagrams | None = ClientDatagrams(frozen.requests)
+        while rest is not None:
+            rest = self._handle_client_datagrams(rest)
+        for message in frozen.messages:
+            self.actor_ref.tell(message)
+
+    def retire(self, forward: Callable[[ClientDatagrams | PeerDatagrams], None]) -> None:
+        """Pass all packets on to a successor, the held ones first. Call this in an `Execute`."""
+        assert self._frozen is not None  # noqa: S101 - the relay is frozen before
+        if self._frozen.requests:
+            forward(ClientDatagrams(self._frozen.requests))
+        self._mailbox.handle_by({ClientDatagrams: forward, PeerDatagrams: forward})
+
+    def start_readers(self, allocations: Collection[AllocationId]) -> None:
+        """Start a reader for each of these inherited allocations, or close its sockets. Call this in an `Execute`."""
+        for id_ in allocations:
+            handle = self._inherited.pop(id_)
+            if id_ not in self.allocations:
+                handle.sockets.close()
+                continue
+            try:
+                self.allocations[id_] = self._start_reader(id_, handle)
+            except RuntimeError as error:
+                self._fail_allocation(AllocationFailed(id_, error))
+        if not self._inherited:
+            self._mailbox.patience = CORE_WAIT
 
     def on_failure(self, *failure: Any) -> None:  # noqa: ANN401 - what sys.exc_info() gives
-        """Tell the supervisor, and leave no allocation behind."""
+        """Report the failure to the supervisor, and leave no allocation behind."""
         super().on_failure(*failure)
         self.on_stop()
 
     def on_stop(self) -> None:
         """Close all allocations, within a bounded time."""
-        self.inbox.close()
-        waited_for = [self._close(serving) for serving in self.serving.values()]
-        self.serving.clear()
+        self._mailbox.close(self._timeouts.release_core)
+        for inherited in self._inherited.values():
+            inherited.sockets.close()
+        started = [each for each in self.allocations.values() if each.actor is not None]
+        waited_for = [*self._closing.values(), *map(_close, started)]
+        self.allocations.clear()
         until = time.monotonic() + STOP_TIMEOUT
-        for closed in (*waited_for, *(closing.closed for closing in self._closing.values())):
-            try:
-                closed.get(timeout=max(0.0, until - time.monotonic()))
-            except pykka.Timeout:
+        for closed in waited_for:
+            if not _is_closed(closed, until - time.monotonic()):
                 _log.warning("allocations not closed in time", seconds=STOP_TIMEOUT)
                 return
 
-    def _forward_from_client(self, batch: Sequence[Arrival]) -> bool:
-        """Relay what arrived from one client, if that is all there is to do, and nobody is this actor at the moment.
-
-        False says that nothing was done: it is to be told as a message. Any thread may call this.
-        """
-        inbox = self.inbox
-        if not inbox.turn.acquire(False):  # noqa: FBT003 - by name it takes twice as long
-            return False
-        try:
-            forwarded = None if inbox.work is None else self._forward_to_peer(batch, self._monotonic())
-            if forwarded is None:
-                return False
-            allocation, payload, peer, segment, traffic_class = forwarded
-            error = self.serving[allocation].to_peers[len(peer)].transmit(payload, peer, segment, traffic_class)
-            if error is not None and is_broken(error):
-                self._work(AllocationFailed(allocation, error))
-        except Exception:  # noqa: BLE001 - see _note_fault
-            self._note_fault()
-        finally:
-            inbox.turn.release()
-        return True
-
-    def _forward_from_peer(self, allocation: AllocationId, batch: Sequence[Arrival]) -> bool:
-        """Relay what arrived from one peer, as `_forward_from_client` does."""
-        inbox = self.inbox
-        if not inbox.turn.acquire(False):  # noqa: FBT003 - by name it takes twice as long
-            return False
-        try:
-            forwarded = None if inbox.work is None else self._forward_to_client(batch, self._monotonic(), allocation)
-            if forwarded is None:
-                return False
-            frames, client, segment, traffic_class = forwarded
-            self._to_clients[len(client)].transmit(frames, client, segment, traffic_class)
-        except Exception:  # noqa: BLE001 - see _note_fault
-            self._note_fault()
-        finally:
-            inbox.turn.release()
-        return True
-
-    def _take_from_clients(self, message: FromClients) -> None:
-        arrivals, is_flood = message
-        if len(arrivals) == 1:
+    def _handle_client_datagrams(self, message: ClientDatagrams) -> ClientDatagrams | None:
+        """Handle datagrams until the turn is over; return the rest."""
+        batch, is_flood = message
+        now = self._monotonic()
+        relay, commands, rest = self._relay_to_peer, self._commands, self._rest
+        left = iter(self.core.shed(batch) if is_flood else batch)
+        for datagram in left:
             try:
-                self.core.handle_client_arrival(arrivals[0], self._clock.now())
-            except Exception:  # noqa: BLE001 - see _note_fault
-                self._note_fault()
-        else:
-            self._take_batch(arrivals, functools.partial(self.core.handle_client_arrivals, is_flood=is_flood))
-
-    def _take_from_peers(self, message: FromPeers) -> None:
-        allocation, arrivals = message
-        if len(arrivals) == 1:
-            try:
-                self.core.handle_peer_arrival(allocation, arrivals[0], self._clock.now())
-            except Exception:  # noqa: BLE001 - see _note_fault
-                self._note_fault()
-        else:
-            self._take_batch(arrivals, functools.partial(self.core.handle_peer_arrivals, allocation))
-
-    def _take_batch(self, arrivals: Sequence[Arrival], handle: Callable[[Iterator[Arrival], Instant], None]) -> None:
-        """Have the core take a batch, or what is left of it if it fails on something in it."""
-        now = self._clock.now()
-        rest = iter(arrivals)
-        for _ in range(len(arrivals) + 1):
-            try:
-                handle(rest, now)
+                command = relay(datagram, now)
+                if command is None:
+                    # Only what is not relayed at once pays for the wall clock, and may take long.
+                    stamp = self._clock.now()
+                    command = self.core.handle_client_datagram(datagram, stamp)
+                    if stamp.monotonic > now + TURN:
+                        rest += left
             except Exception:  # noqa: BLE001 - see _note_fault
                 self._note_fault()
             else:
-                return
+                if command is not None:
+                    self._send_to_peer(command)
+                elif not commands and self.core.poll_timeout() != self._mailbox.deadline:
+                    # The datagram is held, with a deadline.
+                    self._carry_out()
+            if commands:
+                self._carry_out()
+                if rest:
+                    rest += left
+        return ClientDatagrams(self._take_rest()) if rest else None
+
+    def _take_rest(self) -> list[Datagram]:
+        rest = self._rest.copy()
+        self._rest.clear()
+        return rest
+
+    def _handle_peer_datagrams(self, message: PeerDatagrams) -> None:
+        batch, allocation = message
+        now = self._monotonic()
+        handle, commands = self._handle_peer_datagram, self._commands
+        for datagram in batch:
+            try:
+                command = handle(datagram, now, allocation)
+            except Exception:  # noqa: BLE001 - see _note_fault
+                self._note_fault()
+            else:
+                if command is not None:
+                    self._send_to_client(command)
+            if commands:
+                self._carry_out()
 
     def _note_fault(self) -> None:
-        """Survive a datagram that the core failed on.
+        """Log and count a datagram on which the core failed.
 
-        It is a bug, and a reason to fix it; but no reason to let whoever found it end everybody's sessions. The log has the
-        first one with its stack, the counter has all.
+        The failure is a bug, but must not end the sessions of all clients. The log has the stack of the first failure, the
+        counter has all failures.
         """
         self.counters.faults += 1
         if self.counters.faults == 1:
             _log.exception("the core failed on a datagram: please report this; further ones are only counted")
 
-    def _tick(self, _: Tick) -> None:
-        self.core.handle_timeout(self._clock.now())
+    def _follow_addresses(self, message: OwnAddresses) -> None:
+        self._bind_hosts = message.hosts
+        for family, each in self._listening.items():
+            each.asked.is_needed = family in message.several
+        self.core.handle_own_addresses(message.addresses, self._clock.now())
 
-    def _take_failure(self, message: AllocationFailed) -> None:
-        if message.allocation in self.serving:
+    def _fail_allocation(self, message: AllocationFailed) -> None:
+        if message.allocation in self.allocations:
             _log.error("allocation failed", allocation=message.allocation, error=exception_words(message.error))
         self.core.handle_allocation_failed(message.allocation, self._clock.now())
 
-    def _forget_closed(self, message: AllocationClosed) -> None:
-        closing = self._closing.get(message.port)
-        if closing is not None and closing.allocation == message.allocation:
-            del self._closing[message.port]
-
     def _carry_out(self) -> None:
-        """Carry out commands until none is left; some of them are answered by an input, which may leave more."""
+        """Carry out commands until none is left, and set the time of the next Tick.
+
+        A command may lead to a report, and a report to more commands. Packets without commands need no new time: they change
+        no deadline, except that a passed deadline is replaced, and then a Tick comes anyway.
+        """
         outputs = self._outputs
         while commands := self.core.drain():
             if self._offload is not None:
-                # First: whoever is told that a channel has ended shall find that it has.
+                # First the packets, which the kernel must not overtake on a channel that it relays from now on. Then the
+                # kernel's commands: a client that is told of the end of a channel must find the channel ended.
+                for packet in commands:
+                    if isinstance(packet, SendToPeer):
+                        self._send_to_peer(packet)
                 self._offload(commands)
+                commands = [each for each in commands if not isinstance(each, SendToPeer)]
             for command in commands:
                 outputs[type(command)](command)
+        made = self.core.counters.channels_bound + _CHANNELS_OF_ALLOCATION * self.core.counters.allocations_made
+        if made >= self._freeze_at:
+            self._freeze_at = made + FREEZE_EVERY
+            gc.collect(1)
+            gc.freeze()
+        deadline = self.core.poll_timeout()
+        if deadline != self._mailbox.deadline:
+            self._mailbox.wake_at(deadline, self._clock)
+
+    def _send(self, command: SendToClient | SendToPeer) -> None:
+        self._outputs[type(command)](command)
 
     def _send_to_client(self, command: SendToClient) -> None:
-        data, client, segment, traffic_class = command
-        self._to_clients[len(client)].transmit(data, client, segment, traffic_class)
+        data, client, segment_size, traffic_class = command
+        self._to_clients[len(client)].transmit(data, client, segment_size, traffic_class)
 
     def _send_to_peer(self, command: SendToPeer) -> None:
-        allocation, data, peer, segment, traffic_class = command
-        serving = self.serving.get(allocation)
-        if serving is None:
+        allocation, data, peer, segment_size, traffic_class = command
+        handle = self.allocations.get(allocation)
+        if handle is None:
             self.counters.late_sends += 1
             return
-        error = serving.to_peers[len(peer)].transmit(data, peer, segment, traffic_class)
+        error = handle.to_peers[len(peer)].transmit(data, peer, segment_size, traffic_class)
         if error is not None and is_broken(error):
-            self._take_failure(AllocationFailed(allocation, error))
+            self._fail_allocation(AllocationFailed(allocation, error))
+
+    def _hand_in(self, command: HandIn) -> None:
+        # They precede the rest of the message.
+        self._rest[:0] = command.datagrams
 
     def _bind_port(self, command: BindPort) -> None:
-        closing = self._closing.get(command.port)
-        if closing is not None:
-            self._wait_for(closing.closed)
+        closed = self._closing.get(command.port)
+        # If it takes longer, the bind fails because the port is in use, and the core tries another port. No packet is
+        # relayed during the wait, so the server actor waits only for the last port.
+        if closed is not None and _is_closed(closed, 0 if self.core.free_port_count else self._timeouts.close_port):
+            del self._closing[command.port]
         try:
-            self.serving[command.allocation] = self._serve(command)
+            self.allocations[command.allocation] = self._start_allocation(command)
         except (OSError, RuntimeError) as error:
             self._report_refusal(command, error)
         else:
             self.core.handle_bound(command.allocation, self._clock.now())
 
-    def _serve(self, command: BindPort) -> Serving:
+    def _start_allocation(self, command: BindPort) -> AllocationHandle:
         """Bind the sockets of an allocation and start its actor.
 
         Raises:
             OSError: a socket can't be opened or bound.
             RuntimeError: a thread can't be started.
         """
-        sockets = RelayedSockets(
-            {family: self._bind_hosts[family] for family in command.families}, command.port, self.counters.udp
-        )
-        receiver = Receiver(tuple(sockets.by_family.values()), stale_after=STALE_AFTER)
+        hosts = {family: self._bind_hosts[family] for family in command.families}
+        sockets = RelayedSockets.open(hosts, command.port, self.counters.udp)
+        return self._start_reader(command.allocation, AllocationHandle.of(sockets))
 
+    def _start_reader(self, id_: AllocationId, handle: AllocationHandle) -> AllocationHandle:
         def failed(_: str, error: BaseException) -> None:
             with contextlib.suppress(pykka.ActorDeadError):
-                self.actor_ref.tell(AllocationFailed(command.allocation, error))
+                self.actor_ref.tell(AllocationFailed(id_, error))
 
         try:
-            actor = AllocationActor.start(command.allocation, sockets, receiver, self.actor_ref, self.inbox, failed)
+            actor = AllocationActor.start(id_, handle.sockets, handle.receiver, self.actor_ref, self._mailbox.load, failed)
         except BaseException:
-            sockets.close()
+            handle.sockets.close()
             raise
-        return Serving(actor, sockets, receiver, by_address_length(sockets.by_family))
+        return handle._replace(actor=actor)
 
     def _report_refusal(self, command: BindPort, error: OSError | RuntimeError) -> None:
         self.counters.bind_errors[_name(error)] += 1
@@ -360,26 +416,34 @@ class ServerActor(Actor):
         )
 
     def _free_allocation(self, command: FreeAllocation) -> None:
-        serving = self.serving.pop(command.allocation, None)
-        if serving is None:
+        handle = self.allocations.pop(command.allocation, None)
+        if handle is None or handle.actor is None:
+            # `start_readers` closes inherited sockets, which another thread reads.
             return
-        self._closing[serving.sockets.port] = Closing(command.allocation, self._close(serving))
+        # Old ports are closed by now, so only the ports of the last moments are kept.
+        while self._closing and _is_closed(self._closing[oldest := next(iter(self._closing))], 0):
+            del self._closing[oldest]
+        self._closing[handle.sockets.port] = _close(handle)
 
-    def _close(self, serving: Serving) -> pykka.Future[bool]:
-        """Let an allocation's actor close its sockets; give what to wait for."""
-        serving.receiver.stop()
-        return serving.actor.stop(block=False)
 
-    def _wait_for(self, closed: pykka.Future[bool]) -> None:
-        try:
-            closed.get(timeout=CLOSE_TIMEOUT)
-        except pykka.Timeout:
-            # The bind will say that the port is in use, and another one is tried.
-            return
+def _close(handle: AllocationHandle) -> pykka.Future[bool]:
+    """Stop an allocation's actor, which closes the sockets; return a future of that."""
+    assert handle.actor is not None  # noqa: S101 - inherited sockets are closed otherwise
+    handle.receiver.stop()
+    return handle.actor.stop(block=False)
+
+
+def _is_closed(closed: pykka.Future[bool], timeout: float) -> bool:
+    """Wait for some seconds until an allocation's sockets are closed; return whether they are."""
+    try:
+        closed.get(timeout=max(0.0, timeout))
+    except pykka.Timeout:
+        return False
+    return True
 
 
 def by_address_length(sockets: Mapping[Family, UdpSocket]) -> dict[int, UdpSocket]:
-    """Give sockets by the length of the addresses of their family: a packet's tells which one, for the price of a len()."""
+    """Return sockets by the length of their family's addresses: a look-up costs a packet no more than a len()."""
     return {_ADDRESS_LENGTHS[family]: each for family, each in sockets.items()}
 
 
@@ -388,5 +452,5 @@ def _name(error: OSError | RuntimeError) -> str:
 
 
 def _raise(message: Failed) -> None:
-    """Fail in the actor's own thread of what it failed of in another one: so pykka and the supervisor hear of it."""
+    """Raise a failure from another thread in the actor's own thread, so that Pykka and the supervisor notice it."""
     raise message.error

@@ -1,5 +1,5 @@
 """The relay as a sans-IO core: bytes, addresses and a time go in, commands come out.
 
-Nothing here knows a socket, a thread, a clock, a log or the environment, and nothing here imports from outside this
-package but the standard library. `relay.core.server` opens with how it works.
+This package uses no socket, thread, clock, log or environment variable. Its only imports are this package and the standard
+library. The docstring of `relay.core.server` explains how the core works.
 """

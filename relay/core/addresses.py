@@ -1,7 +1,7 @@
-"""Transport addresses as the operating system spells them, and the types that keep them apart.
+"""Transport addresses as sockets represent them, and types that keep them apart.
 
-An address is the tuple that a socket gives and takes: ``(host, port)`` for IPv4, ``(host, port, 0, scope)`` for IPv6. The
-core never rewrites one, so that the address of a packet is a table key as it arrives (no conversion per packet).
+An address is the tuple of a socket: ``(host, port)`` for IPv4, ``(host, port, 0, scope)`` for IPv6. The core never rewrites
+an address, so the address of a packet is a table key without conversion.
 """
 
 import ipaddress
@@ -10,12 +10,12 @@ from typing import NewType, TypeAlias
 
 SocketAddress: TypeAlias = tuple[str, int, *tuple[int, ...]]
 
-# A client's address and a peer's address look alike and mean opposite ends: the types make a swap an error.
+# Distinct types: mypy detects swapped client and peer addresses.
 ClientAddress = NewType("ClientAddress", SocketAddress)
 PeerAddress = NewType("PeerAddress", SocketAddress)
 RelayedPort = NewType("RelayedPort", int)
 ChannelNumber = NewType("ChannelNumber", int)
-# Never reused, unlike a port: data still on its way from a freed allocation can't be taken for its successor's.
+# Never reused, unlike a port: late data of a freed allocation can't reach its successor.
 AllocationId = NewType("AllocationId", int)
 
 IPV4_LENGTH = 4
@@ -31,7 +31,7 @@ class Family(IntEnum):
     IPV4 = 1
     IPV6 = 2
 
-    # As its number has, in C: an enumeration's own is a function in Python, which look-ups would call.
+    # The hash of int, in C. Enum defines __hash__ in Python, which slows look-ups down.
     __hash__ = int.__hash__
 
     def __str__(self) -> str:
@@ -39,37 +39,44 @@ class Family(IntEnum):
 
 
 def family_of(address: SocketAddress) -> Family:
-    """Tell the family of an address from its shape."""
-    return Family.IPV4 if len(address) == 2 else Family.IPV6  # noqa: PLR2004 - (host, port) is all IPv4 has
+    """Return the family of an address."""
+    return Family.IPV4 if len(address) == 2 else Family.IPV6  # noqa: PLR2004 - (host, port) is IPv4
 
 
 def network_of(address: SocketAddress) -> str:
-    """Give what one sender can be told by, as text: an IPv4 host, or the first 64 bits of an IPv6 one.
+    """Return the network of a sender as text: an IPv4 host, or the first 64 bits of an IPv6 host.
 
-    It relies on hosts being spelled as operating systems do (RFC 5952), and costs a fifth of what ipaddress takes.
+    The function requires hosts in the operating system's spelling (RFC 5952), and takes a fifth of the time of ipaddress.
     """
     host = address[0]
-    if len(address) == 2:  # noqa: PLR2004 - (host, port) is all IPv4 has
+    if len(address) == 2:  # noqa: PLR2004 - (host, port) is IPv4
         return host
     head, gap, tail = host.partition("::")
     groups = head.split(":") if head else []
     if gap and len(groups) < _NETWORK_GROUPS:
         rest = tail.split(":") if tail else []
-        # A dotted end is two groups.
+        # A dotted end stands for two groups.
         groups += ["0"] * (_GROUPS - len(groups) - len(rest) - ("." in tail)) + rest
     return ":".join(groups[:_NETWORK_GROUPS])
 
 
 def pack_host(address: SocketAddress) -> bytes:
-    """Give the host of an address as 4 or 16 bytes in network order."""
+    """Return the host of an address as 4 or 16 bytes in network order."""
     if family_of(address) is Family.IPV4:
-        # A tenth of what ipaddress takes, which also checks what an operating system, or this module, has written.
+        # A tenth of the time of ipaddress, which checks the host again.
         return bytes(map(int, address[0].split(".")))
     return ipaddress.IPv6Address(address[0]).packed
 
 
+def host_number(host: str) -> tuple[Family, int]:
+    """Return the family of a host, and the host as a number."""
+    is_ipv6 = ":" in host
+    address: SocketAddress = (host, 0, 0, 0) if is_ipv6 else (host, 0)
+    return Family.IPV6 if is_ipv6 else Family.IPV4, int.from_bytes(pack_host(address), "big")
+
+
 def unpack_address(host: bytes, port: int) -> SocketAddress:
-    """Spell an address as a socket would.
+    """Return an address in the form of a socket.
 
     Args:
         host: 4 or 16 bytes in network order.
@@ -79,22 +86,22 @@ def unpack_address(host: bytes, port: int) -> SocketAddress:
         ValueError: ``host`` has another length.
     """
     if len(host) == IPV4_LENGTH:
-        return ("%d.%d.%d.%d" % tuple(host), port)  # noqa: UP031 - a third of the cost of the other ways
+        return ("%d.%d.%d.%d" % tuple(host), port)  # noqa: UP031 - a third of the time of an f-string
     if len(host) == IPV6_LENGTH:
         return (str(ipaddress.IPv6Address(host)), port, 0, 0)
     raise ValueError(f"an address has 4 or 16 bytes, not {len(host)}")
 
 
 def socket_address(host: str, port: int) -> SocketAddress:
-    """Spell the address of a host that is given as text.
+    """Return the address of a host given as text.
 
     Raises:
-        ValueError: ``host`` is no IP address.
+        ValueError: ``host`` is not an IP address.
     """
     return unpack_address(ipaddress.ip_address(host).packed, port)
 
 
 def show(address: SocketAddress) -> str:
-    """Write an address as people do: ``192.0.2.1:3478`` or ``[2001:db8::1]:3478``."""
+    """Return an address as text: ``192.0.2.1:3478`` or ``[2001:db8::1]:3478``."""
     host, port = address[0], address[1]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

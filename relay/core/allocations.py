@@ -1,15 +1,24 @@
-"""Allocations and their channel bindings: the tables of the relay, and the only functions that write to them.
+"""Allocations and their channel bindings: the tables of the relay, and the only functions that write to the tables.
 
-Everything in them is plain data, and refers to the rest by id or number: it can be written out and read back.
+All entries are plain data, and refer to each other by id or number, so the tables can be serialized.
 
-A channel binding passes through two states (RFC 8656 §12): live, in which it relays; and cooling, in which it relays
-nothing, and its number and its peer can only be bound to each other again. Both are in the tables of their allocation;
-only live ones are in the two tables that packets are looked up in.
+A channel binding has two states (RFC 8656 §12). A live binding relays packets. In its grace period an expired binding relays
+nothing, and its number and its peer can only be bound to each other again. An allocation has its bindings of both states.
+All live bindings of a client are one entry of the look-up tables for packets, so the end of an allocation takes the same
+short time with one channel and with thousands.
+
+The peer of an inside channel is a relayed address of this relay, with or without an allocation. ChannelData of inside
+channels has a look-up table of its own, so all other packets pay nothing for inside channels.
+
+**The kernel** follows in portions of `KERNEL_PORTION`: removing a channel there takes several µs. Until the kernel has
+removed all channels of a freed allocation, no other allocation gets its port.
 """
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 from relay.core.addresses import (
     AllocationId,
@@ -22,29 +31,32 @@ from relay.core.addresses import (
     network_of,
 )
 from relay.core.commands import InstallChannel, OffloadCommand, RemoveChannel
+from relay.core.counters import Counters, DropReason
 from relay.core.deadlines import Deadlines
+from relay.core.overload import KERNEL_PORTION
 
 CHANNEL_LIFETIME = 600
 """Seconds for which a channel binding relays (RFC 8656 §12)."""
 
-CHANNEL_COOL_DOWN = 300
-"""Seconds for which its number and its peer are then kept for each other (RFC 8656 §12)."""
-
-DeadlineKey: TypeAlias = tuple[AllocationId, ChannelNumber | None]
-"""A channel of an allocation, or with None the allocation itself."""
+CHANNEL_GRACE_PERIOD = 300
+"""Seconds of the grace period: number and peer stay reserved for each other (RFC 8656 §12)."""
 
 
 @dataclass(slots=True)
 class ChannelBinding:
     """A channel number and a peer, bound to each other in one allocation.
 
-    What was relayed for it is counted as in `relay.core.counters.Counters`; what the kernel relayed is not in it.
+    The counters work as in `relay.core.counters.Counters`. They exclude packets that the kernel relayed.
     """
 
     allocation: AllocationId
     client: ClientAddress
     number: ChannelNumber
+    port: RelayedPort
     peer: PeerAddress
+    inside: bool = False
+    until: float = 0.0
+    """Monotonic time of the expiry. The grace period begins then."""
     live: bool = False
     to_peer_packets: int = 0
     to_peer_bytes: int = 0
@@ -53,10 +65,10 @@ class ChannelBinding:
 
 
 class AllocationState(Enum):
-    """How far an allocation has come."""
+    """The state of an allocation."""
 
     BINDING = "binding"
-    """Its Allocate is not answered yet: the sockets are not all bound."""
+    """The sockets are not all bound, and the Allocate is unanswered."""
     ESTABLISHED = "established"
 
 
@@ -68,148 +80,354 @@ class Allocation:
     client: ClientAddress
     username: str
     transaction_id: bytes
-    """Of the Allocate that made it: a request that bears it is a retransmission (RFC 8656 §7.2)."""
+    """The transaction id of the Allocate. A request with the same id is a retransmission (RFC 8656 §7.2)."""
     families: tuple[Family, ...]
-    """Of its relayed addresses, IPv4 first."""
+    """The families of the relayed addresses, IPv4 first."""
     missing_families: tuple[Family, ...]
-    """Asked for and not served here: reported in the answer."""
+    """Requested families without service. The response reports them."""
     port: RelayedPort
     even_port: bool
     lifetime: int
-    """Seconds, as granted last."""
+    """The last granted lifetime in seconds."""
     fingerprint: bool
-    """Whether the Allocate bore a FINGERPRINT, and so shall its answer."""
+    """Whether the Allocate and its response have a FINGERPRINT."""
     made_at: float
-    """Monotonic seconds: when its Allocate came."""
+    """Monotonic time of the Allocate."""
+    ends: float = 0.0
+    """Monotonic time of its end."""
     state: AllocationState = AllocationState.BINDING
     refused_ports: list[RelayedPort] = field(default_factory=list)
-    """Tried and refused by the machine; kept from the pool until the allocation is answered."""
+    """Ports that the machine refused. They return to the pool after the response."""
     success: bytes = b""
-    """The answer that established it, for retransmissions of the request."""
-    channels: dict[ChannelNumber, ChannelBinding] = field(default_factory=dict)
-    peers: dict[PeerAddress, ChannelBinding] = field(default_factory=dict)
-    cut_short: dict[ChannelNumber, float] = field(default_factory=dict)
-    """Live channels that would last longer than it does, so that the kernel was told its end for theirs; and their own."""
+    """The success response, for retransmissions of the request."""
+    live: dict[ChannelNumber, ChannelBinding] = field(default_factory=dict)
+    """Live channels. Every bind gives the same lifetime and moves its channel to the end, so the first expires first."""
+    outside: dict[ChannelNumber, ChannelBinding] = field(default_factory=dict)
+    inside: dict[ChannelNumber, ChannelBinding] = field(default_factory=dict)
+    """Inside channels, and above all other channels, of `live`."""
+    live_peers: dict[PeerAddress, ChannelBinding] = field(default_factory=dict)
+    expired: dict[ChannelNumber, ChannelBinding] = field(default_factory=dict)
+    """Channels in their grace period, which ends first for the first."""
+    expired_peers: dict[PeerAddress, ChannelBinding] = field(default_factory=dict)
+    cut_short: dict[ChannelNumber, None] = field(default_factory=dict)
+    """Channels that would outlive the allocation. The kernel has the end of the allocation for them."""
     to_peer_packets: int = 0
-    """This and the next three are what was relayed for channels that are gone, without those in `channels`."""
+    """This counter and the next three have the totals of removed channels. They exclude `channels`."""
     to_peer_bytes: int = 0
     to_client_packets: int = 0
     to_client_bytes: int = 0
+    drops: dict[DropReason, int] = field(default_factory=dict)
+    """Dropped datagrams of the client, and of peers."""
+
+    @property
+    def channels(self) -> dict[ChannelNumber, ChannelBinding]:
+        """A copy of the channels in both states. Any thread may call this."""
+        return {**self.expired, **self.live}
+
+    def held(self, number: ChannelNumber, peer: PeerAddress) -> tuple[ChannelBinding | None, ChannelBinding | None]:
+        """Return the channel with a number and the channel with a peer, in either state."""
+        return (
+            self.live.get(number) or self.expired.get(number),
+            self.live_peers.get(peer) or self.expired_peers.get(peer),
+        )
+
+    @property
+    def channel_count(self) -> int:
+        """Channels in both states."""
+        return len(self.expired) + len(self.live)
+
+
+def count_drop(counters: Counters, reason: DropReason, allocation: Allocation | None, count: int = 1) -> None:
+    """Count dropped datagrams, and for an allocation if it is known."""
+    counters.drops[reason] += count
+    if allocation is not None and count:
+        allocation.drops[reason] = allocation.drops.get(reason, 0) + count
 
 
 class Offload(Protocol):
-    """Where commands go that keep the kernel's tables in step with these."""
+    """Receives commands that synchronize the kernel's tables."""
 
     def append(self, command: OffloadCommand, /) -> None:
-        """Take a command."""
+        """Receive a command."""
 
 
 class Allocations:
-    """The tables. Look-ups are open to all; changes go through the methods.
+    """The tables. Anything may read the tables; only the methods change them.
 
     Args:
-        offload: is told what the kernel shall relay; None if it relays nothing.
+        is_relayed: checks whether an address is a relayed address of this relay.
+        offload: receives commands for the kernel. None: the kernel relays nothing.
     """
 
-    def __init__(self, offload: Offload | None = None) -> None:
+    def __init__(self, is_relayed: Callable[[PeerAddress], bool], offload: Offload | None = None) -> None:
+        self._is_relayed = is_relayed
         self._offload = offload
         self.by_id: dict[AllocationId, Allocation] = {}
         self.by_client: dict[ClientAddress, Allocation] = {}
         self.by_username: dict[str, Allocation] = {}
         self.by_network: dict[str, int] = {}
-        """How many there are of each client address, by `network_of`."""
-        self.live_channels: dict[tuple[ClientAddress, int], ChannelBinding] = {}
-        """Where a client's ChannelData goes: one look-up a packet."""
-        self.live_peers: dict[tuple[AllocationId, PeerAddress], ChannelBinding] = {}
-        """Where a peer's datagram goes: one look-up a packet."""
-        self.deadlines: Deadlines[DeadlineKey] = Deadlines()
+        """The number of allocations of each client address, by `network_of`."""
+        self.by_port: dict[RelayedPort, AllocationId] = {}
+        """Established allocations."""
+        self.live_channels: dict[ClientAddress, dict[ChannelNumber, ChannelBinding]] = {}
+        """Bindings for ChannelData from clients: `Allocation.outside` of each client."""
+        self.inside_channels: dict[ClientAddress, dict[ChannelNumber, ChannelBinding]] = {}
+        """`Allocation.inside` of each client."""
+        self.live_peers: dict[AllocationId, dict[PeerAddress, ChannelBinding]] = {}
+        """Bindings for datagrams from peers: `Allocation.live_peers` of each allocation."""
+        self.channels = 0
+        """Channels of all allocations, in both states."""
+        self.expired = 0
+        """Those of them in their grace period."""
+        self.deadlines: Deadlines[AllocationId] = Deadlines()
+        """The next deadline of each allocation: its own end, or of one of its channels."""
+        self.changed: set[AllocationId] | None = None
+        """Allocations that have changed since a handover began; None without a handover."""
+        self._removing: dict[ClientAddress, dict[ChannelNumber, ChannelBinding]] = {}
+        """Channels that have ended and that the kernel has still."""
+        self._extending: dict[AllocationId, list[ChannelNumber]] = {}
+        """Channels of extended allocations from `cut_short`, extended once each. A client may cut channels short again."""
 
-    def add(self, allocation: Allocation, deadline: float) -> None:
-        """Enter an allocation."""
-        self.by_id[allocation.id] = allocation
-        self.by_client[allocation.client] = allocation
-        self.by_username[allocation.username] = allocation
-        network = network_of(allocation.client)
-        self.by_network[network] = self.by_network.get(network, 0) + 1
-        self.deadlines.set((allocation.id, None), deadline)
+    def add(self, allocation: Allocation, ends: float) -> None:
+        """Add an allocation."""
+        allocation.ends = ends
+        self._enter(allocation)
+        self.deadlines.set(allocation.id, ends)
 
-    def extend(self, allocation: Allocation, deadline: float) -> None:
-        """Move the end of an allocation that is established."""
-        self.deadlines.set((allocation.id, None), deadline)
-        # No channel is cut short by this: each lifetime that is granted is as long as a channel's, at least.
-        cut_short, allocation.cut_short = allocation.cut_short, {}
-        for number, until in cut_short.items():
-            self._install(allocation, allocation.channels[number], until)
+    def restore(self, allocation: Allocation, bindings: list[ChannelBinding], at: float, sequence: int) -> None:
+        """Add an allocation of another relay, with its channels and its deadline, or replace a former copy."""
+        former = self.by_id.get(allocation.id)
+        if former is not None:
+            self._leave(former)
+        for binding in bindings:
+            live, peers = (
+                (allocation.live, allocation.live_peers) if binding.live else (allocation.expired, allocation.expired_peers)
+            )
+            live[binding.number] = peers[binding.peer] = binding
+            if binding.live:
+                (allocation.inside if binding.inside else allocation.outside)[binding.number] = binding
+        self._enter(allocation)
+        if allocation.state is AllocationState.ESTABLISHED:
+            self.by_port[allocation.port] = allocation.id
+        self.deadlines.restore(allocation.id, at, sequence)
+
+    def extend(self, allocation: Allocation, ends: float) -> None:
+        """Extend an established allocation."""
+        self.by_port[allocation.port] = allocation.id
+        allocation.ends = ends
+        self._note(allocation)
+        self._set_deadline(allocation)
+        # Every granted lifetime is at least as long as a channel's, so no channel outlives the new end.
+        if allocation.cut_short:
+            self._extending[allocation.id] = [*allocation.cut_short]
+            # Else a wake-up does both, and returns the port of the ended allocation.
+            if not self._removing:
+                self.update_kernel()
 
     def remove(self, allocation: Allocation) -> None:
-        """Take an allocation and all its channels out of every table."""
-        for binding in tuple(allocation.channels.values()):
-            self.unbind_channel(allocation, binding)
-        self.deadlines.discard((allocation.id, None))
+        """Remove an allocation and its channels from all tables."""
+        self.forget(allocation)
+        self._remove_from_kernel(allocation.client, allocation.live)
+
+    def forget(self, allocation: Allocation) -> None:
+        """Remove an allocation and its channels from all tables but the kernel's."""
+        self.deadlines.discard(allocation.id)
+        self._leave(allocation)
         del self.by_id[allocation.id]
         del self.by_client[allocation.client]
         del self.by_username[allocation.username]
-        network = network_of(allocation.client)
-        self.by_network[network] -= 1
-        if not self.by_network[network]:
-            del self.by_network[network]
+        del self.live_channels[allocation.client]
+        del self.inside_channels[allocation.client]
+        self.by_port.pop(allocation.port, None)
+        del self.live_peers[allocation.id]
+
+    def install_all(self) -> None:
+        """Let the kernel relay all live channels."""
+        for allocation in self.by_id.values() if self._offload is not None else ():
+            for binding in allocation.live.values():
+                self._install(allocation, binding)
 
     def bind_channel(self, allocation: Allocation, number: ChannelNumber, peer: PeerAddress, now: float) -> bool:
-        """Bind a channel, or refresh it; False if its number or its peer is bound to another."""
-        binding = allocation.channels.get(number)
-        if binding is not allocation.peers.get(peer):
+        """Bind or refresh a channel. Return False if the number or the peer has another binding."""
+        binding, of_peer = allocation.held(number, peer)
+        if binding is not of_peer:
             return False
         if binding is None:
-            binding = ChannelBinding(allocation.id, allocation.client, number, peer)
-            allocation.channels[number] = binding
-            allocation.peers[peer] = binding
-        binding.live = True
-        self.live_channels[allocation.client, number] = binding
-        self.live_peers[allocation.id, peer] = binding
-        until = now + CHANNEL_LIFETIME
-        self.deadlines.set((allocation.id, number), until)
-        self._install(allocation, binding, until)
+            binding = ChannelBinding(allocation.id, allocation.client, number, allocation.port, peer, self._is_relayed(peer))
+            self.channels += 1
+        elif binding.live:
+            del allocation.live[number]
+        else:
+            del allocation.expired[number], allocation.expired_peers[peer]
+            self.expired -= 1
+        self._note(allocation)
+        binding.live, binding.until = True, now + CHANNEL_LIFETIME
+        allocation.live[number] = allocation.live_peers[peer] = binding
+        (allocation.inside if binding.inside else allocation.outside)[number] = binding
+        self._set_deadline(allocation)
+        self._install(allocation, binding)
         return True
 
-    def cool_channel(self, binding: ChannelBinding, expired_at: float) -> None:
-        """Stop a live channel from relaying."""
-        self._uninstall(self.by_id[binding.allocation], binding)
-        self.deadlines.set((binding.allocation, binding.number), expired_at + CHANNEL_COOL_DOWN)
+    def end_grace_periods(self, allocation: Allocation, now: float, most: int) -> int:
+        """Remove channels whose grace period has ended, at most ``most``; return their number."""
+        due = _due(allocation.expired, CHANNEL_GRACE_PERIOD, now, most)
+        for binding in due:
+            self.unbind_channel(allocation, binding)
+        self._set_deadline(allocation)
+        return len(due)
+
+    def expire_channels(self, allocation: Allocation, now: float, most: int) -> list[ChannelBinding]:
+        """End the lives of channels that have expired, at most ``most``; return the channels."""
+        due = _due(allocation.live, 0, now, most)
+        for binding in due:
+            self.expire_channel(allocation, binding)
+        self._set_deadline(allocation)
+        return due
+
+    def expire_channel(self, allocation: Allocation, binding: ChannelBinding) -> None:
+        """End a live channel, and begin its grace period."""
+        self._note(allocation)
+        self._end_channel(allocation, binding)
+        self._uninstall(binding)
+        allocation.expired[binding.number] = allocation.expired_peers[binding.peer] = binding
+        self.expired += 1
+
+    def cut_channel(self, allocation: Allocation, binding: ChannelBinding, now: float) -> None:
+        """End a live channel early, and begin its grace period."""
+        binding.until = now
+        self.expire_channel(allocation, binding)
+        self._set_deadline(allocation)
 
     def unbind_channel(self, allocation: Allocation, binding: ChannelBinding) -> None:
-        """Forget a channel, live or cooling."""
-        self._uninstall(allocation, binding)
-        self.deadlines.discard((allocation.id, binding.number))
-        del allocation.channels[binding.number]
-        del allocation.peers[binding.peer]
+        """Remove a channel in either state from the tables."""
+        self._note(allocation)
+        if binding.live:
+            self._end_channel(allocation, binding)
+        else:
+            del allocation.expired[binding.number], allocation.expired_peers[binding.peer]
+            self.expired -= 1
+        self.channels -= 1
         allocation.to_peer_packets += binding.to_peer_packets
         allocation.to_peer_bytes += binding.to_peer_bytes
         allocation.to_client_packets += binding.to_client_packets
         allocation.to_client_bytes += binding.to_client_bytes
 
     def remove_family(self, allocation: Allocation, family: Family) -> None:
-        """Take one of its relayed addresses, and the channels to peers of that family, from a dual allocation."""
+        """Remove one relayed address of a dual allocation, and the channels to peers of the same family."""
+        self._note(allocation)
         allocation.families = tuple(each for each in allocation.families if each is not family)
-        for binding in tuple(allocation.channels.values()):
+        live: dict[ChannelNumber, ChannelBinding] = {}
+        for binding in allocation.channels.values():
             if family_of(binding.peer) is family:
+                if binding.live:
+                    live[binding.number] = binding
                 self.unbind_channel(allocation, binding)
+        self._set_deadline(allocation)
+        self._remove_from_kernel(allocation.client, live)
 
-    def _install(self, allocation: Allocation, binding: ChannelBinding, until: float) -> None:
-        """Have the kernel relay a channel until its end, or for as long as its allocation is sure to last."""
+    def is_in_kernel(self, client: ClientAddress) -> bool:
+        """Check whether the kernel still has channels of a client that have ended."""
+        return client in self._removing
+
+    def is_removal_long(self, allocation: Allocation) -> bool:
+        """Check whether the kernel needs several portions to remove an allocation."""
+        work = len(allocation.live) + sum(map(len, self._removing.values()))
+        return self._offload is not None and work > KERNEL_PORTION
+
+    @property
+    def is_kernel_behind(self) -> bool:
+        """Whether `update_kernel` has work left."""
+        return bool(self._removing or self._extending)
+
+    def update_kernel(self) -> None:
+        """Remove ended channels from the kernel, or extend channels, at most `KERNEL_PORTION`."""
+        left = KERNEL_PORTION
+        while self._removing and left:
+            client, bindings = next(iter(self._removing.items()))
+            for number in tuple(itertools.islice(bindings, left)):
+                self._uninstall(bindings.pop(number))
+                left -= 1
+            if not bindings:
+                del self._removing[client]
+        while self._extending and left:
+            id_, numbers = next(iter(self._extending.items()))
+            allocation = self.by_id.get(id_)
+            while allocation is not None and numbers and left:
+                if (number := numbers.pop()) in allocation.cut_short:
+                    self._install(allocation, allocation.live[number])
+                left -= 1
+            if left:
+                del self._extending[id_]
+
+    def _enter(self, allocation: Allocation) -> None:
+        """Add an allocation to the tables, or replace a copy that has left."""
+        self._note(allocation)
+        self.by_id[allocation.id] = allocation
+        self.by_client[allocation.client] = allocation
+        self.by_username[allocation.username] = allocation
+        self.live_channels[allocation.client] = allocation.outside
+        self.inside_channels[allocation.client] = allocation.inside
+        self.live_peers[allocation.id] = allocation.live_peers
+        self.channels += allocation.channel_count
+        self.expired += len(allocation.expired)
+        network = network_of(allocation.client)
+        self.by_network[network] = self.by_network.get(network, 0) + 1
+
+    def _leave(self, allocation: Allocation) -> None:
+        """Subtract an allocation from the totals."""
+        self.channels -= allocation.channel_count
+        self.expired -= len(allocation.expired)
+        network = network_of(allocation.client)
+        self.by_network[network] -= 1
+        if not self.by_network[network]:
+            del self.by_network[network]
+
+    def _note(self, allocation: Allocation) -> None:
+        if self.changed is not None:
+            self.changed.add(allocation.id)
+
+    def _set_deadline(self, allocation: Allocation) -> None:
+        at = allocation.ends
+        for binding in itertools.islice(allocation.live.values(), 1):
+            at = min(at, binding.until)
+        for binding in itertools.islice(allocation.expired.values(), 1):
+            at = min(at, binding.until + CHANNEL_GRACE_PERIOD)
+        if at != self.deadlines.get(allocation.id):
+            self.deadlines.set(allocation.id, at)
+
+    def _end_channel(self, allocation: Allocation, binding: ChannelBinding) -> None:
+        binding.live = False
+        del allocation.live[binding.number], allocation.live_peers[binding.peer]
+        del (allocation.inside if binding.inside else allocation.outside)[binding.number]
+        allocation.cut_short.pop(binding.number, None)
+
+    def _install(self, allocation: Allocation, binding: ChannelBinding) -> None:
+        """Let the kernel relay a channel until the channel or the allocation ends."""
         if self._offload is None:
             return
-        end = self.deadlines[allocation.id, None]
-        if until > end:
-            allocation.cut_short[binding.number] = until
+        former = self._removing.get(binding.client, {}).pop(binding.number, None)
+        if former is not None:
+            self._uninstall(former)
+        if binding.until > allocation.ends:
+            allocation.cut_short[binding.number] = None
         else:
             allocation.cut_short.pop(binding.number, None)
-        self._offload.append(InstallChannel(binding.client, binding.number, allocation.port, binding.peer, min(until, end)))
+        until = min(binding.until, allocation.ends)
+        self._offload.append(
+            InstallChannel(binding.client, binding.number, binding.port, binding.peer, until, binding.inside)
+        )
 
-    def _uninstall(self, allocation: Allocation, binding: ChannelBinding) -> None:
-        if binding.live:
-            binding.live = False
-            del self.live_channels[binding.client, binding.number]
-            del self.live_peers[binding.allocation, binding.peer]
-            allocation.cut_short.pop(binding.number, None)
-            if self._offload is not None:
-                self._offload.append(RemoveChannel(binding.client, binding.number, allocation.port, binding.peer))
+    def _uninstall(self, binding: ChannelBinding) -> None:
+        if self._offload is not None:
+            self._offload.append(RemoveChannel(binding.client, binding.number, binding.port, binding.peer))
+
+    def _remove_from_kernel(self, client: ClientAddress, bindings: dict[ChannelNumber, ChannelBinding]) -> None:
+        if self._offload is not None and bindings:
+            self._removing.setdefault(client, {}).update(bindings)
+            self.update_kernel()
+
+
+def _due(bindings: dict[ChannelNumber, ChannelBinding], after: int, now: float, most: int) -> list[ChannelBinding]:
+    """Return the first channels, at most ``most``, that have expired for ``after`` seconds or more."""
+    due = itertools.takewhile(lambda binding: binding.until + after <= now, bindings.values())
+    return list(itertools.islice(due, most))

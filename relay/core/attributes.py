@@ -1,4 +1,4 @@
-"""The STUN attributes that the relay knows: a table of type, name, and how a value becomes bytes and back.
+"""The known STUN attributes: a table of types, names, and functions that encode and decode values.
 
 Sources: RFC 8489 §14 (STUN), RFC 8656 §18 (TURN).
 """
@@ -6,7 +6,7 @@ Sources: RFC 8489 §14 (STUN), RFC 8656 §18 (TURN).
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 from relay.core.addresses import IPV4_LENGTH, IPV6_LENGTH, Family, SocketAddress, family_of, pack_host, unpack_address
 
@@ -16,28 +16,33 @@ MAGIC_COOKIE = b"\x21\x12\xa4\x42"
 """Bytes 4–7 of every STUN message (RFC 8489 §5)."""
 
 COMPREHENSION_OPTIONAL = 0x8000
-"""Types from here up may be ignored by who doesn't know them (RFC 8489 §14)."""
+"""A receiver may ignore unknown types from this number up (RFC 8489 §14)."""
 
 USERNAME_LIMIT = 508
 """Longest USERNAME in bytes (RFC 8489 §14.3)."""
 
 _HEAD = struct.Struct("!xBH")
-_IPV4_ADDRESS = struct.Struct("!HHI")
+_IPV4 = Family.IPV4
+_unpack_ipv4 = struct.Struct("!HHI").unpack
 _COOKIE = int.from_bytes(MAGIC_COOKIE, "big")
 _U16_RFFU = struct.Struct("!H2x")
 _U32 = struct.Struct("!I")
 
 
+AddressNumber: TypeAlias = tuple[Family, int, int]
+"""An address as numbers: family, host and port. To decode it takes a fifth of the time of a `SocketAddress`."""
+
+
 class MalformedAttributeError(ValueError):
-    """The value of an attribute has not the form that its type asks for."""
+    """The value of an attribute is malformed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attribute(Generic[T]):
     """One row of the table.
 
-    ``pack`` and ``unpack`` get the transaction id too, since the XOR of an IPv6 address depends on it; ``unpack`` raises
-    `MalformedAttributeError` and nothing else, whatever the bytes.
+    The transaction id is an argument of ``pack`` and ``unpack``, because the XOR of an IPv6 address depends on the id.
+    ``unpack`` raises no exception but `MalformedAttributeError`.
     """
 
     type: int
@@ -66,22 +71,30 @@ def _pack_address(address: SocketAddress, transaction_id: bytes) -> bytes:
 
 
 def _mask(host: bytes, transaction_id: bytes) -> bytes:
-    """XOR a host with the magic cookie and, as far as it is longer, the transaction id (RFC 8489 §14.2)."""
+    """XOR a host with the magic cookie, followed by the transaction id (RFC 8489 §14.2)."""
     mask = (MAGIC_COOKIE + transaction_id)[: len(host)]
     return (int.from_bytes(host, "big") ^ int.from_bytes(mask, "big")).to_bytes(len(host), "big")
 
 
+def address_of(number: AddressNumber) -> SocketAddress:
+    """Return an address from its numbers."""
+    family, host, port = number
+    return unpack_address(host.to_bytes(IPV4_LENGTH if family is Family.IPV4 else IPV6_LENGTH, "big"), port)
+
+
 def _unpack_address(value: bytes, transaction_id: bytes) -> SocketAddress:
-    if len(value) == _IPV4_ADDRESS.size and value[1] == Family.IPV4:
-        # Half of what the general way takes; a CreatePermission may have dozens.
-        _, port, host = _IPV4_ADDRESS.unpack(value)
-        return unpack_address((host ^ _COOKIE).to_bytes(IPV4_LENGTH, "big"), port ^ 0x2112)
-    if len(value) not in (4 + IPV4_LENGTH, 4 + IPV6_LENGTH):
-        raise MalformedAttributeError("an XOR address has 8 or 20 bytes")
-    family, port = _HEAD.unpack_from(value)
-    if family != (Family.IPV4 if len(value) == 4 + IPV4_LENGTH else Family.IPV6):
-        raise MalformedAttributeError("the family of an XOR address does not fit its length")
-    return unpack_address(_mask(value[4:], transaction_id), port ^ 0x2112)
+    return address_of(unpack_number(value, transaction_id))
+
+
+def unpack_number(value: bytes, transaction_id: bytes) -> AddressNumber:
+    """Decode the value of an XOR address."""
+    if len(value) == 8 and value[1] == _IPV4:  # noqa: PLR2004 - 4 bytes and an IPv4 host
+        _, port, host = _unpack_ipv4(value)
+        return _IPV4, host ^ _COOKIE, port ^ 0x2112
+    if len(value) == 4 + IPV6_LENGTH and value[1] == Family.IPV6:
+        mask = int.from_bytes(MAGIC_COOKIE + transaction_id, "big")
+        return Family.IPV6, int.from_bytes(value[4:], "big") ^ mask, int.from_bytes(value[2:4], "big") ^ 0x2112
+    raise MalformedAttributeError("an XOR address has 8 or 20 bytes, by its family")
 
 
 def _pack_text(text: str, _: bytes) -> bytes:

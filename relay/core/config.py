@@ -1,17 +1,24 @@
-"""What a server is told once, at its start."""
+"""The configuration of the core."""
 
 from dataclasses import dataclass
 
-from relay.core.addresses import Family
+from relay.core.addresses import Family, SocketAddress, family_of
 from relay.core.credentials import FIREZONE_REALM, RelaySecret
 from relay.core.peers import PeerPolicy
 
 MAX_CHANNELS = 4096
-"""As many as RFC 8656 §12 has numbers for: what follows it can't be refused one."""
+"""All channel numbers of RFC 8656 §12. Clients that follow the RFC never reach this limit."""
+
+MAX_CHANNELS_IN_ALL = 262_144
+"""16 for each of 16,384 clients; 130 MB. A Firezone client has a few."""
+
+ASSURED_CHANNELS = 16
+"""Channels that an allocation may have even if all allocations have `ServerConfig.max_channels_in_all`: nobody can take them
+away by binding many."""
 
 UNAUTHENTICATED_RATE = 500
 UNAUTHENTICATED_BURST = 5000
-"""What an office of some thousand clients behind one address needs, several times: docs/limits.md."""
+"""Several times the need of an office with thousands of clients behind one address: docs/limits.md."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,23 +27,28 @@ class ServerConfig:
 
     secret: RelaySecret
     public_hosts: dict[Family, str]
-    """The host of relayed addresses, for each family served; at least one, IPv4 first."""
+    """The host of relayed addresses for each served family. At least one entry, IPv4 first."""
     ports: range
-    """Ports that allocations get."""
+    """Ports of relayed addresses."""
     peers: PeerPolicy
     max_allocations: int
-    """At once; one more is answered 486. At least 1."""
+    """Concurrent allocations, at least 1. Further requests get 486."""
     software: str
     """The value of SOFTWARE."""
     max_channels: int = MAX_CHANNELS
-    """Of one allocation, those that cool down among them; one more is answered 508. At least 1."""
+    """Channels of one allocation, including grace periods; at least 1. Further requests get 508."""
+    max_channels_in_all: int = MAX_CHANNELS_IN_ALL
+    """Channels of all allocations, with the same response. `ASSURED_CHANNELS` of each allocation are exempt."""
     max_allocations_per_address: int | None = None
-    """At once, of clients with one IPv4 address or the same first 64 bits of an IPv6 one; one more is answered 486. None is
-    without limit."""
+    """Concurrent allocations of one IPv4 address or IPv6 /64. Further requests get 486. None: no limit."""
     realm: str = FIREZONE_REALM
     unauthenticated_rate: int = UNAUTHENTICATED_RATE
-    """Answers a second to a source address that has proven nothing (`relay.core.limiter`); 0 for no limit."""
+    """Responses per second to one unauthenticated source address (`relay.core.limiter`). 0: no limit."""
     unauthenticated_burst: int = UNAUTHENTICATED_BURST
-    """Such answers at once; at least 1."""
+    """Burst of these responses; at least 1."""
     offloads: bool = False
-    """Whether the kernel relays channels, too: then there are commands that tell it which."""
+    """Whether the kernel relays channels. The core then appends `OffloadCommand`."""
+
+    def is_relayed(self, address: SocketAddress) -> bool:
+        """Check whether an address is a relayed address of this relay, with or without an allocation."""
+        return address[1] in self.ports and address[0] == self.public_hosts.get(family_of(address))

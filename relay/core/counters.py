@@ -1,4 +1,4 @@
-"""What the core counts: plain integers that anyone may read at any time."""
+"""The counters of the core: plain integers that any thread may read at any time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,10 +8,10 @@ from typing import Final
 from relay.core.stun import Malformed, Method
 
 SIZE_SHIFT: Final = 7
-"""Sizes are counted in steps of this power of two: of 128 bytes."""
+"""Sizes are counted in steps of 128 bytes, this power of two."""
 
 SIZE_STEPS: Final = 16
-"""Of a histogram of sizes, as the kernel's program has them: the last one is open."""
+"""Steps of a histogram of sizes, as in the kernel's program: the last step is open."""
 
 _ALL_SIZES: Final = 1 << 16 >> SIZE_SHIFT
 
@@ -21,7 +21,7 @@ class DropReason(StrEnum):
 
     EMPTY = "empty"
     UNKNOWN_PROTOCOL = "unknown_protocol"
-    """The first byte is neither STUN's nor ChannelData's."""
+    """The first byte is neither that of STUN nor of ChannelData."""
     SOURCE_PORT_ZERO = "source_port_zero"
     STUN_TOO_LONG = "stun_too_long"
     MALFORMED_HEADER = "malformed_header"
@@ -32,22 +32,29 @@ class DropReason(StrEnum):
     TOO_MANY_ATTRIBUTES = "too_many_attributes"
     UNKNOWN_METHOD = "unknown_method"
     RESPONSE = "response"
-    """A success or error response: the relay asks nobody anything."""
+    """A success or error response: the relay sends no requests."""
     SEND_INDICATION = "send_indication"
     DATA_INDICATION = "data_indication"
     INDICATION = "indication"
-    """An indication of a method that has none."""
+    """An indication of a method without indications."""
     ALLOCATE_UNDER_WAY = "allocate_under_way"
-    """A repeated Allocate whose first copy is still waiting for its sockets."""
+    """A repeated Allocate while the first copy waits for sockets."""
+    REPEATED = "repeated"
+    """An Allocate that was handled before, and that would have another effect now."""
     FLOOD = "flood"
-    """A request from an address without an allocation, while more requests arrive than can be answered."""
+    """A request during a flood of requests: from an address without an allocation, or of a client with many requests."""
+    MIXED = "mixed"
+    """ChannelData of several channels in one GRO batch, beyond the share of a client."""
     SHORT_CHANNEL_DATA = "short_channel_data"
-    """A header cut off, or a length beyond the datagram."""
+    """A truncated header, or a length beyond the datagram."""
     UNBOUND_CHANNEL = "unbound_channel"
+    """Data of a channel that is not live and that no ChannelBind followed in time (`relay.core.early`)."""
+    EARLY_LIMIT = "early_limit"
+    """Data of an unbound channel, of a client with an allocation, beyond the limits of `relay.core.early`."""
     UNBOUND_PEER = "unbound_peer"
-    """From a peer that no live channel of the allocation is bound to."""
+    """A datagram of a peer without a live channel in the allocation."""
 
-    # As its text has, in C: floods are counted here.
+    # The hash of the text, in C: floods are counted here.
     __hash__ = str.__hash__
 
 
@@ -62,79 +69,91 @@ MALFORMED_DROPS = {
 
 
 class FreeReason(StrEnum):
-    """Why an allocation came to its end."""
+    """Why an allocation ended."""
 
     EXPIRED = "expired"
     DELETED = "deleted"
     """A Refresh with LIFETIME 0."""
     REPLACED = "replaced"
-    """Its username came back from another address."""
+    """Its username made an allocation from another address."""
     REFUSED = "refused"
-    """It never was: no socket could be bound for it."""
+    """No socket could be bound, so the allocation never existed for its client."""
     FAILED = "failed"
-    """What served it failed."""
+    """A socket or the reader of the allocation failed."""
+    KICKED = "kicked"
+    """An operator ended it."""
 
 
 class NonceOutcome(StrEnum):
-    """What came of the nonce that a request bore."""
+    """The result of the check of a request's nonce."""
 
     OURS = "ours"
     EXPIRED = "expired"
-    """Made here for this client, and not within the last hour."""
+    """Made by this relay for this client, but more than an hour ago."""
     FOREIGN = "foreign"
-    """Made for another client, by another relay, by this one before it was started again, or by somebody who guesses."""
+    """Made for another client, by another relay, by this relay before a restart, or guessed."""
 
     __hash__ = str.__hash__
 
 
 @dataclass(slots=True)
 class Counters:
-    """Counts since the start. Packets and bytes are those handed out for sending; bytes are payload without headers."""
+    """Counts since the start. Packets count when they are passed on for sending; bytes are payload without headers."""
 
     to_peer_bytes: int = 0
     to_client_bytes: int = 0
     to_peer_sizes: list[int] = field(default_factory=lambda: [0] * _ALL_SIZES)
-    """Packets by their payload's size, in steps up to the largest there can be: so that nothing is compared for a packet.
-    `histogram` makes it shorter."""
+    """Packets by payload size, in steps up to the largest possible size, so that no comparison is needed for a packet.
+    `histogram` shortens the list."""
     to_client_sizes: list[int] = field(default_factory=lambda: [0] * _ALL_SIZES)
+    early_held: int = 0
+    """Datagrams that were held for their ChannelBind (`relay.core.early`)."""
+    early_relayed: int = 0
+    """Held datagrams that were relayed when the ChannelBind succeeded."""
     binding_indications: int = 0
     allocations_made: int = 0
     allocations_freed: dict[FreeReason, int] = field(default_factory=lambda: dict.fromkeys(FreeReason, 0))
     channels_bound: int = 0
-    """With those that were refreshed."""
+    """Including refreshed channels."""
     ports_refused: int = 0
     successes: dict[Method, int] = field(default_factory=dict)
     errors: dict[tuple[Method, int], int] = field(default_factory=dict)
-    """Error answers by method and code."""
+    """Error responses by method and code."""
+    refusals: dict[str, int] = field(default_factory=dict)
+    """Valid requests that got 486 or 508, by the limit or the reason."""
     withheld: dict[tuple[Method, int | None], int] = field(default_factory=dict)
-    """Answers that were not given, as their address had had enough (`relay.core.limiter`), by method and code, None for a
-    success. Their requests are counted nowhere else."""
+    """Responses that the limiter withheld (`relay.core.limiter`), by method and code; None stands for a success. Their
+    requests are counted nowhere else."""
     nonces: dict[NonceOutcome, int] = field(default_factory=lambda: dict.fromkeys(NonceOutcome, 0))
-    """Those of requests that got as far as that."""
+    """Checked nonces by result."""
     drops: dict[DropReason, int] = field(default_factory=lambda: dict.fromkeys(DropReason, 0))
 
     @property
     def to_peer_packets(self) -> int:
-        """All of them, whatever their size."""
+        """Packets of all sizes."""
         return sum(self.to_peer_sizes)
 
     @property
     def to_client_packets(self) -> int:
-        """All of them, whatever their size."""
+        """Packets of all sizes."""
         return sum(self.to_client_sizes)
 
     def count_withheld(self, method: Method, code: int | None) -> None:
-        """Count an answer that was not given; ``code`` is None for a success."""
+        """Count a withheld response; ``code`` is None for a success."""
         self.withheld[method, code] = self.withheld.get((method, code), 0) + 1
 
     def count_answer(self, method: Method, code: int | None) -> None:
-        """Count an answer; ``code`` is None for a success."""
+        """Count a response; ``code`` is None for a success."""
         if code is None:
             self.successes[method] = self.successes.get(method, 0) + 1
         else:
             self.errors[method, code] = self.errors.get((method, code), 0) + 1
 
+    def count_refusal(self, cause: str) -> None:
+        """Count a valid request that got 486 or 508."""
+        self.refusals[cause] = self.refusals.get(cause, 0) + 1
+
 
 def histogram(sizes: Sequence[int]) -> list[int]:
-    """Give counts by size in `SIZE_STEPS` steps, the last of which has all that is larger."""
+    """Return counts by size in `SIZE_STEPS` steps; the last step includes all larger sizes."""
     return [*sizes[: SIZE_STEPS - 1], sum(sizes[SIZE_STEPS - 1 :])]

@@ -1,53 +1,57 @@
-"""Time-limited credentials: anyone who knows the relay secret can mint them, and the relay can check them without a table.
+"""Time-limited credentials: the holder of the relay secret can mint credentials, and the relay checks them without a table.
 
 The username is ``{unix_expiry}:{salt}``, the password the unpadded Base64 of SHA-256 over ``{unix_expiry}:{secret}:{salt}``.
 The key of MESSAGE-INTEGRITY follows from both as in RFC 8489 §9.2.2 (long-term credentials).
 """
 
 import base64
+import functools
 import hashlib
 from typing import NamedTuple
 
-from relay.core.concealed import Concealed
+from relay.core.secret import Secret
 
 FIREZONE_REALM = "firezone"
 _LONGEST = 508
-"""Characters in a username (RFC 8489 §14.3 has bytes); a number of many thousand digits is one that Python won't read."""
+"""Characters in a username (RFC 8489 §14.3 limits bytes). Python refuses to parse numbers with thousands of digits."""
+
+CACHED_KEYS = 2048
+"""The most recent usernames keep their keys. Deriving a key takes 3 µs, an eighth of a Refresh."""
 
 SECRET_LENGTH = 32
-"""Random bytes in a relay secret that the relay makes itself."""
+"""Random bytes in a generated relay secret."""
 
 SALT_BYTES = 12
-"""Random bytes in the salt of a username that is made here."""
+"""Random bytes in the salt of a generated username."""
 
 
-class RelaySecret(Concealed):
-    """The secret that passwords are derived from; the portal is told it, since it mints them."""
+class RelaySecret(Secret):
+    """The secret from which passwords are derived. The portal knows the secret and mints credentials."""
 
     __slots__ = ()
 
 
 class Username(NamedTuple):
-    """A well-formed username, taken apart."""
+    """A parsed username."""
 
     text: str
     expiry: int
-    """Unix time in seconds after which it is expired."""
+    """Unix time in seconds. The username is expired afterwards."""
 
     def is_expired(self, unix: float) -> bool:
-        """Tell whether the wall clock is past the expiry; in that very second it is still valid."""
+        """Return whether the username is expired. The username is still valid in the second of its expiry."""
         return self.expiry < unix
 
 
 class Credential(NamedTuple):
-    """What a client is given."""
+    """A username and its password, as clients receive them."""
 
     username: str
     password: str
 
 
 def parse_username(text: str) -> Username | None:
-    """Take a username apart; None if it is not a decimal expiry and a salt with one colon between them."""
+    """Parse a username. Return None unless the text is a decimal expiry and a salt, separated by one colon."""
     expiry, colon, salt = text.partition(":")
     if not colon or ":" in salt or not (expiry.isascii() and expiry.isdigit()) or len(expiry) > _LONGEST:
         return None
@@ -55,24 +59,48 @@ def parse_username(text: str) -> Username | None:
 
 
 def password_of(username: Username, secret: RelaySecret) -> str:
-    """Derive the password that belongs to a username."""
+    """Return the password of a username."""
     expiry, _, salt = username.text.partition(":")
-    digest = hashlib.sha256(f"{expiry}:{secret.reveal()}:{salt}".encode()).digest()
+    digest = hashlib.sha256(f"{expiry}:{secret.expose()}:{salt}".encode()).digest()
     return base64.b64encode(digest).rstrip(b"=").decode()
 
 
 def integrity_key(username: str, realm: str, password: str) -> bytes:
-    """Derive the key of MESSAGE-INTEGRITY (RFC 8489 §9.2.2)."""
+    """Return the key of MESSAGE-INTEGRITY (RFC 8489 §9.2.2)."""
     return hashlib.md5(f"{username}:{realm}:{password}".encode(), usedforsecurity=False).digest()
 
 
+class UserKey(NamedTuple):
+    """A username and its MESSAGE-INTEGRITY key."""
+
+    username: Username
+    key: bytes
+
+
+class KeyCache:
+    """The only place where the relay derives a key from a username. It caches keys, since clients return."""
+
+    def __init__(self, realm: str, secret: RelaySecret) -> None:
+        self.of_username = functools.lru_cache(CACHED_KEYS)(functools.partial(_derive, realm, secret))
+        """Returns the key of a username, or None if the username is malformed."""
+
+    def __len__(self) -> int:
+        """Return the number of cached usernames, at most `CACHED_KEYS`."""
+        return self.of_username.cache_info().currsize
+
+
+def _derive(realm: str, secret: RelaySecret, text: str) -> UserKey | None:
+    username = parse_username(text)
+    return None if username is None else UserKey(username, integrity_key(text, realm, password_of(username, secret)))
+
+
 def mint(secret: RelaySecret, expiry: int, salt: str) -> Credential:
-    """Make a credential.
+    """Return a new credential.
 
     Args:
         secret: the relay's secret.
         expiry: unix time in seconds, not negative.
-        salt: any text without a colon; one salt is one allocation.
+        salt: any text without a colon. Each salt allows one allocation.
 
     Raises:
         ValueError: the expiry is negative or the salt has a colon.

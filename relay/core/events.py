@@ -1,51 +1,52 @@
-"""What happens in the core, for whoever watches: told among the commands, in their order.
+"""Events of the core, for the log. The core appends events to the commands, in order.
 
-Nothing is told of unless someone wants to hear of it (`Server.watch`): an event that nobody wants is not even made. None of
-them bears a username: it is half of a credential.
+The core appends only watched events (`Server.watch`). No event has a username, because a username is half of a credential.
 """
 
 from enum import StrEnum
 from typing import NamedTuple, TypeAlias, get_args
 
 from relay.core.addresses import AllocationId, ChannelNumber, ClientAddress, Family, PeerAddress, SocketAddress
-from relay.core.authentication import ErrorCode, Reason
 from relay.core.counters import FreeReason
+from relay.core.errors import ErrorCode, Reason
 from relay.core.peers import PeerRule
 from relay.core.stun import Method
 
 
 class Limit(StrEnum):
-    """What a request was refused for that nothing was wrong with."""
+    """The limit that a valid request exceeded."""
 
     ALLOCATIONS = "allocations"
-    """There are as many as there may be at once (486)."""
+    """The maximum of concurrent allocations (486)."""
     ALLOCATIONS_OF_ADDRESS = "allocations_of_address"
-    """The client's address has as many as one may have at once (486)."""
+    """The maximum of concurrent allocations of the client's address (486)."""
     CHANNELS = "channels"
-    """The allocation has as many as one may have (508)."""
+    """The maximum of channels of the allocation (508)."""
+    CHANNELS_IN_ALL = "channels_in_all"
+    """The maximum of channels of all allocations (508)."""
     PORTS = "ports"
     """No port of the range is free (508)."""
     SOCKETS = "sockets"
-    """The machine had no port, descriptor or thread to give, or did not say so in time (508)."""
+    """The machine lacks a port, a descriptor or a thread, or did not report in time (508)."""
     DRAINING = "draining"
-    """The relay is about to end (508)."""
+    """The relay is draining (508)."""
 
 
 class AllocationCreated(NamedTuple):
-    """An Allocate was answered with success."""
+    """An Allocate succeeded."""
 
     allocation: AllocationId
     client: ClientAddress
     relayed: tuple[SocketAddress, ...]
     """Its relayed addresses, IPv4 first."""
     missing_families: tuple[Family, ...]
-    """Asked for and not served here."""
+    """Requested families without service."""
     lifetime: int
     """Seconds."""
 
 
 class AllocationRefreshed(NamedTuple):
-    """A Refresh has moved the end of an allocation."""
+    """A Refresh has extended an allocation."""
 
     allocation: AllocationId
     client: ClientAddress
@@ -62,7 +63,7 @@ class RelayedAddressDeleted(NamedTuple):
 
 
 class AllocationFreed(NamedTuple):
-    """An allocation that had been created is no more, nor are its channels."""
+    """An established allocation and its channels have ended."""
 
     allocation: AllocationId
     client: ClientAddress
@@ -70,12 +71,12 @@ class AllocationFreed(NamedTuple):
     made_at: float
     """Monotonic seconds."""
     to_peer_bytes: int
-    """Of payload, relayed here; the kernel counts for itself what it relays."""
+    """Relayed payload. The kernel counts its own packets separately."""
     to_client_bytes: int
 
 
 class ChannelBound(NamedTuple):
-    """A channel relays from now on."""
+    """A channel was bound, and relays."""
 
     allocation: AllocationId
     client: ClientAddress
@@ -84,7 +85,7 @@ class ChannelBound(NamedTuple):
 
 
 class ChannelRefreshed(NamedTuple):
-    """A channel that relays goes on for longer."""
+    """A live channel was refreshed."""
 
     allocation: AllocationId
     client: ClientAddress
@@ -93,7 +94,7 @@ class ChannelRefreshed(NamedTuple):
 
 
 class ChannelExpired(NamedTuple):
-    """A channel relays no more, since it was not refreshed; its allocation is still there."""
+    """A channel has expired without a refresh, or its peer's address is this machine's now. Its allocation continues."""
 
     allocation: AllocationId
     client: ClientAddress
@@ -102,7 +103,7 @@ class ChannelExpired(NamedTuple):
 
 
 class PeerRefused(NamedTuple):
-    """A client asked for a peer that packets are never relayed to (403)."""
+    """A client requested a denied peer (403)."""
 
     allocation: AllocationId
     client: ClientAddress
@@ -112,7 +113,7 @@ class PeerRefused(NamedTuple):
 
 
 class LimitReached(NamedTuple):
-    """An Allocate or a ChannelBind that nothing was wrong with was refused."""
+    """A valid Allocate or ChannelBind exceeded a limit."""
 
     client: ClientAddress
     limit: Limit
@@ -120,24 +121,24 @@ class LimitReached(NamedTuple):
 
 
 class RequestRefused(NamedTuple):
-    """A client that proved who it is asked for what is wrong or not to be had here; no other event tells of that."""
+    """An authenticated client sent an invalid or unsupported request. No other event reports the request."""
 
     client: ClientAddress
     method: Method
     code: ErrorCode
     reason: Reason | None = None
-    """None if the code says it all."""
+    """None if the code has only one reason."""
 
 
 class Answered(NamedTuple):
-    """A request was answered: comes for each, after what follows from the request."""
+    """A response was sent. Each response has this event, after the other events of its request."""
 
     client: ClientAddress
     method: Method
     code: ErrorCode | None
-    """None is success."""
+    """None: success."""
     reason: Reason | None = None
-    """None if the code says it all."""
+    """None if the code has only one reason."""
 
 
 CoreEvent: TypeAlias = (

@@ -1,12 +1,22 @@
-"""How an allocation comes to be, and how it ends; `relay.core.server` has the table of its states."""
+"""The start and the end of allocations; `relay.core.server` has the table of their states."""
 
+import itertools
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any
 
-from relay.core.addresses import AllocationId, ClientAddress, Family, SocketAddress, network_of, socket_address
-from relay.core.allocations import Allocation, Allocations, AllocationState, ChannelBinding
-from relay.core.answers import Answers, Recipient
+from relay.core.addresses import (
+    AllocationId,
+    ChannelNumber,
+    ClientAddress,
+    Family,
+    PeerAddress,
+    RelayedPort,
+    SocketAddress,
+    network_of,
+    socket_address,
+)
+from relay.core.allocations import CHANNEL_GRACE_PERIOD, Allocation, Allocations, AllocationState, ChannelBinding
 from relay.core.attributes import (
     ADDRESS_ERROR_CODE,
     LIFETIME,
@@ -15,126 +25,150 @@ from relay.core.attributes import (
     AddressErrorValue,
     Attribute,
 )
-from relay.core.authentication import ErrorCode
 from relay.core.commands import BindPort, Commands, Drained, FreeAllocation
 from relay.core.config import ServerConfig
 from relay.core.counters import Counters, FreeReason
-from relay.core.credentials import integrity_key, parse_username, password_of
-from relay.core.events import AllocationCreated, AllocationFreed, ChannelExpired, Limit, LimitReached
+from relay.core.data import Datagram
+from relay.core.errors import ErrorCode
+from relay.core.events import AllocationCreated, AllocationFreed, ChannelExpired, Limit
+from relay.core.overload import CHANNELS_PER_EXPIRY, COST_OF_FREEING, EXPIRIES
 from relay.core.ports import PortPool
 from relay.core.randomness import RandomSource
+from relay.core.responses import Request, Responder, ResponseContext, limit_error
 from relay.core.stun import Method
 
 BIND_TIMEOUT = 5
-"""Seconds to wait for a report on sockets. Far longer than a bind takes; a client repeats its Allocate for 39.5 s."""
-
-_QUOTAS = (Limit.ALLOCATIONS, Limit.ALLOCATIONS_OF_ADDRESS)
+"""Seconds to wait for a report on sockets. A bind is far quicker. A client retransmits its Allocate for 39.5 s."""
 
 
 class BindRefusal(StrEnum):
-    """Why sockets could not be bound."""
+    """Causes of a failed bind."""
 
     PORT = "port"
-    """This port can't be had: another may."""
+    """The port is unavailable. Another port may be available."""
     MACHINE = "machine"
-    """The machine has no socket, descriptor or thread to give: another port won't help."""
-
-
-class AllocationRequest(NamedTuple):
-    """An Allocate that passed all checks."""
-
-    client: ClientAddress
-    username: str
-    transaction_id: bytes
-    fingerprint: bool
-    families: tuple[Family, ...]
-    missing_families: tuple[Family, ...]
-    even_port: bool
-    lifetime: int
+    """The machine lacks a socket, a descriptor or a thread. Another port would fail too."""
 
 
 class Lifecycle:
-    """Makes allocations and frees them."""
+    """Creates allocations and frees them."""
 
     def __init__(
         self,
         config: ServerConfig,
         tables: Allocations,
-        answers: Answers,
+        responder: Responder,
         counters: Counters,
         commands: Commands,
         random: RandomSource,
     ) -> None:
         self._config = config
         self._tables = tables
-        self._answers = answers
+        self._responder = responder
         self._counters = counters
         self._commands = commands
         self._random = random
         self._ports = PortPool(config.ports)
         self._public = {family: socket_address(host, 0)[0] for family, host in config.public_hosts.items()}
-        # Of the one Allocate that is just being answered, most often. An allocation itself holds no secret.
-        self._keys: dict[AllocationId, bytes] = {}
         self._next_id = 1
         self._draining = False
+        self._is_late = False
+        """Whether the last portion of passed deadlines left some."""
+        self._held_ports: dict[ClientAddress, list[RelayedPort]] = {}
+        """Ports of ended allocations of which the kernel still has channels."""
 
-    def begin(self, request: AllocationRequest, key: bytes | None, now: float) -> ErrorCode | None:
-        """Make an allocation, to be answered once its sockets are bound; or give the error that stands against it.
+    @property
+    def free_ports(self) -> list[RelayedPort]:
+        """Return the free ports, in any order."""
+        return list(self._ports)
 
-        ``key`` signs the answer; None derives it then.
+    @property
+    def free_port_count(self) -> int:
+        """Return the number of free ports."""
+        return len(self._ports)
 
-        The allocation that its username had (roaming) is freed once nothing stands against the new one; its ports and its
-        place count as free.
+    def export(self) -> dict[str, Any]:
+        """Return the state besides the tables as plain data. Ports that the kernel holds count as free."""
+        return {
+            "ports": self._ports.export(),
+            "held_ports": list(itertools.chain(*self._held_ports.values())),
+            "next_id": self._next_id,
+            "draining": self._draining,
+            "late": self._is_late,
+        }
+
+    def restore(self, exported: dict[str, Any]) -> None:
+        """Continue with the state of another relay, after its tables."""
+        by_id = self._tables.by_id.values()
+        used = {port for each in by_id for port in (each.port, *each.refused_ports)}
+        self._ports.restore(exported["ports"], used, self._config.ports)
+        for port in exported["held_ports"]:
+            self._ports.give_back(port)
+        self._next_id, self._draining, self._is_late = exported["next_id"], exported["draining"], exported["late"]
+
+    def begin(
+        self,
+        request: Request,
+        families: tuple[Family, ...],
+        missing_families: tuple[Family, ...],
+        *,
+        even_port: bool,
+        lifetime: int,
+    ) -> None:
+        """Create an allocation for a valid Allocate. The response follows when its sockets are bound.
+
+        Free the previous allocation of the same username (roaming) once no limit applies to the new allocation. The
+        previous ports and the previous place count as free.
+
+        Raises:
+            RequestError: a limit is reached.
         """
         replaced = self._tables.by_username.get(request.username)
-        limit = self._limit_reached(request, replaced)
+        limit = self._limit_reached(request, replaced, even_port=even_port)
         if limit is not None:
-            return self._refuse(request.client, limit)
+            raise limit_error(request.context.client, limit)
         if replaced is not None:
             self.free(replaced, FreeReason.REPLACED)
-        port = self._ports.draw(self._random, even=request.even_port)
-        assert port is not None, "one was counted above"  # noqa: S101
+        port = self._ports.draw(self._random, even=even_port)
+        assert port is not None, "a free port was counted above"  # noqa: S101
         allocation = Allocation(
             AllocationId(self._next_id),
-            request.client,
+            request.context.client,
             request.username,
-            request.transaction_id,
-            request.families,
-            request.missing_families,
+            request.context.transaction_id,
+            families,
+            missing_families,
             port,
-            request.even_port,
-            request.lifetime,
-            request.fingerprint,
-            now,
+            even_port,
+            lifetime,
+            request.context.fingerprint,
+            request.now,
         )
         self._next_id += 1
-        if key is not None:
-            self._keys[allocation.id] = key
-        self._tables.add(allocation, now + BIND_TIMEOUT)
-        self._commands.append(BindPort(allocation.id, port, allocation.families))
-        return None
+        self._tables.add(allocation, request.now + BIND_TIMEOUT)
+        self._commands.append(BindPort(allocation.id, port, families))
 
-    def _limit_reached(self, request: AllocationRequest, replaced: Allocation | None) -> Limit | None:
-        """Tell what stands against an allocation that is to take the place of another, or of none."""
+    def _limit_reached(self, request: Request, replaced: Allocation | None, *, even_port: bool) -> Limit | None:
+        """Return the limit that prevents an allocation, which may replace another allocation."""
         if self._draining:
             return Limit.DRAINING
-        regained = () if replaced is None else (replaced.port, *replaced.refused_ports)
-        if not self._ports.count(even=request.even_port) and not any(
-            port % 2 == 0 or not request.even_port for port in regained
-        ):
+        # The kernel gives back a port only later, if it has many channels.
+        is_freed_at_once = replaced is not None and not self._tables.is_removal_long(replaced)
+        regained = (replaced.port, *replaced.refused_ports) if replaced is not None and is_freed_at_once else ()
+        if not self._ports.count(even=even_port) and not any(port % 2 == 0 or not even_port for port in regained):
             return Limit.PORTS
         if len(self._tables.by_id) - (replaced is not None) >= self._config.max_allocations:
             return Limit.ALLOCATIONS
         most = self._config.max_allocations_per_address
         if most is not None:
-            network = network_of(request.client)
+            network = network_of(request.context.client)
             makes_room = replaced is not None and network_of(replaced.client) == network
             if self._tables.by_network.get(network, 0) - makes_room >= most:
                 return Limit.ALLOCATIONS_OF_ADDRESS
         return None
 
     def establish(self, allocation: Allocation, now: float) -> None:
-        """Answer the Allocate of an allocation whose sockets are all bound."""
+        """Send the success response for an allocation whose sockets are all bound."""
         allocation.state = AllocationState.ESTABLISHED
         self._give_back_refused_ports(allocation)
         self._tables.extend(allocation, now + allocation.lifetime)
@@ -146,10 +180,10 @@ class Lifecycle:
                     allocation.id, allocation.client, relayed, allocation.missing_families, allocation.lifetime
                 )
             )
-        allocation.success = self._answers.succeed(self._recipient(allocation), self._granted(allocation))
+        allocation.success = self._responder.succeed(self._context_of(allocation), self._granted(allocation))
 
     def try_another_port(self, allocation: Allocation) -> None:
-        """Go on with another port than the one the machine refused; without any left, answer 508."""
+        """Replace the port that the machine refused. Without another free port, respond with 508."""
         self._counters.ports_refused += 1
         port = self._ports.draw(self._random, even=allocation.even_port)
         if port is None:
@@ -160,51 +194,100 @@ class Lifecycle:
         self._commands.append(BindPort(allocation.id, port, allocation.families))
 
     def free(self, allocation: Allocation, reason: FreeReason) -> None:
-        """Free an allocation: out of all tables, its ports to the pool, its sockets to be closed."""
+        """Free an allocation: remove it from all tables, return its ports to the pool, close its sockets."""
         self._tables.remove(allocation)
-        self._ports.give_back(allocation.port)
+        self._held_ports.setdefault(allocation.client, []).append(allocation.port)
+        self._give_back_held_ports()
         self._give_back_refused_ports(allocation)
         self._counters.allocations_freed[reason] += 1
         self._commands.append(FreeAllocation(allocation.id, reason))
         if allocation.state is AllocationState.ESTABLISHED:
             if AllocationFreed in self._commands.watched:
                 self._commands.append(_freed(allocation, reason))
-        elif reason in (FreeReason.REFUSED, FreeReason.FAILED):
-            self._answers.refuse(self._recipient(allocation), self._refuse(allocation.client, Limit.SOCKETS))
-        self._keys.pop(allocation.id, None)
-        self._note_if_drained()
+        elif reason in (FreeReason.REFUSED, FreeReason.FAILED, FreeReason.KICKED):
+            self._responder.reject(self._context_of(allocation), limit_error(allocation.client, Limit.SOCKETS))
+        self._report_if_drained()
 
     def drain(self) -> None:
-        """Make no allocation any more, and say when the last one is gone; told again, do nothing."""
+        """Reject new allocations from now on, and report the end of the last allocation. A second call does nothing."""
         if not self._draining:
             self._draining = True
-            self._note_if_drained()
+            self._report_if_drained()
 
-    def expire(self, now: float) -> None:
-        """Do all that is due at ``now``."""
-        for at, (id_, number) in self._tables.deadlines.pop_due(now):
+    def resume(self) -> None:
+        """Make new allocations again. Without a drain, do nothing."""
+        self._draining = False
+
+    def handle_timeout(self, now: float) -> None:
+        """Handle a portion of the passed deadlines, and of the kernel's work."""
+        self._handle_deadlines(now)
+        if self._tables.is_kernel_behind:
+            self._tables.update_kernel()
+            self._give_back_held_ports()
+
+    def catch_up(self, now: float) -> None:
+        """Handle passed deadlines before an input. After a portion that left some, only `handle_timeout` goes on."""
+        if not self._is_late:
+            self._handle_deadlines(now)
+
+    def catch_up_with(self, allocation: Allocation | None, now: float, *bindings: ChannelBinding | None) -> None:
+        """Handle the passed deadlines of an allocation and of some channels, in case deadlines are late."""
+        if allocation is None:
+            return
+        if allocation.ends <= now:
+            binding = allocation.state is AllocationState.BINDING
+            self.free(allocation, FreeReason.REFUSED if binding else FreeReason.EXPIRED)
+            return
+        for each in bindings:
+            if each is not None and each.live and each.until <= now:
+                self._tables.expire_channel(allocation, each)
+                self._report_expired(each)
+            if each is not None and each.until + CHANNEL_GRACE_PERIOD <= now and allocation.expired.get(each.number) is each:
+                self._tables.unbind_channel(allocation, each)
+
+    def expire_channel(self, binding: ChannelBinding, now: float) -> None:
+        """End the life of a channel early."""
+        self._tables.cut_channel(self._tables.by_id[binding.allocation], binding, now)
+        self._report_expired(binding)
+
+    def catch_up_with_client(self, datagram: Datagram, now: float) -> None:
+        """Handle the passed deadlines of the channel and the allocation of a client's datagram."""
+        if self._is_late and (allocation := self._tables.by_client.get(ClientAddress(datagram[1]))):
+            number = ChannelNumber(int.from_bytes(datagram[0][:2], "big"))
+            self.catch_up_with(allocation, now, allocation.live.get(number))
+
+    def catch_up_with_peer(self, datagram: Datagram, now: float, id_: AllocationId) -> None:
+        """Handle the passed deadlines of the channel and the allocation of a peer's datagram."""
+        if self._is_late and (allocation := self._tables.by_id.get(id_)):
+            self.catch_up_with(allocation, now, allocation.live_peers.get(PeerAddress(datagram[1])))
+
+    def _handle_deadlines(self, now: float) -> None:
+        """Handle passed deadlines in their order, until their cost is `EXPIRIES`."""
+        left = EXPIRIES
+        for at, id_ in self._tables.deadlines.pop_due(now):
             allocation = self._tables.by_id[id_]
-            if number is None:
-                binding = allocation.state is AllocationState.BINDING
-                self.free(allocation, FreeReason.REFUSED if binding else FreeReason.EXPIRED)
-            elif allocation.channels[number].live:
-                self._cool_channel(allocation.channels[number], at)
+            if allocation.ends <= at:
+                left -= COST_OF_FREEING + allocation.channel_count // CHANNELS_PER_EXPIRY
+                self.catch_up_with(allocation, at)
             else:
-                self._tables.unbind_channel(allocation, allocation.channels[number])
+                expired = self._tables.expire_channels(allocation, at, left)
+                for each in expired:
+                    self._report_expired(each)
+                left -= 1 + len(expired) + self._tables.end_grace_periods(allocation, at, left)
+            if left <= 0:
+                break
+        self._is_late = self._tables.deadlines.earliest <= now
 
-    def _cool_channel(self, binding: ChannelBinding, expired_at: float) -> None:
-        self._tables.cool_channel(binding, expired_at)
+    def _report_expired(self, binding: ChannelBinding) -> None:
         if ChannelExpired in self._commands.watched:
             self._commands.append(ChannelExpired(binding.allocation, binding.client, binding.number, binding.peer))
 
-    def _refuse(self, client: ClientAddress, limit: Limit) -> ErrorCode:
-        """Tell of a limit, and give the error that a client is answered for it."""
-        code = ErrorCode.ALLOCATION_QUOTA_REACHED if limit in _QUOTAS else ErrorCode.INSUFFICIENT_CAPACITY
-        if LimitReached in self._commands.watched:
-            self._commands.append(LimitReached(client, limit, code))
-        return code
+    def _give_back_held_ports(self) -> None:
+        for client in [each for each in self._held_ports if not self._tables.is_in_kernel(each)]:
+            for port in self._held_ports.pop(client):
+                self._ports.give_back(port)
 
-    def _note_if_drained(self) -> None:
+    def _report_if_drained(self) -> None:
         if self._draining and not self._tables.by_id:
             self._commands.append(Drained())
 
@@ -225,28 +308,28 @@ class Lifecycle:
         host, port = self._public[family], allocation.port
         return (host, port) if family is Family.IPV4 else (host, port, 0, 0)
 
-    def _recipient(self, allocation: Allocation) -> Recipient:
-        key = self._keys.pop(allocation.id, None)
-        if key is None:
-            username = parse_username(allocation.username)
-            assert username is not None, "an allocation's username was authenticated"  # noqa: S101
-            key = integrity_key(username.text, self._config.realm, password_of(username, self._config.secret))
-        return Recipient(
+    def _context_of(self, allocation: Allocation) -> ResponseContext:
+        """Return the context of the response to the Allocate. The allocation itself holds no key."""
+        user = self._responder.keys.of_username(allocation.username)
+        assert user is not None, "the username of an allocation was authenticated"  # noqa: S101
+        return ResponseContext(
             allocation.client,
             Method.ALLOCATE,
+            allocation.made_at,
             allocation.transaction_id,
             allocation.fingerprint,
-            key,
+            user.key,
             authenticated=True,
         )
 
 
 def _freed(allocation: Allocation, reason: FreeReason) -> AllocationFreed:
+    channels = allocation.channels.values()
     return AllocationFreed(
         allocation.id,
         allocation.client,
         reason,
         allocation.made_at,
-        allocation.to_peer_bytes,
-        allocation.to_client_bytes,
+        allocation.to_peer_bytes + sum(each.to_peer_bytes for each in channels),
+        allocation.to_client_bytes + sum(each.to_client_bytes for each in channels),
     )

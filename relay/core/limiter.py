@@ -1,51 +1,54 @@
-"""How many answers go to addresses that have proven nothing.
+"""Rate limit of responses to unauthenticated source addresses.
 
-Whoever has not proven who they are may have written somebody else's address on their request, so that the answer hits that
-one. Each source address has a token bucket: a burst of answers, and so many a second after that. Ports don't count, as a
-forger is free to choose them; of an IPv6 address only the first 64 bits do, since one customer has all that begin with them.
+An unauthenticated request may have a forged source address, so the response may hit a victim. Each source address has a
+token bucket: a burst of responses, then a number of responses per second. Ports do not count, since an attacker chooses them
+freely. Of an IPv6 address only the first 64 bits count, because one customer usually has the whole /64.
 
 The table
 =========
 
-It has a fixed size and no entries that come and go, since whatever can be evicted can be made to be: a flood from enough
-forged sources would push out the bucket of whoever it likes. Instead a keyed hash gives each source one bucket in each of
-two rows, for good, which it shares with whoever else has it. The source has as many tokens as the fuller of its two buckets,
-and an answer takes one from those that have more than it leaves (a count-min sketch with conservative update, made of
-buckets). What follows:
+The table has a fixed size and no evictions: an attacker with enough forged sources could evict the bucket of any victim.
+Instead a keyed hash assigns each source one bucket in each of two rows, shared with other sources. A source has as many
+tokens as the fuller of its two buckets. A response takes a token from each bucket that has more tokens than remain to the
+source (a count-min sketch with conservative update, made of buckets). Consequences:
 
-- a source never gets more than its rate and burst: the tokens it takes are gone from both of its buckets;
-- one that floods empties two buckets. Another source is held up only if *both* of its own are emptied by others, which for
-  ``n`` flooding sources is so with a probability of about ``(n / BUCKETS)²``: one in 4,000 for a thousand of them;
-- one answer to each of ``n`` sources takes ``n / BUCKETS`` tokens from a bucket. With 200,000 forged sources and 100,000
-  answers a second, which is more than a relay can write, that is 1.5 a second of a rate of hundreds: nobody notices;
-- nobody can aim at a victim's buckets: the key is the relay's own, and what the hash gives is never seen outside.
+- a source never exceeds its rate and burst: both of its buckets lose the tokens that the source takes;
+- a flooding source empties two buckets. Another source is limited only if other sources empty *both* of its buckets. For
+  ``n`` flooding sources the probability is about ``(n / BUCKETS)²``: 1 in 4,000 for a thousand sources;
+- one response to each of ``n`` sources takes ``n / BUCKETS`` tokens from a bucket. 200,000 forged sources with 100,000
+  responses per second, more than a relay can send, take 1.5 tokens per second of a rate of hundreds: no source notices;
+- an attacker can't target the buckets of a victim: the key and the hash values never leave the relay.
 
-So the rate wants to be several times what the relay can answer in all, divided by `BUCKETS`; any but the lowest is.
+So the rate should be several times the relay's total responses per second, divided by `BUCKETS`. Only the lowest rates are
+below this.
 
-A bucket is one number, the time at which it will be full again; asking costs a hash and two look-ups, 1 µs.
+A bucket is one number, the time at which the bucket will be full again. A check takes one hash and two look-ups, 1 µs.
 """
 
+import base64
 import hashlib
+import zlib
 from array import array
+from collections.abc import Iterable
 
 from relay.core.addresses import ClientAddress, network_of
 from relay.core.randomness import RandomSource
 
 BUCKETS = 1 << 16
-"""In a row. Both rows are 1 MiB together, whatever happens."""
+"""Buckets in a row. Both rows together always take 1 MiB."""
 
 KEY_LENGTH = 16
 _NANOSECONDS = 1_000_000_000
 
 
 class Limiter:
-    """Says whether one more answer may go to a source.
+    """The rate limit of all source addresses.
 
-    What it knows is in `key` and `rows`, bytes and plain numbers: another one that is given them goes on where it was.
+    The state is in `key` and `rows`, bytes and plain numbers, so another limiter can continue from the state.
 
     Args:
-        rate: answers a second, sustained; above 0, at most a million.
-        burst: answers at once, to a source that has had none for ``burst / rate`` seconds; at least 1.
+        rate: sustained responses per second; above 0, at most a million.
+        burst: responses at once to a source without responses for ``burst / rate`` seconds; at least 1.
         random: draws the key.
     """
 
@@ -53,16 +56,27 @@ class Limiter:
         self.key = random.randbytes(KEY_LENGTH)
         self._hash = hashlib.blake2b(key=self.key, digest_size=4)
         self._cost = round(_NANOSECONDS / rate)
-        # The half is between two numbers of tokens, so that rounding of times is never seen.
+        # Half a token of tolerance, so that rounded times never change a decision.
         self._allowance = (burst - 1) * self._cost + self._cost // 2
-        self.rows = tuple(array("q", bytes(8 * BUCKETS)) for _ in range(2))
-        """When each bucket is full again, in monotonic nanoseconds."""
+        self.rows = tuple(array("q", (0,)) * BUCKETS for _ in range(2))
+        """The time at which each bucket is full again, in monotonic nanoseconds."""
+
+    def export(self) -> list[str]:
+        """Return the rows as text. Without a flood, most of a row is zeros."""
+        return [base64.b64encode(zlib.compress(row.tobytes(), 1)).decode() for row in self.rows]
+
+    def restore(self, key: bytes, rows: Iterable[str]) -> None:
+        """Continue with the state of another limiter."""
+        self.key = key
+        self._hash = hashlib.blake2b(key=key, digest_size=4)
+        for mine, theirs in zip(self.rows, rows, strict=True):
+            mine[:] = array("q", zlib.decompress(base64.b64decode(theirs)))
 
     def allows(self, client: ClientAddress, now: float) -> bool:
-        """Take a token of a source for one answer; False if it has none, and nothing is taken.
+        """Consume a token of a source for one response. Return False if the source has no token.
 
         Args:
-            client: where the answer would go.
+            client: the destination of the response.
             now: monotonic seconds.
         """
         hashed = self._hash.copy()

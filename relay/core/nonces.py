@@ -1,8 +1,7 @@
-"""Nonces without a table: each one proves itself.
+"""Stateless nonces.
 
-A nonce is the second in which it was made and a keyed hash over that and the client's address, so a flood of first
-requests from spoofed addresses costs the relay no memory. It is as short as is safe, since every byte of it is sent to
-whatever address a request claims to come from.
+A nonce is the second of its creation and a keyed hash over the second and the client's address. So a flood of first requests
+from forged addresses takes no memory. A nonce is as short as is safe, because a forger can direct its bytes at a victim.
 """
 
 import base64
@@ -13,45 +12,51 @@ import struct
 
 from relay.core.addresses import ClientAddress
 from relay.core.counters import NonceOutcome
-from relay.core.instant import Instant
 from relay.core.randomness import RandomSource
+from relay.core.timestamp import Timestamp
 
 NONCE_LIFETIME = 3600
-"""Seconds for which a nonce is taken. RFC 8489 §18.1 suggests an hour at most."""
+"""Seconds for which a nonce is valid. RFC 8489 §18.1 suggests an hour at most."""
 
 KEY_LENGTH = 16
 _MAC_LENGTH = 8
-"""64 bits: a guess succeeds once in 2⁶⁴ requests, and what it wins is a request that still needs a password."""
+"""64 bits: a guess succeeds once in 2⁶⁴ requests, and the request still needs a password."""
 
 _SECOND = struct.Struct("!I")
-# Base64 of 12 bytes, thus 16 characters without padding.
+# Base64 of 12 bytes: 16 characters without padding.
 _NONCE_LENGTH = 16
 
 
+def second_of(nonce: bytes) -> int:
+    """Return the second in which a valid nonce was issued."""
+    second: int = _SECOND.unpack_from(base64.b64decode(nonce))[0]
+    return second
+
+
 class Nonces:
-    """Makes nonces and recognises its own.
+    """Creates and checks nonces.
 
     Args:
         random: draws the key.
-        outcomes: counts what came of those that were looked at.
+        outcomes: counts the results of checks.
     """
 
     def __init__(self, random: RandomSource, outcomes: dict[NonceOutcome, int] | None = None) -> None:
-        self._key = random.randbytes(KEY_LENGTH)
+        self.key = random.randbytes(KEY_LENGTH)
         self._outcomes = dict.fromkeys(NonceOutcome, 0) if outcomes is None else outcomes
 
-    def issue(self, client: ClientAddress, now: Instant) -> bytes:
-        """Make a nonce for one client address and port."""
+    def issue(self, client: ClientAddress, now: Timestamp) -> bytes:
+        """Return a new nonce for one client address and port."""
         second = _SECOND.pack(int(now.monotonic) & 0xFFFFFFFF)
         return base64.b64encode(second + self._mac(second, client))
 
-    def is_valid(self, nonce: bytes, client: ClientAddress, now: Instant) -> bool:
-        """Tell whether a nonce was made here, for this client, within the last hour; and count it."""
+    def check(self, nonce: bytes, client: ClientAddress, now: Timestamp) -> NonceOutcome:
+        """Return whether this relay issued a nonce to this client, and within the last hour. Count the result."""
         outcome = self._judge(nonce, client, now)
         self._outcomes[outcome] += 1
-        return outcome is NonceOutcome.OURS
+        return outcome
 
-    def _judge(self, nonce: bytes, client: ClientAddress, now: Instant) -> NonceOutcome:
+    def _judge(self, nonce: bytes, client: ClientAddress, now: Timestamp) -> NonceOutcome:
         if len(nonce) != _NONCE_LENGTH:
             return NonceOutcome.FOREIGN
         try:
@@ -66,4 +71,4 @@ class Nonces:
 
     def _mac(self, second: bytes, client: ClientAddress) -> bytes:
         about = b"%b %b %d" % (second, client[0].encode(), client[1])
-        return hashlib.blake2b(about, key=self._key, digest_size=_MAC_LENGTH).digest()
+        return hashlib.blake2b(about, key=self.key, digest_size=_MAC_LENGTH).digest()

@@ -1,43 +1,58 @@
-"""The ports that allocations can have."""
+"""The pool of ports for allocations."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Collection, Iterable, Iterator
 
 from relay.core.addresses import RelayedPort
 from relay.core.randomness import RandomSource
 
 
 class PortPool:
-    """The ports that no allocation has; drawing one and giving it back cost the same however many there are.
+    """The free ports. The cost of `draw` and `give_back` is independent of the number of ports.
 
-    Draws are random, as RFC 8656 §7.2 asks, so that the next relayed address can't be guessed from the last.
+    `draw` is random (RFC 8656 §7.2), so that nobody can predict the next relayed address.
     """
 
     def __init__(self, ports: Iterable[int]) -> None:
-        # Even ports and odd ports apart, for EVEN-PORT.
+        # Even and odd ports, for EVEN-PORT.
         self._free: tuple[list[RelayedPort], list[RelayedPort]] = ([], [])
         for port in ports:
             self.give_back(RelayedPort(port))
+
+    def __iter__(self) -> Iterator[RelayedPort]:
+        """Yield the free ports, in any order."""
+        return itertools.chain.from_iterable(self._free)
 
     def __len__(self) -> int:
         even, odd = self._free
         return len(even) + len(odd)
 
     def count(self, *, even: bool) -> int:
-        """Tell how many ports `draw` can choose from."""
+        """Return the number of ports that `draw` can choose from."""
         return len(self._free[0]) if even else len(self)
 
     def draw(self, random: RandomSource, *, even: bool) -> RelayedPort | None:
-        """Take a port out of the pool; None if there is none (or no even one, if ``even`` is asked for)."""
+        """Remove and return a random port, an even port if ``even``. Return None without such a port."""
         evens, odds = self._free
         count = self.count(even=even)
         if count == 0:
             return None
         at = random.randrange(count)
         ports, at = (evens, at) if at < len(evens) else (odds, at - len(evens))
-        # The last one takes its place: removing from the middle of a list would cost as much as the list is long.
+        # The last port replaces the drawn port: a removal from the middle of a list takes linear time.
         ports[at], ports[-1] = ports[-1], ports[at]
         return ports.pop()
 
+    def export(self) -> list[list[RelayedPort]]:
+        """Return the free even and odd ports, in the order of the pool."""
+        return [ports.copy() for ports in self._free]
+
+    def restore(self, free: Iterable[Iterable[int]], used: Collection[RelayedPort], ports: range) -> None:
+        """Continue with the free ports of another pool, as far as they are among ``ports``, and all new ports."""
+        known = {*used, *itertools.chain.from_iterable(free)}
+        for mine, theirs in zip(self._free, free, strict=True):
+            mine[:] = [RelayedPort(port) for port in theirs if port in ports] + [port for port in mine if port not in known]
+
     def give_back(self, port: RelayedPort) -> None:
-        """Put a port back that `draw` gave."""
+        """Return a drawn port to the pool."""
         self._free[port % 2].append(port)

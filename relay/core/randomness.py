@@ -1,13 +1,13 @@
-"""Where the core's random numbers come from: a source that is handed in, so that a seed repeats a run."""
+"""The source of random numbers, an argument of the core, so that a seed reproduces a run."""
 
 from typing import Protocol
 
 
 class RandomSource(Protocol):
-    """What the core asks of a source; both generators of the standard library's ``random`` fit."""
+    """A source of random numbers, such as the generators of ``random``."""
 
     def randrange(self, stop: int, /) -> int:
-        """Give an integer in ``0 <= n < stop``."""
+        """Return an integer in ``0 <= n < stop``."""
 
     def randbytes(self, n: int, /) -> bytes:
-        """Give ``n`` random bytes."""
+        """Return ``n`` random bytes."""

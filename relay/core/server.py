@@ -3,74 +3,98 @@
 How it works
 ============
 
-Inputs are batches of datagrams (from clients, and from peers by way of an allocation's sockets), reports on sockets, the
-wish to end, and the passing of time; each comes with the `Instant` at which it happened. An input changes the tables, and
-appends commands; whoever drives the server drains them after each: they keep their order. A batch leaves, flow by flow, the
-same datagrams in the same order as if each had come alone; but in fewer commands.
-`poll_timeout` says by when the server wants an input, at the latest.
+Inputs are datagrams (from clients, and from peers at a relayed address), reports on sockets, this machine's addresses, the
+wish to drain or to resume, and the passing of time. Each input comes with the `Timestamp` at which it happened. The same
+inputs with the same seed give the same commands.
 
-Time can't pass unseen: every input first does what is due. So a channel relays nothing after its expiry even if the wake-up
-comes late, and inputs alone decide what comes out: the same inputs with the same seed give the same bytes.
+**Two kinds of output.** The data plane changes no table, so `handle_client_datagram` and `handle_peer_datagram` return the
+command that relays a datagram. All other inputs change the tables and append commands, which `drain` returns.
+`relay_to_peer` is the part of `handle_client_datagram` that relays: it needs no wall clock, which would cost each packet
+another system call.
 
-An allocation begins with an Allocate that passed all checks. It is in the tables at once (so that a repeated request is
-recognised), but is answered only when the sockets are bound:
+**Inputs and commands.** After each input the driver carries out the returned command, and then commands until `drain`
+returns none; only then comes the next input. There is one exception: a report on a socket (`handle_bound`,
+`handle_bind_refused`, `handle_allocation_failed`) may come while commands are being carried out, because it is the outcome
+of a command. Its own commands come with the next `drain`, after all commands of the current one. So commands are carried out
+in the order of the inputs. A command may concern an allocation whose sockets the driver could not open or has closed: the
+driver drops that command.
+
+**GRO batches** (`relay.core.data.Datagram`) have the same effect as their datagrams one by one, in fewer commands: all
+datagrams of a source are handled in their order, and a request takes effect on the data that follows it.
+
+**Time** can't pass unseen: every input first handles all passed deadlines. So a channel relays nothing after its expiry even
+if the wake-up comes late. `poll_timeout` returns the time of the next wake-up.
+
+**States.** An allocation begins with an Allocate that passed all checks. The allocation is in the tables at once, so that a
+repeated request is recognised. The response follows when the sockets are bound:
 
 ====================  ==========================  ==============================================
 state                 input                       what follows
 ====================  ==========================  ==============================================
 (none)                Allocate                    BindPort; BINDING
-BINDING               bound                       success answer; ESTABLISHED
+BINDING               bound                       success response; ESTABLISHED
 BINDING               port refused, others left   BindPort of another port; BINDING
 BINDING               refused, nothing left       508; freed
 BINDING               5 s pass                    508; freed
 ESTABLISHED           lifetime passes             freed
-BINDING, ESTABLISHED  Refresh with LIFETIME 0     success answer; freed
+BINDING, ESTABLISHED  Refresh with LIFETIME 0     success response; freed
 BINDING, ESTABLISHED  same username, new address  freed; the new one goes to BINDING
 BINDING, ESTABLISHED  its sockets failed          (508 if BINDING); freed
+BINDING, ESTABLISHED  an operator ends it         (508 if BINDING); freed
 (none)                Allocate, while draining    508
 ====================  ==========================  ==============================================
 
-Four modules act on the tables of `relay.core.allocations`: this one (which datagram is what, reports, time),
-`relay.core.relaying` (data), `relay.core.requests` (what clients ask), `relay.core.lifecycle` (how an allocation begins and
-ends, with the one function that frees).
+**Inside.** Data for the relayed address of another allocation does not leave the machine, because a NAT in front of the
+relay may not return it. Its command is one of those that `drain` returns.
+
+**Early data.** A client may send ChannelData right behind a ChannelBind. If the data arrives first, it waits for the
+ChannelBind (`relay.core.early`). The commands that relay it come with the commands of the ChannelBind.
+
+Four modules act on the tables of `relay.core.allocations`: this one (dispatch, reports, time), `relay.core.data` (the data
+plane), `relay.core.requests` (requests of clients), `relay.core.lifecycle` (the beginning and the end of an allocation, with
+the one function that frees).
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 
-from relay.core.addresses import AllocationId, ClientAddress, PeerAddress
-from relay.core.allocations import Allocation, Allocations, AllocationState
-from relay.core.answers import Answers, AttributeValues, Recipient
-from relay.core.attributes import NONCE, REALM, UNKNOWN_ATTRIBUTES, XOR_MAPPED_ADDRESS
-from relay.core.authentication import Claims, ErrorCode, Unproven, authenticate
-from relay.core.commands import Command, Commands
+from relay.core.addresses import AllocationId, ClientAddress, RelayedPort, SocketAddress
+from relay.core.allocations import Allocation, Allocations, AllocationState, count_drop
+from relay.core.commands import Command, Commands, HandIn, SendToPeer, cut
 from relay.core.config import ServerConfig
 from relay.core.counters import MALFORMED_DROPS, Counters, DropReason, FreeReason
+from relay.core.data import (
+    CHANNEL_DATA_FIRST_BYTES,
+    Datagram,
+    DataPlane,
+    InsideData,
+    by_channel,
+    is_of_one_channel,
+    is_truncated,
+)
+from relay.core.early import EarlyData
 from relay.core.events import CoreEvent
-from relay.core.instant import Instant
-from relay.core.lifecycle import BindRefusal, Lifecycle
-from relay.core.limiter import Limiter
-from relay.core.nonces import Nonces
+from relay.core.handover import Handover
+from relay.core.lifecycle import BindRefusal
+from relay.core.overload import (
+    CLIENT_REQUESTS,
+    MIXED_DATAGRAMS,
+    MIXED_INTERVAL,
+    MIXED_SENDS,
+    REQUESTS_IN_A_BATCH,
+    UNAUTHENTICATED_REQUESTS,
+)
 from relay.core.randomness import RandomSource
-from relay.core.relaying import CHANNEL_DATA_FIRST_BYTES, CHANNEL_HEADER_LENGTH, Relaying
-from relay.core.requests import Request, Requests
-from relay.core.stun import Malformed, Message, MessageClass, Method, decode, is_stun
-from relay.core.trains import Arrival, cut
+from relay.core.requests import Requests
+from relay.core.stun import Malformed, MessageClass, Method, decode, is_stun
+from relay.core.timestamp import Timestamp
 
 _LONGEST_STUN = 1500
-"""Bytes. A STUN message fits the path's MTU (RFC 8489 §6.1); one of 64 KiB could name 5,000 peers, each to be judged, and
-held up everybody's packets for 130 ms."""
+"""Bytes. A STUN message fits the path's MTU (RFC 8489 §6.1). A message of 64 KiB could name 5,000 peers, and checking them
+all delayed every packet by 130 ms."""
 
-STRANGERS = 16
-"""Requests from addresses without an allocation that are looked at in a batch while there is a flood. To read and drop
-one costs 3 µs, to answer it 30 to 60: with batches of 128, a flood has to be several times as large until its mere reading
-leaves no time for others."""
-
-_REQUESTS: dict[int, Method] = {
-    int(method): method
-    for method in (Method.BINDING, Method.ALLOCATE, Method.REFRESH, Method.CREATE_PERMISSION, Method.CHANNEL_BIND)
-}
 _DROPPED_INDICATIONS: dict[int, DropReason] = {
     Method.SEND: DropReason.SEND_INDICATION,
     Method.DATA: DropReason.DATA_INDICATION,
@@ -78,125 +102,126 @@ _DROPPED_INDICATIONS: dict[int, DropReason] = {
 
 
 class Server:
-    """The whole relay, as a state machine.
+    """The relay as a state machine.
 
     Args:
-        config: what it serves.
-        random: draws ports and the key of nonces; a seeded one makes a run repeatable.
+        config: the settings.
+        random: the source of ports and of the key of nonces. A seeded source makes a run repeatable.
     """
 
     def __init__(self, config: ServerConfig, random: RandomSource) -> None:
         self.counters = Counters()
-        self._config = config
-        commands = self._commands = Commands()
-        self.allocations = Allocations(commands if config.offloads else None)
-        self._nonces = Nonces(random, self.counters.nonces)
-        self._claims = Claims(config.realm, config.secret)
-        self._strangers_left = math.inf
-        self._limiter: Limiter | None = None
-        if config.unauthenticated_rate:
-            self._limiter = Limiter(config.unauthenticated_rate, config.unauthenticated_burst, random)
-        self._answers = Answers(config.software, self.counters, commands)
-        self._lifecycle = Lifecycle(config, self.allocations, self._answers, self.counters, commands, random)
-        self._relaying = Relaying(self.allocations, self.counters, commands)
-        # The shortest way, for the commonest case: without a call in between.
-        self.forward_to_peer = self._relaying.forward_to_peer
-        self.forward_to_client = self._relaying.forward_to_client
-        self._requests = Requests(config, self.allocations, self._lifecycle, self._answers, self.counters, commands)
+        commands = self.commands = Commands()
+        """Commands that wait for `drain`."""
+        tables = self.allocations = Allocations(config.is_relayed, commands if config.offloads else None)
+        self._mixed_left: dict[SocketAddress, int] = {}
+        """The shares of clients that sent batches of several channels since `_mixed_since`."""
+        self._mixed_since = -math.inf
+        data, inside = (
+            DataPlane(channels, tables, self.counters, self._before_client_data, self._before_peer_data)
+            for channels in (tables.live_channels, tables.inside_channels)
+        )
+        self._inside = InsideData(inside, tables, commands)
+        self._early = EarlyData(self.relay, tables, self.counters)
+        self._requests = Requests(config, tables, self.counters, commands, random, self._early)
+        self._lifecycle = self._requests.lifecycle
+        self.handover = Handover(tables, self._requests, self._early)
+        """Writes the state for a successor, or reads the state of a predecessor."""
+        self.history = self._requests.history
+        # Not methods of this class: each packet would pay for another call.
+        self.relay_to_peer = data.to_peer
+        """Handle a datagram or a GRO batch on the port for clients, if all of it is ChannelData of one live channel that is
+        not inside."""
+        self.handle_peer_datagram = data.to_client
+        """Handle a datagram or a GRO batch that arrived on the relayed addresses of an allocation."""
+
+    @property
+    def free_ports(self) -> list[RelayedPort]:
+        """The ports without an allocation, in no particular order."""
+        return self._lifecycle.free_ports
+
+    @property
+    def free_port_count(self) -> int:
+        """The number of ports without an allocation."""
+        return self._lifecycle.free_port_count
 
     def watch(self, kinds: AbstractSet[type[CoreEvent]]) -> None:
-        """Tell of these events, among the commands, and of no others; of none, unless this is called. Any thread may."""
-        self._commands.watched = kinds
+        """Add events of these kinds, and no other events, to the commands. Any thread may call this."""
+        self.commands.watched = kinds
 
     def drain(self) -> list[Command]:
-        """Take the commands that inputs have left, in the order in which they are to be carried out."""
-        if not self._commands:
-            return []
-        commands = self._commands.copy()
-        self._commands.clear()
+        """Return the commands of all inputs so far, in the order in which to carry them out, and forget them."""
+        commands = self.commands.copy()
+        self.commands.clear()
         return commands
 
     def poll_timeout(self) -> float | None:
-        """Give the monotonic time by which `handle_timeout` wants to be called; None if nothing is waited for."""
-        return None if self._relaying.due_at == math.inf else self._relaying.due_at
+        """Return the monotonic time at which to call `handle_timeout`; None if there is no deadline."""
+        if self.allocations.is_kernel_behind or self._requests.is_reviewing:
+            return -math.inf
+        earliest = self.allocations.deadlines.earliest
+        return None if earliest == math.inf else earliest
 
-    def handle_timeout(self, now: Instant) -> None:
-        """Do what is due."""
-        self._lifecycle.expire(now.monotonic)
-        self._set_wake_up()
+    def handle_timeout(self, now: Timestamp) -> None:
+        """Handle a portion of the passed deadlines. If some are left, `poll_timeout` returns a time that has passed."""
+        self._early.expire(now.monotonic)
+        self._lifecycle.handle_timeout(now.monotonic)
+        self._requests.review_channels(now.monotonic)
+        self._requests.replays.forget(now.monotonic)
+        self._forget_shares(now.monotonic)
 
-    def handle_client_arrival(self, arrival: Arrival, now: Instant) -> None:
-        """Take what arrived on the port that clients talk to, if it is alone: most often, unless there is much traffic."""
-        if now.monotonic >= self._relaying.due_at:
-            self.handle_timeout(now)
-        data, client, segment, traffic_class = arrival
-        if segment:
-            self.handle_client_arrivals((arrival,), now)
-        else:
-            self._take_from_client(data, ClientAddress(client), traffic_class, now, batched=False)
+    def handle_client_datagram(self, datagram: Datagram, now: Timestamp) -> SendToPeer | None:
+        """Handle a datagram or a GRO batch that arrived on the port for clients; return the command that relays it, if any.
 
-    def handle_peer_arrival(self, allocation: AllocationId, arrival: Arrival, now: Instant) -> None:
-        """Take what arrived on a relayed address, if it is alone."""
-        if now.monotonic >= self._relaying.due_at:
-            self.handle_timeout(now)
-        data, peer, segment, traffic_class = arrival
-        if segment:
-            self._relaying.train_to_client(data, allocation, PeerAddress(peer), segment, traffic_class)
-        else:
-            self._relaying.to_client(data, allocation, PeerAddress(peer), traffic_class)
-
-    def handle_client_arrivals(self, arrivals: Iterable[Arrival], now: Instant, *, is_flood: bool = False) -> None:
-        """Take what arrived on the port that clients talk to, oldest first.
-
-        An exception is a bug. With an iterator, the rest can be handed in again: what was taken from it is done with.
-
-        Args:
-            arrivals: a batch.
-            now: when.
-            is_flood: more arrives than can be taken. Of requests from addresses without an allocation, only the first
-                `STRANGERS` of the batch are looked at then, so that who has one is heard.
+        An exception is a bug.
         """
-        self._strangers_left = STRANGERS if is_flood else math.inf
-        if now.monotonic >= self._relaying.due_at:
-            self.handle_timeout(now)
-        runs = self._relaying.runs
-        for data, client, segment, traffic_class in arrivals:
-            run = runs.get((client, data[:CHANNEL_HEADER_LENGTH], traffic_class))
-            if run is not None and run.length == len(data) and not segment:
-                run.append(data[CHANNEL_HEADER_LENGTH:])
-            elif segment and self._relaying.train_to_peer(data, ClientAddress(client), segment, traffic_class):
+        command = self.relay_to_peer(datagram, now.monotonic)
+        if command is None and not self._inside.relay(datagram, now.monotonic):
+            data, client, segment_size, _ = datagram
+            is_channel_data = bool(data) and data[0] in CHANNEL_DATA_FIRST_BYTES
+            if segment_size and not (is_channel_data and is_of_one_channel(data, segment_size)):
+                self._handle_mixed_batch(datagram, now)
+            elif is_channel_data:
+                if is_truncated(data):
+                    count_drop(self.counters, DropReason.SHORT_CHANNEL_DATA, self._of_client(client))
+                else:
+                    self._early.hold(datagram, now.monotonic)
+            elif is_stun(data):
+                self._handle_stun(data, ClientAddress(client), now)
+            else:
+                self.counters.drops[DropReason.UNKNOWN_PROTOCOL if data else DropReason.EMPTY] += 1
+        return command
+
+    def shed(self, batch: Iterable[Datagram]) -> list[Datagram]:
+        """Drop requests of a batch beyond the first few of each client and of all addresses without an allocation together.
+
+        The driver calls this in a flood: more requests arrive than the relay can respond to.
+        """
+        kept: list[Datagram] = []
+        requests: Counter[SocketAddress | None] = Counter()
+        for datagram in batch:
+            data, client, segment_size, traffic_class = datagram
+            is_known = client in self.allocations.by_client
+            if is_known and not is_stun(data):
+                kept.append(datagram)
                 continue
-            else:
-                for each in cut(data, segment):
-                    self._take_from_client(each, ClientAddress(client), traffic_class, now, batched=True)
-        self._relaying.finish()
-        self._strangers_left = math.inf
+            most, of = (CLIENT_REQUESTS, client) if is_known else (UNAUTHENTICATED_REQUESTS, None)
+            for each in cut(data, segment_size):
+                requests[of] += is_stun(each)
+                if requests[of] <= most or not is_stun(each):
+                    kept.append((each, client, 0, traffic_class))
+                else:
+                    count_drop(self.counters, DropReason.FLOOD, self._of_client(client))
+        return kept
 
-    def handle_peer_arrivals(self, allocation: AllocationId, arrivals: Iterable[Arrival], now: Instant) -> None:
-        """Take what arrived on a relayed address, oldest first, as with `handle_client_arrivals`."""
-        if now.monotonic >= self._relaying.due_at:
-            self.handle_timeout(now)
-        relaying = self._relaying
-        runs = relaying.runs
-        for data, peer, segment, traffic_class in arrivals:
-            run = runs.get((peer, len(data), traffic_class))
-            if segment:
-                relaying.train_to_client(data, allocation, PeerAddress(peer), segment, traffic_class)
-            elif run is not None:
-                run.append(run.header + data)
-            else:
-                relaying.to_client(data, allocation, PeerAddress(peer), traffic_class, batched=True)
-        relaying.finish()
-
-    def handle_bound(self, allocation: AllocationId, now: Instant) -> None:
-        """Take the report that every socket of a `BindPort` is bound."""
+    def handle_bound(self, allocation: AllocationId, now: Timestamp) -> None:
+        """Handle the report that every socket of a `BindPort` is bound."""
         waiting = self._waiting(allocation, now)
         if waiting is not None:
             self._lifecycle.establish(waiting, now.monotonic)
-            self._set_wake_up()
 
-    def handle_bind_refused(self, allocation: AllocationId, refusal: BindRefusal, now: Instant) -> None:
-        """Take the report that a `BindPort` could not be carried out; none of its sockets is open."""
+    def handle_bind_refused(self, allocation: AllocationId, refusal: BindRefusal, now: Timestamp) -> None:
+        """Handle the report that a `BindPort` failed; none of its sockets is open."""
         waiting = self._waiting(allocation, now)
         if waiting is None:
             return
@@ -204,44 +229,115 @@ class Server:
             self._lifecycle.try_another_port(waiting)
         else:
             self._lifecycle.free(waiting, FreeReason.REFUSED)
-        self._set_wake_up()
 
-    def handle_allocation_failed(self, allocation: AllocationId, now: Instant) -> None:
-        """Take the report that the sockets of an allocation, or what serves them, broke."""
-        self.handle_timeout(now)
-        failed = self.allocations.by_id.get(allocation)
-        if failed is not None:
-            self._lifecycle.free(failed, FreeReason.FAILED)
-            self._set_wake_up()
+    def handle_allocation_failed(self, allocation: AllocationId, now: Timestamp) -> None:
+        """Handle the report that a socket or the reader of an allocation failed."""
+        self._end(allocation, FreeReason.FAILED, now)
 
-    def handle_drain(self, now: Instant) -> None:
-        """Take the wish to end: no allocation is made any more, those there are go on; `Drained` says when none is left."""
-        self.handle_timeout(now)
+    def handle_kick(self, allocation: AllocationId, now: Timestamp) -> bool:
+        """End an allocation at an operator's request. Return whether it existed. Its client may allocate again."""
+        return self._end(allocation, FreeReason.KICKED, now)
+
+    def _end(self, allocation: AllocationId, reason: FreeReason, now: Timestamp) -> bool:
+        ended = self._current(allocation, now)
+        if ended is not None:
+            self._lifecycle.free(ended, reason)
+        return ended is not None
+
+    def handle_drain(self, now: Timestamp) -> None:
+        """Make no more allocations. Existing allocations go on; `Drained` follows when the last of them has ended."""
+        self._catch_up(now.monotonic)
         self._lifecycle.drain()
 
-    def _take_from_client(
-        self, data: bytes, client: ClientAddress, traffic_class: int, now: Instant, *, batched: bool
-    ) -> None:
-        if not data:
-            self.counters.drops[DropReason.EMPTY] += 1
-        elif data[0] in CHANNEL_DATA_FIRST_BYTES:
-            self._relaying.to_peer(data, client, traffic_class, batched=batched)
-        elif is_stun(data):
-            if client not in self.allocations.by_client:
-                if not self._strangers_left:
-                    self.counters.drops[DropReason.FLOOD] += 1
-                    return
-                self._strangers_left -= 1
-            # It may change what is relayed, and how.
-            self._relaying.finish()
-            self._handle_stun(data, client, now)
-            self._set_wake_up()
-        else:
-            self.counters.drops[DropReason.UNKNOWN_PROTOCOL] += 1
+    def handle_resume(self, now: Timestamp) -> None:
+        """Make allocations again after `handle_drain`."""
+        self._catch_up(now.monotonic)
+        self._lifecycle.resume()
 
-    def _handle_stun(self, data: bytes, client: ClientAddress, now: Instant) -> None:
+    def handle_own_addresses(self, addresses: frozenset[str], now: Timestamp) -> None:
+        """Deny this machine's current addresses as peers, and no former addresses. Channels to denied peers expire.
+
+        With thousands of channels, wake-ups do a part of this.
+        """
+        self._catch_up(now.monotonic)
+        self._requests.change_own_addresses(addresses, now.monotonic)
+
+    def relay(self, datagram: Datagram, now: float) -> bool:
+        """Relay ChannelData of one live channel. Return False for anything else.
+
+        `drain` returns the command. No table changes, except by passed deadlines.
+        """
+        command = self.relay_to_peer(datagram, now)
+        if command is None:
+            return self._inside.relay(datagram, now)
+        self.commands.append(command)
+        return True
+
+    def _catch_up(self, now: float) -> None:
+        # First: the other deadlines are those of allocations.
+        self._early.expire(now)
+        self._lifecycle.catch_up(now)
+
+    def _before_client_data(self, datagram: Datagram, now: float) -> None:
+        self._catch_up(now)
+        self._lifecycle.catch_up_with_client(datagram, now)
+
+    def _before_peer_data(self, datagram: Datagram, now: float, allocation: AllocationId) -> None:
+        self._catch_up(now)
+        self._lifecycle.catch_up_with_peer(datagram, now, allocation)
+
+    def _handle_mixed_batch(self, datagram: Datagram, now: Timestamp) -> None:
+        """Handle a GRO batch of several channels, or with requests: the data of each channel together if possible.
+
+        After `REQUESTS_IN_A_BATCH` the rest is handed in again. Data beyond the share of a client is dropped.
+        """
+        data, client, segment_size, traffic_class = datagram
+        count = -(-len(data) // segment_size)
+        left = self._mixed_share(client, now.monotonic)
+        if not left and min(data[::segment_size]) in CHANNEL_DATA_FIRST_BYTES:
+            # Without requests, there is no need to cut the batch.
+            count_drop(self.counters, DropReason.MIXED, self._of_client(client), count)
+            return
+        pieces = cut(data[: MIXED_DATAGRAMS * segment_size], segment_size)
+        dropped = count - len(pieces)
+        requests = REQUESTS_IN_A_BATCH
+        rest: list[Datagram] = []
+        for same in by_channel(pieces):
+            is_request = is_stun(same[0])
+            joined, size = b"".join(same), len(same[0])
+            if left and len(same) > 1 and is_of_one_channel(joined, size):
+                parts: list[Datagram] = [(joined, client, size, traffic_class)]
+            else:
+                kept = same if is_request else same[:left]
+                dropped += len(same) - len(kept)
+                parts = [(each, client, 0, traffic_class) for each in kept]
+            left -= 0 if is_request else len(parts)
+            if rest or (is_request and not requests):
+                rest += parts
+                continue
+            requests -= is_request
+            for part in parts:
+                command = self.handle_client_datagram(part, now)
+                if command is not None:
+                    self.commands.append(command)
+        self._mixed_left[client] = left
+        count_drop(self.counters, DropReason.MIXED, self._of_client(client), dropped)
+        if rest:
+            self.commands.append(HandIn(rest))
+
+    def _mixed_share(self, client: SocketAddress, now: float) -> int:
+        """Return the sends that a client has left for batches of several channels."""
+        self._forget_shares(now)
+        return self._mixed_left.get(client, MIXED_SENDS)
+
+    def _forget_shares(self, now: float) -> None:
+        if not 0 <= now - self._mixed_since < MIXED_INTERVAL:
+            self._mixed_since = now
+            self._mixed_left.clear()
+
+    def _handle_stun(self, data: bytes, client: ClientAddress, now: Timestamp) -> None:
         if client[1] == 0:
-            # No answer could reach it.
+            # No response could reach this port.
             self.counters.drops[DropReason.SOURCE_PORT_ZERO] += 1
             return
         if len(data) > _LONGEST_STUN:
@@ -251,7 +347,7 @@ class Server:
         if isinstance(message, Malformed):
             self.counters.drops[MALFORMED_DROPS[message]] += 1
         elif message.message_class is MessageClass.REQUEST:
-            self._handle_request(message, client, now)
+            self._requests.handle(message, client, now)
         elif message.message_class is not MessageClass.INDICATION:
             self.counters.drops[DropReason.RESPONSE] += 1
         elif message.method == Method.BINDING:
@@ -260,54 +356,16 @@ class Server:
         else:
             self.counters.drops[_DROPPED_INDICATIONS.get(message.method, DropReason.INDICATION)] += 1
 
-    def _handle_request(self, message: Message, client: ClientAddress, now: Instant) -> None:
-        method = _REQUESTS.get(message.method)
-        if method is None:
-            # RFC 8489 §6.3: silence for a method that is not known.
-            self.counters.drops[DropReason.UNKNOWN_METHOD] += 1
-            return
-        to = Recipient(client, method, message.transaction_id, message.has_fingerprint)
-        if unknown := message.unknown_attributes():
-            self._refuse_unproven(to, Unproven(ErrorCode.UNKNOWN_ATTRIBUTE), message, now, [(UNKNOWN_ATTRIBUTES, unknown)])
-        elif method is Method.BINDING:
-            if self._may_answer(to, None, now):
-                self._answers.succeed(to, [(XOR_MAPPED_ADDRESS, client)])
-        else:
-            checked = authenticate(message, client, now, self._nonces, self._claims)
-            if isinstance(checked, Unproven):
-                self._refuse_unproven(to, checked, message, now)
-            else:
-                username, key = checked
-                proven = Recipient(client, method, to.transaction_id, to.fingerprint, key, authenticated=True)
-                self._requests.handle(Request(message, client, username.text, proven, now.monotonic))
+    def _of_client(self, client: SocketAddress) -> Allocation | None:
+        return self.allocations.by_client.get(ClientAddress(client))
 
-    def _refuse_unproven(
-        self, to: Recipient, unproven: Unproven, message: Message, now: Instant, attributes: AttributeValues = ()
-    ) -> None:
-        """Refuse a request whose sender is not known, unless its address has had enough answers."""
-        code, reason = unproven
-        if not self._may_answer(to, code, now):
-            return
-        if code.is_challenge:
-            attributes = ((REALM, self._config.realm), (NONCE, self._nonces.issue(to.client, now)))
-        if to.method is not Method.BINDING:
-            claim = self._claims.of(message)
-            to = to if claim is None else to._replace(key=claim.key)
-        self._answers.refuse(to, code, attributes, reason)
-
-    def _may_answer(self, to: Recipient, code: ErrorCode | None, now: Instant) -> bool:
-        """Tell whether an answer may go to who has proven nothing; before any work is done for it."""
-        if self._limiter is None or self._limiter.allows(to.client, now.monotonic):
-            return True
-        self.counters.count_withheld(to.method, code)
-        return False
-
-    def _waiting(self, allocation: AllocationId, now: Instant) -> Allocation | None:
-        """Find the allocation that a report on a bind is about; None if it is gone or was reported on before."""
-        self.handle_timeout(now)
-        found = self.allocations.by_id.get(allocation)
+    def _waiting(self, allocation: AllocationId, now: Timestamp) -> Allocation | None:
+        """Return the allocation that waits for this report on a bind; None if it has ended or had a report before."""
+        found = self._current(allocation, now)
         return found if found is not None and found.state is AllocationState.BINDING else None
 
-    def _set_wake_up(self) -> None:
-        earliest = self.allocations.deadlines.earliest()
-        self._relaying.due_at = math.inf if earliest is None else earliest
+    def _current(self, allocation: AllocationId, now: Timestamp) -> Allocation | None:
+        """Return an allocation that has not ended."""
+        self._catch_up(now.monotonic)
+        self._lifecycle.catch_up_with(self.allocations.by_id.get(allocation), now.monotonic)
+        return self.allocations.by_id.get(allocation)

@@ -1,8 +1,7 @@
 """STUN messages: bytes to `Message` and back (RFC 8489 §5, §14).
 
-`decode` never raises, whatever the bytes: it gives a `Message`, or says what is wrong. It checks the form of the message
-and of its FINGERPRINT; the values of attributes are looked at when asked for, since what a wrong one means (silence, 400,
-401) is for the server to say.
+`decode` never raises: the result is a `Message` or the kind of error. `decode` checks the form of the message and the
+FINGERPRINT. `Message.get` checks the value of an attribute, because the server chooses the reaction (silence, 400, 401).
 """
 
 import functools
@@ -28,11 +27,12 @@ T = TypeVar("T")
 HEADER_LENGTH = 20
 TRANSACTION_ID_LENGTH = 12
 FINGERPRINT_MASK = 0x5354554E
-"""XORed into the CRC, so that it differs from a CRC of a protocol that STUN may be multiplexed with (RFC 8489 §14.7)."""
+"""XORed into the CRC, to differ from the CRC of a multiplexed protocol (RFC 8489 §14.7)."""
 
 MOST_ATTRIBUTES = 64
-"""In a message, those that are ignored among them. Some clients name all their peers in one CreatePermission, and few have
-dozens. 370 empty ones fit a datagram, and would cost four times what a Refresh does (benchmarks/hostile.py)."""
+"""Attributes in a message, including ignored attributes. Some clients send all peers, at most dozens, in one
+CreatePermission. A datagram has room for 370 empty attributes, which would take four times the time of a
+Refresh."""
 
 _FIRST_BYTE_BELOW = 4
 _INTEGRITY_LENGTH = 4 + 20
@@ -42,18 +42,18 @@ _INTEGRITY_HEAD = _HEAD.pack(MESSAGE_INTEGRITY.type, 20)
 _PADDING = (b"", bytes(3), bytes(2), bytes(1))
 
 _BLOCK = 64
-"""Bytes in a block of SHA-1, as HMAC needs it (RFC 2104)."""
+"""Bytes in a block of SHA-1, for HMAC (RFC 2104)."""
 
 _INNER_PAD, _OUTER_PAD = (bytes(byte ^ pad for byte in range(256)) for pad in (0x36, 0x5C))
 
 
 def is_stun(data: bytes) -> bool:
-    """Tell whether a datagram is STUN's, by its first byte (RFC 7983 §7)."""
+    """Return whether the first byte of a datagram is STUN's (RFC 7983 §7)."""
     return bool(data) and data[0] < _FIRST_BYTE_BELOW
 
 
 class Method(IntEnum):
-    """The methods that have a meaning to a TURN server (RFC 8489 §18.2, RFC 8656 §17)."""
+    """The methods of a TURN server (RFC 8489 §18.2, RFC 8656 §17)."""
 
     BINDING = 0x001
     ALLOCATE = 0x003
@@ -63,7 +63,7 @@ class Method(IntEnum):
     CREATE_PERMISSION = 0x008
     CHANNEL_BIND = 0x009
 
-    # As its number has, in C: an enumeration's own is a function in Python, which look-ups would call.
+    # The hash of int, in C. Enum defines __hash__ in Python, which slows look-ups down.
     __hash__ = int.__hash__
 
     def __str__(self) -> str:
@@ -71,7 +71,7 @@ class Method(IntEnum):
 
 
 class MessageClass(IntEnum):
-    """The four classes of a message (RFC 8489 §5)."""
+    """The four message classes (RFC 8489 §5)."""
 
     REQUEST = 0
     INDICATION = 1
@@ -80,11 +80,11 @@ class MessageClass(IntEnum):
 
 
 _CLASSES = tuple(MessageClass)
-"""By number: a look-up takes a tenth of the time of ``MessageClass(number)``."""
+"""Classes by number. A look-up takes a tenth of the time of ``MessageClass(number)``."""
 
 
 class Malformed(StrEnum):
-    """Why bytes are no STUN message."""
+    """The reason why bytes are not a STUN message."""
 
     HEADER = "header"
     COOKIE = "cookie"
@@ -95,7 +95,7 @@ class Malformed(StrEnum):
 
 
 class Message(NamedTuple):
-    """A well-formed message. What follows its MESSAGE-INTEGRITY is left out, as RFC 8489 §14.5 asks."""
+    """A well-formed message, without the attributes after MESSAGE-INTEGRITY (RFC 8489 §14.5)."""
 
     message_class: MessageClass
     method: int
@@ -103,15 +103,15 @@ class Message(NamedTuple):
     attributes: tuple[tuple[int, bytes], ...]
     raw: bytes
     integrity_at: int | None
-    """Where MESSAGE-INTEGRITY begins in ``raw``; None if there is none."""
+    """The offset of MESSAGE-INTEGRITY in ``raw``. None without MESSAGE-INTEGRITY."""
     integrity: bytes
     has_fingerprint: bool
 
     def get(self, attribute: Attribute[T]) -> T | None:
-        """Give the value of an attribute, the first one where it repeats (RFC 8489 §14), or None.
+        """Return the value of the first occurrence of an attribute (RFC 8489 §14), or None.
 
         Raises:
-            MalformedAttributeError: it is there, and its value has not the right form.
+            MalformedAttributeError: the value is malformed.
         """
         wanted = attribute.type
         for type_, value in self.attributes:
@@ -120,11 +120,11 @@ class Message(NamedTuple):
         return None
 
     def get_all(self, attribute: Attribute[T]) -> Iterator[T]:
-        """Give the value of each occurrence of an attribute, in order; raises as `get` does."""
+        """Return the values of all occurrences of an attribute, in order. Raise as `get` does."""
         return (attribute.unpack(value, self.transaction_id) for type_, value in self.attributes if type_ == attribute.type)
 
     def has(self, attribute: Attribute[Any]) -> bool:
-        """Tell whether an attribute is there, whatever its value."""
+        """Return whether the message has an attribute, with any value."""
         wanted = attribute.type
         for type_, _ in self.attributes:  # noqa: SIM110 - half the cost of any()
             if type_ == wanted:
@@ -132,20 +132,23 @@ class Message(NamedTuple):
         return False
 
     def unknown_attributes(self) -> tuple[int, ...]:
-        """Give the types that must be understood and are not, each once."""
+        """Return the unknown types that must be understood, without repetitions."""
         unknown = [t for t, _ in self.attributes if t < COMPREHENSION_OPTIONAL and t not in KNOWN_TYPES]
         return tuple(dict.fromkeys(unknown)) if unknown else ()
 
     def integrity_holds(self, key: bytes) -> bool:
-        """Check MESSAGE-INTEGRITY in constant time (RFC 8489 §14.5); False if there is none."""
+        """Check MESSAGE-INTEGRITY in constant time. Return False without MESSAGE-INTEGRITY.
+
+        The HMAC covers the message up to MESSAGE-INTEGRITY, with a length that includes this attribute (RFC 8489 §14.5).
+        """
         if self.integrity_at is None:
             return False
-        expected = _integrity(self.raw[: self.integrity_at], key)
+        expected = _mac(_with_length(self.raw[: self.integrity_at], _INTEGRITY_LENGTH), key)
         return hmac.compare_digest(expected, self.integrity)
 
 
 def decode(data: bytes) -> Message | Malformed:
-    """Read a message that fills a datagram, or say why it is none."""
+    """Decode a message that fills a datagram, or return the reason of a failure."""
     fault = _header_fault(data)
     if fault is not None:
         return fault
@@ -204,14 +207,13 @@ def encode(
     key: bytes | None = None,
     fingerprint: bool = False,
 ) -> bytes:
-    """Write a message.
+    """Return an encoded message.
 
     Args:
         message_class: one of the four.
         method: 0–0xFFF.
         transaction_id: 12 bytes.
-        attributes: rows of the attribute table with their values, in order; MESSAGE-INTEGRITY and FINGERPRINT are not
-            among them.
+        attributes: rows of the attribute table with their values, in order, without MESSAGE-INTEGRITY and FINGERPRINT.
         key: signs the message with MESSAGE-INTEGRITY.
         fingerprint: appends FINGERPRINT.
     """
@@ -225,7 +227,7 @@ def encode(
         (method & 0x000F) | (method & 0x0070) << 1 | (method & 0x0F80) << 2
         | (message_class & 1) << 4 | (message_class & 2) << 7
     )  # fmt: skip
-    # MESSAGE-INTEGRITY covers a length that counts it, but no FINGERPRINT after it (RFC 8489 §14.5).
+    # The length under MESSAGE-INTEGRITY includes MESSAGE-INTEGRITY, but no FINGERPRINT (RFC 8489 §14.5).
     length = len(body) + (0 if key is None else _INTEGRITY_LENGTH)
     message = b"".join((_HEAD.pack(message_type, length), MAGIC_COOKIE, transaction_id, body))
     if key is not None:
@@ -236,13 +238,8 @@ def encode(
     return message
 
 
-def _integrity(covered: bytes, key: bytes) -> bytes:
-    """Give HMAC-SHA1 over a message up to MESSAGE-INTEGRITY, its length counting that attribute (RFC 8489 §14.5)."""
-    return _mac(_with_length(covered, _INTEGRITY_LENGTH), key)
-
-
 def _mac(message: bytes, key: bytes) -> bytes:
-    """Give HMAC-SHA1 (RFC 2104)."""
+    """Return HMAC-SHA1 (RFC 2104)."""
     begun_inner, begun_outer = _begun(key)
     inner, outer = begun_inner.copy(), begun_outer.copy()
     inner.update(message)
@@ -250,11 +247,11 @@ def _mac(message: bytes, key: bytes) -> bytes:
     return outer.digest()
 
 
-# A request is checked, and its answer signed, with one key, and each client has one. With this begun, the hash takes half as
-# long as hmac.digest, and a quarter of it where that finds none of OpenSSL in the cache.
+# A request and its response have the same key, and each client has one key. A hash from this cached state takes half the
+# time of hmac.digest, and a quarter with OpenSSL outside the CPU cache.
 @functools.lru_cache(maxsize=2048)
 def _begun(key: bytes) -> tuple["hashlib._Hash", "hashlib._Hash"]:
-    """Give the two hashes of HMAC-SHA1 with what comes before the message, and before the first one's result."""
+    """Return the inner and the outer hash of HMAC-SHA1, with the padded key as their input."""
     block = (key if len(key) <= _BLOCK else hashlib.sha1(key, usedforsecurity=False).digest()).ljust(_BLOCK, b"\0")
     return (
         hashlib.sha1(block.translate(_INNER_PAD), usedforsecurity=False),
@@ -267,5 +264,5 @@ def _fingerprint(covered: bytes) -> bytes:
 
 
 def _with_length(message: bytes, more: int) -> bytes:
-    """Give a message whose length field says that ``more`` bytes follow."""
+    """Return a message with ``more`` bytes added to its length field."""
     return message[:2] + (len(message) - HEADER_LENGTH + more).to_bytes(2, "big") + message[4:]

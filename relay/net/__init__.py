@@ -1,1 +1,1 @@
-"""Sockets: UDP in batches and trains, and one WebSocket. Nothing here knows what comes by them, or decides on it."""
+"""Sockets: UDP with batches, GRO and GSO, and a WebSocket client. This package does not interpret the payload."""

@@ -1,96 +1,159 @@
-"""Connecting to a host by TCP and TLS, through a proxy if need be: every address of it, within a bounded time."""
+"""Connections by TCP and TLS, through a proxy if configured: to any address of a host, within a bounded time."""
 
 import contextlib
+import errno
+import itertools
+import os
+import selectors
 import socket
 import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from relay.net.names import HostAddress, LookUp, look_up
 from relay.net.proxy import Proxy, open_tunnel
 
 LOOK_UP_TIMEOUT = 5
-"""Seconds. Resolvers ask a second server after that, by default; and time has to be left to connect."""
+"""Seconds for a name look-up. Resolvers try a second server after 5 s by default. The rest of the time is for connecting."""
+
+ATTEMPT_DELAY = 0.25
+"""Seconds of an unanswered connect before the next address is tried too (RFC 8305 §5)."""
+
+LEAST_TIMEOUT = 0.1
+"""Seconds for connecting that remain even after a slow look-up."""
 
 Watch = Callable[[socket.socket], None]
-"""Is shown each socket before it is waited for, so that someone else can shut it down; raises if nobody wants one."""
+"""Receives a socket before each wait, so that another thread can end the wait: it shuts this socket down, and the next call
+raises."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dialer:
-    """Connects to one host.
-
-    Args:
-        host: a name or an address.
-        port: the TCP port.
-        tls: with which a certificate for ``host`` is demanded; None for plain TCP.
-        proxy: to go through.
-        look_up: gives the addresses of a host.
-    """
+    """Connects to one host, through the proxy if there is one."""
 
     host: str
+    """A name or an address."""
     port: int
     tls: ssl.SSLContext | None
+    """Requires a certificate for the host. None: plain TCP."""
     proxy: Proxy | None = None
     look_up: LookUp = look_up
 
     def dial(self, timeout: float, watch: Watch) -> socket.socket:
-        """Connect; the socket is the caller's to close.
+        """Connect within ``timeout`` seconds for the look-up and all addresses. The caller closes the socket.
 
-        Each address gets its share of the time that is left, so that one which swallows packets does not cost the others
-        theirs.
-
-        Args:
-            timeout: seconds for everything.
-            watch: sees each socket that is made.
+        If the proxy or TLS fails on a connection, the other addresses have half of the remaining time. So the failure is
+        reported in time.
 
         Raises:
-            OSError: none of the addresses could be connected to; the error is that of the last one.
+            OSError: no address accepted a connection. A failure of the proxy or of TLS is preferred.
         """
         until = time.monotonic() + timeout
         host, port = (self.proxy.host, self.proxy.port) if self.proxy is not None else (self.host, self.port)
-        addresses = self.look_up(host, port, min(timeout, LOOK_UP_TIMEOUT))
-        error: OSError = OSError(f"{host} has no address")
-        for number, address in enumerate(addresses):
-            share = (until - time.monotonic()) / (len(addresses) - number)
+        addresses = interleaved(self.look_up(host, port, min(timeout, LOOK_UP_TIMEOUT)))
+        until = max(until, time.monotonic() + LEAST_TIMEOUT)
+        error: OSError | None = None
+        while addresses:
             try:
-                return self._connect(address, max(share, 0.1), watch)
+                opened = _race(addresses, until, watch)
+                left = until - time.monotonic()
+                return self._complete(opened, max(left / 2 if addresses else left, LEAST_TIMEOUT), watch)
             except OSError as failure:
-                error = failure
+                error = error or failure
+                until -= (until - time.monotonic()) / 2
         try:
-            raise error
+            raise error or OSError(f"{host} has no address")
         finally:
-            # Its traceback has this frame, and this frame has it: a ring, which would keep what hangs on it until it is
-            # collected. CPython 3.11 leaves a socket there if the other side resets the connection before TLS begins.
+            # The traceback refers to this frame, and this frame to the error: a reference cycle, which would keep a socket
+            # open until a garbage collection. In CPython 3.11 this happens after a reset before the TLS handshake.
             del error
 
-    def _connect(self, to: HostAddress, timeout: float, watch: Watch) -> socket.socket:
+    def _complete(self, opened: socket.socket, timeout: float, watch: Watch) -> socket.socket:
+        """Return a connection after the proxy and TLS."""
         with contextlib.ExitStack() as on_failure:
-            opened = on_failure.enter_context(socket.socket(to.family, socket.SOCK_STREAM))
+            on_failure.enter_context(opened)
             opened.settimeout(timeout)
             watch(opened)
-            opened.connect(to.address)
-            # A heartbeat is one small frame: it should not wait for another.
+            # A heartbeat is one small frame. Nagle's algorithm would delay the frame.
             opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.proxy is not None:
                 open_tunnel(opened, self.host, self.port, self.proxy)
             if self.tls is not None:
-                # Shown before the handshake, not after: else nobody could end one that hangs.
-                opened = on_failure.enter_context(_wrap(opened, self.tls, self.host))
+                try:
+                    wrapped = self.tls.wrap_socket(opened, server_hostname=self.host, do_handshake_on_connect=False)
+                except ValueError as error:
+                    # A proxy looks names up itself, so that this is the first look at the name.
+                    raise OSError(f"{self.host} can't be a name") from error
+                opened = on_failure.enter_context(wrapped)
+                # Before the handshake, so that another thread can end a handshake that hangs.
                 watch(opened)
                 opened.do_handshake()
             on_failure.pop_all()
         return opened
 
 
-def _wrap(opened: socket.socket, tls: ssl.SSLContext, host: str) -> ssl.SSLSocket:
-    """Prepare a connection for TLS.
+def interleaved(addresses: list[HostAddress]) -> list[HostAddress]:
+    """Return the addresses with alternating families, IPv6 first (RFC 8305 §4). Within a family the order is kept."""
+    six = [address for address in addresses if address.family == socket.AF_INET6]
+    four = [address for address in addresses if address.family != socket.AF_INET6]
+    return [address for pair in itertools.zip_longest(six, four) for address in pair if address is not None]
+
+
+def _race(addresses: list[HostAddress], until: float, watch: Watch) -> socket.socket:
+    """Return a connection to the address that accepts first (RFC 8305 §5), and close the other sockets.
+
+    Afterwards the list has the addresses that neither accepted nor failed. After an error it is empty.
 
     Raises:
-        OSError: it is closed by now, or the host can't be a name: one that goes through a proxy was not looked up here.
+        OSError: no address accepted in time. The last error is raised.
     """
+    waiting, addresses[:] = addresses.copy(), []
+    start_at, last_error = 0.0, errno.ETIMEDOUT
+    with selectors.PollSelector() as racing:
+        pending = racing.get_map()
+        try:
+            while (waiting or pending) and (now := time.monotonic()) < until:
+                if waiting and now >= start_at:
+                    failure = _start(waiting.pop(0), racing, watch)
+                    last_error, start_at = (failure, now) if failure else (last_error, now + ATTEMPT_DELAY)
+                    continue
+                # One socket suffices: when another thread shuts it down, the next call raises.
+                watch(_socket_of(next(iter(pending.values()))))
+                for key, _ in racing.select(min(until, start_at if waiting else until) - now):
+                    opened = _socket_of(key)
+                    racing.unregister(opened)
+                    last_error = opened.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if not last_error:
+                        addresses += [other.data for other in pending.values()] + waiting
+                        return opened
+                    opened.close()
+                    start_at = now
+            if pending:
+                last_error = errno.ETIMEDOUT
+        finally:
+            for key in pending.values():
+                _socket_of(key).close()
+    raise OSError(last_error, os.strerror(last_error))
+
+
+def _socket_of(key: selectors.SelectorKey) -> socket.socket:
+    return cast(socket.socket, key.fileobj)
+
+
+def _start(to: HostAddress, racing: selectors.BaseSelector, watch: Watch) -> int:
+    """Begin to connect. Return 0, or the number of the error if the connection has failed at once."""
     try:
-        return tls.wrap_socket(opened, server_hostname=host, do_handshake_on_connect=False)
-    except ValueError as error:
-        raise OSError(f"{host} can't be a name") from error
+        opened = socket.socket(to.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError as error:
+        # The family is not supported, or no descriptor is free.
+        return error.errno or errno.EIO
+    racing.register(opened, selectors.EVENT_WRITE, to)
+    watch(opened)
+    failure = opened.connect_ex(to.address)
+    if failure in {0, errno.EINPROGRESS}:
+        return 0
+    racing.unregister(opened)
+    opened.close()
+    return failure

@@ -1,4 +1,4 @@
-"""Looking up the addresses of a host, within a bounded time."""
+"""Look-ups of host addresses within a bounded time."""
 
 import queue
 import socket
@@ -7,14 +7,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 PENDING_LOOKUPS = 4
-"""Look-ups that may be under way. One can't be called off, so one that hangs keeps its thread until the resolver gives up,
-which a broken one never does."""
-
-_pending = threading.BoundedSemaphore(PENDING_LOOKUPS)
+"""Concurrent look-ups. A look-up can't be cancelled: its thread remains until the resolver returns, which a broken resolver
+never does."""
 
 
 class HostAddress(NamedTuple):
-    """Where a TCP connection can be made to."""
+    """The address of a TCP server."""
 
     family: int
     address: tuple[Any, ...]
@@ -23,16 +21,14 @@ class HostAddress(NamedTuple):
 LookUp: TypeAlias = Callable[[str, int, float], list[HostAddress]]
 
 
-def look_up(host: str, port: int, timeout: float) -> list[HostAddress]:
-    """Give the addresses of a host, in the order in which the system prefers them.
+_pending = threading.BoundedSemaphore(PENDING_LOOKUPS)
 
-    Args:
-        host: a name or an address.
-        port: the TCP port.
-        timeout: seconds.
+
+def look_up(host: str, port: int, timeout: float) -> list[HostAddress]:
+    """Return the addresses of a name or an address within ``timeout`` seconds, in the order of the system's preference.
 
     Raises:
-        OSError: there are none, or they did not come in time.
+        OSError: the look-up failed or took too long.
     """
     if not _pending.acquire(blocking=False):
         raise TimeoutError(f"{PENDING_LOOKUPS} look-ups of names hang already")
@@ -41,11 +37,13 @@ def look_up(host: str, port: int, timeout: float) -> list[HostAddress]:
     def ask() -> None:
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            # A host that is listed twice is tried once.
+            # Without duplicates.
             outcome.put(list(dict.fromkeys(HostAddress(family, address) for family, _, _, _, address in found)))
-        except (OSError, UnicodeError) as error:
-            # UnicodeError: a label that is empty or too long.
-            outcome.put(error if isinstance(error, OSError) else OSError(f"{host} can't be a name"))
+        except OSError as error:
+            outcome.put(error)
+        except UnicodeError:
+            # A label is empty or too long.
+            outcome.put(OSError(f"{host} can't be a name"))
         finally:
             _pending.release()
 

@@ -1,20 +1,21 @@
-"""HTTP proxies: which one is to be used, and a tunnel through it (RFC 9110 §9.3.6)."""
+"""HTTP proxies: selection, and tunnels through a proxy (RFC 9110 §9.3.6)."""
 
 import base64
 import math
+import re
 import socket
 import time
 from dataclasses import dataclass
-from http import HTTPStatus
 from urllib.parse import unquote, urlsplit
 
-from relay.core.concealed import Concealed
+from relay.core.secret import Secret
 
 _LONGEST_ANSWER = 16 * 1024
 _DEFAULT_PORT = 80
+_STATUS = re.compile(rb"HTTP/\S* (\d{3})")
 
 
-class ProxyCredentials(Concealed):
+class ProxyCredentials(Secret):
     """The value of Proxy-Authorization."""
 
     __slots__ = ()
@@ -30,12 +31,12 @@ class Proxy:
 
     @classmethod
     def from_environment(cls, host: str, *, is_tls: bool) -> "Proxy | None":
-        """Give the proxy that the environment has for a host, if any (HTTPS_PROXY, HTTP_PROXY, NO_PROXY).
+        """Return the proxy for a host from HTTPS_PROXY, HTTP_PROXY and NO_PROXY, or None.
 
         Raises:
-            ValueError: it is no HTTP proxy. The message shows no password.
+            ValueError: the variable has no HTTP proxy. The message shows no password.
         """
-        # A fifth of what the command line takes to start, and only a relay in a network needs it.
+        # The import takes a fifth of the start of the command line. Only relays with a portal need the module.
         import urllib.request  # noqa: PLC0415
 
         proxies = urllib.request.getproxies()
@@ -47,7 +48,7 @@ class Proxy:
             parts = urlsplit(url if "://" in url else f"http://{url}")
             port = parts.port or _DEFAULT_PORT
         except ValueError:
-            # Without what it says, which may have the password in it.
+            # Without the message of the exception, which may contain the password.
             raise ValueError(f"{variable} is no URL") from None
         if parts.scheme != "http" or not parts.hostname:
             raise ValueError(f"{variable} is no http:// URL with a host: other proxies are not supported")
@@ -62,25 +63,25 @@ def _credentials(user: str | None, password: str | None) -> ProxyCredentials | N
 
 
 def open_tunnel(through: socket.socket, host: str, port: int, proxy: Proxy) -> None:
-    """Have a proxy connect to a host, within the timeout of ``through``, which then leads there.
+    """Open a tunnel to a host through a proxy connection, within the timeout of ``through``.
 
     Raises:
-        OSError: it did not.
+        OSError: the proxy refused or failed.
     """
     authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     lines = [f"CONNECT {authority} HTTP/1.1", f"Host: {authority}"]
     if proxy.credentials is not None:
-        lines.append(f"Proxy-Authorization: {proxy.credentials.reveal()}")
+        lines.append(f"Proxy-Authorization: {proxy.credentials.expose()}")
     through.sendall("\r\n".join([*lines, "", ""]).encode())
-    status = _status_of(_read_head(through))
+    status = _STATUS.match(_read_head(through))
     if status is None:
         raise ConnectionError("the proxy's answer is no HTTP")
-    if not HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES:
-        raise ConnectionError(f"the proxy answered {status}")
+    if not status[1].startswith(b"2"):
+        raise ConnectionError(f"the proxy answered {status[1].decode()}")
 
 
 def _read_head(through: socket.socket) -> bytes:
-    """Read up to the empty line, byte by byte: what follows it is not the proxy's."""
+    """Return the head of the proxy's response. Read byte by byte, because the following bytes belong to the tunnel."""
     head = bytearray()
     timeout = through.gettimeout()
     until = math.inf if timeout is None else time.monotonic() + timeout
@@ -94,9 +95,3 @@ def _read_head(through: socket.socket) -> bytes:
         if len(head) > _LONGEST_ANSWER:
             raise ConnectionError("the proxy's answer does not end")
     return bytes(head)
-
-
-def _status_of(head: bytes) -> int | None:
-    version, _, rest = head.partition(b" ")
-    digits = rest[:3]
-    return int(digits) if version.startswith(b"HTTP/") and len(digits) == 3 and digits.isdigit() else None  # noqa: PLR2004

@@ -8,46 +8,40 @@ import socket
 import time
 from collections.abc import Sequence
 
-from relay.core.trains import Arrival
-from relay.net.backlog import LEAST, Backlog
+from relay.core.data import Datagram
+from relay.core.overload import BATCH_BYTES, BATCH_DATAGRAMS, DATAGRAM_BYTES, LEAST_WAITING
+from relay.net.backlog import Backlog
 from relay.net.udp import UdpSocket, discard_waiting, is_broken, name_of
-
-BATCH_DATAGRAMS = 48
-"""Bound of a batch: large enough to share the cost of handing it over, small enough not to delay others. A reader of what
-many flows share does with more, since there are few such readers, and more of a flow in a batch."""
-
-BATCH_BYTES = 160 * 1024
-"""Likewise; a train counts with all its bytes."""
 
 _PROBE_EVERY = 16
 _FEW = 4
-"""A read that finds nothing costs 1.4 µs. So where the last wake-up found fewer datagrams than `_FEW`, no more than that are
-asked for, but every so many wake-ups. If there are more, they come with the next batch."""
+"""A read that finds nothing costs 1.4 µs. So if the last wake-up found fewer than `_FEW` datagrams, this wake-up reads no
+more than that number, except for every sixteenth. Further datagrams come with the next batch."""
 
 _QUIET_WAKES = 4
-"""A socket that was read less often than this is waited for without the 64 KiB that a read may need: most allocations are
-never used, and this saves each of those 4 KB. It costs a system call, so those that are used do without."""
+"""Wake-ups for which a reader waits without the 64 KiB buffer of a read. Most allocations are never used, and this saves 4
+KB for each. It costs a system call, so busy sockets do without."""
 
 _READ_ERRORS_IN_A_ROW = 32
-"""A socket that gives nothing but errors is broken; a few are an ICMP message or a moment without memory."""
+"""Errors after which a socket counts as broken; a few errors are ICMP messages or a moment without memory."""
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.25
-"""Seconds between reads that fail, each twice the one before: a machine that is short of memory for 6 s is waited for."""
+"""Seconds between reads that fail, doubled after each failure: the reader outlasts 6 s without memory."""
 
 _READABLE = select.POLLIN | select.POLLRDHUP
 
 
 class Receiver:
-    """Reads from one socket or several until it is stopped.
+    """Reads from one or several sockets until stopped.
 
-    With one socket, `receive` blocks in the read itself; with several it waits for any of them first.
+    With one socket, `receive` blocks in the read itself; with several sockets it polls first.
 
     Args:
-        sockets: open ones; they stay the caller's.
-        least: datagrams that may wait in each, however large an overload is.
-        most: datagrams and trains in a batch.
-        stale_after: seconds. A full batch that has waited for longer is thrown away, and all that waits behind it: nobody
-            has read for so long, and what is new finds room again. By default nothing is.
+        sockets: open sockets; the caller closes them.
+        least: datagrams that may wait in each socket, even in an overload.
+        most: datagrams and GRO batches in a batch.
+        stale_after: seconds after which a full batch is dropped, with the queue behind it, so that new packets find room. By
+            default nothing is dropped.
     """
 
     __slots__ = (
@@ -66,12 +60,13 @@ class Receiver:
         "_wakes",
         "is_behind",
         "is_flooded",
+        "thread",
     )
 
     def __init__(
         self,
         sockets: Sequence[UdpSocket],
-        least: int = LEAST,
+        least: int = LEAST_WAITING,
         most: int = BATCH_DATAGRAMS,
         stale_after: float = math.inf,
     ) -> None:
@@ -87,7 +82,7 @@ class Receiver:
         self._most = most
         self._stale_after = stale_after
         self._filled_at = -math.inf
-        # If nothing is ever stale, there is nothing to ask for.
+        # Without a limit, arrival times are not needed.
         self._notes_arrivals = stale_after == math.inf
         self._stopped = False
         self._wakes = 0
@@ -95,12 +90,14 @@ class Receiver:
         self._errors = 0
         self._backlogs: dict[UdpSocket, Backlog] | None = None
         self.is_behind = False
-        """Whether the last batch was as large as one may be: more is likely to wait."""
+        """Whether the last batch was full: more datagrams probably wait."""
         self.is_flooded = False
-        """Whether it is so, and has been for longer than a burst."""
+        """Whether batches have been full for longer than a burst."""
+        self.thread = 0
+        """The native id of the thread that reads; 0 if none does."""
 
-    def receive(self) -> list[Arrival]:
-        """Wait for datagrams and give them, oldest first; an empty list once it is stopped.
+    def receive(self) -> list[Datagram]:
+        """Wait for datagrams and return them, oldest first; return an empty list after `stop`.
 
         Raises:
             OSError: the socket is broken.
@@ -134,59 +131,69 @@ class Receiver:
         return []
 
     def stop(self) -> None:
-        """Make `receive` return, now and from now on; to be called from any thread.
+        """Make `receive` return, now and from now on. Any thread may call this.
 
-        Closing a socket does not wake a thread that is blocked in reading it; shutting it down does. It can still be sent
-        from.
+        Closing a socket does not wake a thread that is blocked in a read; shutting it down does, and allows further sends.
         """
         self._stopped = True
         for each in self._sockets:
-            # ENOTCONN, though it did wake the reader; EBADF if the reader was faster.
+            # ENOTCONN, although the reader woke up; EBADF if the reader was faster.
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RD)
 
+    def withdraw(self) -> None:
+        """Return nothing more from the next read on, because another process reads the sockets now."""
+        self._stopped = True
+
+    def descriptors(self) -> list[int]:
+        """Return the descriptors of the sockets."""
+        return [each.fileno() for each in self._sockets]
+
     def _wait(self, poll: select.poll) -> UdpSocket:
-        """Give a socket that has something, another one than last time if that has, too."""
+        """Return a readable socket; of several, alternate."""
         ready = poll.poll()
         descriptor, events = ready[self._wakes % len(ready)]
         if events & ~select.POLLIN:
             self._note_shutdown()
         return self._by_descriptor[descriptor]
 
-    def _drain(self, sock: UdpSocket, batch: list[Arrival], most: int) -> None:
-        """Read what there is beside the first, within the bounds of a batch."""
-        size = len(batch[0][0])
+    def _drain(self, sock: UdpSocket, batch: list[Datagram], most: int) -> None:
+        """Read the datagrams behind the first, within the bounds of a batch."""
+        size, extra = len(batch[0][0]), 0
         receive = sock.receive
         self.is_behind = False
         if not self._notes_arrivals:
             self._note_arrivals()
         while len(batch) < most and size < BATCH_BYTES:
             try:
-                arrival = receive(socket.MSG_DONTWAIT)
+                datagram = receive(socket.MSG_DONTWAIT)
             except BlockingIOError:
                 break
             except OSError as error:
-                # If there is more to it than a moment, the next read fails, too.
+                # A lasting error fails the next read too.
                 self._count(error)
                 break
-            if arrival is None:
+            if datagram is None:
                 break
-            batch.append(arrival)
-            size += len(arrival[0])
+            batch.append(datagram)
+            size += len(datagram[0])
+            if datagram[2]:
+                more = len(datagram[0]) // datagram[2] * DATAGRAM_BYTES
+                size, extra = size + more, extra + more
         else:
             self.is_behind = most == self._most
         self._expected = len(batch)
         if self.is_behind or self._backlogs is not None:
-            self._note_backlog(sock, size, len(batch))
+            self._note_backlog(sock, size - extra, len(batch))
 
     def _note_arrivals(self) -> None:
-        """Have the kernel note when datagrams arrive. Most sockets are never read often enough to be worth asking."""
+        """Let the kernel note arrival times. Most sockets are read too seldom to need them."""
         self._notes_arrivals = True
         for each in self._sockets:
             each.waited()
 
     def _is_stale(self, sock: UdpSocket) -> bool:
-        """Tell whether a full batch has waited for too long: asked of the kernel only if none was read in that time."""
+        """Check whether a full batch has waited for too long. The kernel is asked only if no batch was read in that time."""
         now = time.monotonic()
         if now - self._filled_at > self._stale_after and sock.waited() > self._stale_after:
             return True
@@ -195,19 +202,19 @@ class Receiver:
 
     def _note_backlog(self, sock: UdpSocket, size: int, datagrams: int) -> None:
         if self._backlogs is None:
-            # Most sockets never have one.
+            # Most sockets never need a backlog.
             self._backlogs = {each: Backlog(each, self._least) for each in self._sockets}
         backlog = self._backlogs[sock]
         backlog.note(size, datagrams, is_behind=self.is_behind)
         self.is_flooded = self.is_behind and backlog.is_small
 
     def _note_shutdown(self) -> None:
-        """Find a socket shut down: by `stop`, or it is broken; reading on would give nothing, over and over."""
+        """Raise EPIPE for a socket that was shut down, except by `stop`: further reads would return nothing at once."""
         if not self._stopped:
             raise OSError(errno.EPIPE, "the socket was shut down")
 
     def _tolerate(self, error: OSError) -> None:
-        """Go on after a read that failed, more slowly if the one before it failed, too."""
+        """Continue after a failed read, more slowly after repeated failures."""
         if self._stopped or isinstance(error, BlockingIOError):
             return
         self._count(error)

@@ -1,4 +1,4 @@
-"""UDP sockets that send and are read in trains, where the kernel can do that."""
+"""UDP sockets that use the kernel's GSO and GRO where available. A train is a GSO or GRO batch."""
 
 import contextlib
 import errno
@@ -7,40 +7,45 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
+from typing import Final, TypeAlias
 
-from relay.core.addresses import Family, SocketAddress
-from relay.core.trains import Arrival, cut
+from relay.core.addresses import IPV4_LENGTH, Family, SocketAddress
+from relay.core.commands import cut
+from relay.core.data import Datagram
+from relay.net.threads import yield_cpu
 
 ADDRESS_FAMILIES = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
 
 RECEIVE_BUFFER = 4 * 1024 * 1024
-"""Bytes asked of the kernel for each socket. With 64 KiB a bursty stream of 2 Mbit/s lost 9 % of its packets, with 4 MiB
-none; memory is used only while datagrams wait. Under overload it is less for a while: see `relay.net.backlog`."""
+"""Bytes requested for each socket. With 64 KiB a bursty stream of 2 Mbit/s lost 9 % of its packets, with 4 MiB none. Memory
+is used only while datagrams wait. `relay.net.backlog` shrinks the buffer in an overload."""
 
 SEND_BUFFER = 1024 * 1024
-"""Bytes asked of the kernel for each socket: some ten full trains that wait for the network card."""
+"""Bytes requested for each socket: ten full trains that wait for the network card."""
 
 LARGEST_DATAGRAM = 65507
-"""Bytes that fit a UDP datagram over IPv4, and so a message that is sent as a train."""
+"""Bytes of the largest UDP datagram over IPv4, which limits a train too."""
 
 MOST_SEGMENTS = 64
-"""Datagrams in a train that is sent: more are EINVAL before Linux 6.9 (UDP_MAX_SEGMENTS)."""
+"""Datagrams in a train to send: more are EINVAL before Linux 6.9 (UDP_MAX_SEGMENTS)."""
 
 _MOST_WAITING = 65536
-"""Datagrams that fit a receive buffer, at the least: the kernel counts some 700 bytes for the smallest."""
+"""More datagrams than a receive buffer holds: the kernel counts about 700 bytes for the smallest."""
 
 _SOL_UDP = 17
 _UDP_SEGMENT = 103
 _UDP_GRO = 104
+_IP_PKTINFO = 8
 _SO_RCVBUFFORCE = 33
 _SO_MEMINFO = 55
 _SIOCGSTAMPNS = 0x8907
-"""Numbers of Linux (linux/udp.h, asm-generic/socket.h, asm-generic/sockios.h) that the socket module has no names for."""
+"""Numbers of Linux (linux/udp.h, linux/in.h, asm-generic/socket.h, asm-generic/sockios.h) without a name in the socket
+module."""
 
-_CONTROL_SPACE = 64
-"""Bytes for what the kernel says beside a datagram: its traffic class and, of a train, its segment length (48 in all)."""
+_CONTROL_SPACE = 96
+"""Bytes for control messages: the traffic class, the segment size of a train, and the destination (88 in total)."""
 
 _SHORT = struct.Struct("=H")
 _INT = struct.Struct("=i")
@@ -50,61 +55,152 @@ _DROPS = 8
 
 _BROKEN = frozenset((errno.EBADF, errno.ENOTSOCK, errno.EPIPE))
 
-# What says that this path takes no trains at all (no checksum offload, or an old kernel); and what says that this train does
-# not go, since its segments with their headers are longer than the path's MTU.
+# Errors of a path without GSO (no checksum offload, or an old kernel), and of a train whose segments with their headers are
+# longer than the path's MTU.
 _NO_TRAINS = frozenset((errno.EIO, errno.EOPNOTSUPP, errno.ENOPROTOOPT))
 _NOT_THIS_TRAIN = frozenset((errno.EINVAL, errno.EMSGSIZE))
 
 
+_SOCKETS_PER_SLICE = 256
+"""Sockets asked for drops before other threads get the CPU. All 32,768 take 40 ms, too long for waiting packets."""
+
+
 @dataclass(slots=True)
 class UdpCounters:
-    """What all sockets did; plain integers that anyone may read at any time, written by one thread at a time each."""
+    """Counters of all sockets: plain integers. Any thread may read them; one thread at a time writes."""
 
     trains_sent: int = 0
-    """Messages that left as trains."""
+    """Trains sent."""
     trains_cut: Counter[str] = field(default_factory=Counter)
-    """Trains that had to be sent datagram by datagram, by the name of the error."""
+    """Trains that were sent datagram by datagram, by the name of the error."""
     send_errors: Counter[str] = field(default_factory=Counter)
     """Datagrams that the kernel refused to send, by the name of the error."""
     receive_errors: Counter[str] = field(default_factory=Counter)
-    """Reads that failed, by the name of the error; nothing is known to be lost with them."""
+    """Failed reads, by the name of the error; a failed read does not imply a loss."""
     no_coalescing: int = 0
-    """Sockets for which the kernel has no UDP_GRO: all arrives one by one."""
+    """Sockets without UDP_GRO: all datagrams arrive one by one."""
     kernel_drops: int = 0
-    """Datagrams that found the buffer of a socket full, of sockets that are closed; `UdpSocket.drops` tells of those in
-    `open`."""
+    """Datagrams that the kernel dropped because a buffer was full, of closed sockets; `UdpSocket.drops` has the number of an
+    open socket."""
     open: "set[UdpSocket]" = field(default_factory=set, compare=False, repr=False)
-    """Sockets that count here."""
+    """The open sockets with these counters."""
     dropped_stale: int = 0
-    """Datagrams and trains that were read and thrown away, since they had waited too long in a socket."""
+    """Datagrams and trains that were dropped because they had waited too long in a socket."""
     buffers_cut: int = 0
-    """How often a receive buffer was made small for an overload."""
+    """How often a receive buffer was shrunk in an overload."""
+    _most_drops: int = field(default=0, compare=False, repr=False)
+
+    def all_kernel_drops(self) -> int:
+        """Return the datagrams that the kernel dropped because a buffer was full. The number never decreases."""
+        drops = self.kernel_drops
+        for number, opened in enumerate(tuple(self.open), 1):
+            drops += opened.drops()
+            if not number % _SOCKETS_PER_SLICE:
+                yield_cpu()
+        # A socket closed during the loop is missing in both numbers.
+        self._most_drops = max(self._most_drops, drops)
+        return self._most_drops
+
+
+_ControlMessage: TypeAlias = tuple[int, int, bytes]
+
+_SPARE_CLIENTS: Final = 4096
+"""Clients without an allocation whose requests are noted. More need a forger, or the time of a handshake."""
+
+
+class AskedAddresses(dict[SocketAddress, _ControlMessage]):
+    """The addresses of this machine asked by each client, as control messages for packets to the client.
+
+    Clients ignore packets from different addresses (RFC 8656 §3: the 5-tuple). A socket bound to all sends from the
+    address preferred by the route.
+
+    Args:
+        allocated: the clients with an allocation. Their entries stay, or a forged request could change or displace them.
+    """
+
+    def __init__(self, allocated: Container[SocketAddress] = (), *, is_needed: bool = False) -> None:
+        super().__init__()
+        self.is_needed = is_needed
+        """Whether this machine has several addresses: a control message costs 0.9 µs a packet."""
+        self._allocated = allocated
+        self._most = _SPARE_CLIENTS
+
+    def note(self, client: SocketAddress, kind: int, value: bytes) -> None:
+        """Note the destination of a request, from its control message."""
+        if not self.is_needed or client in self._allocated:
+            return
+        if len(self) >= self._most:
+            for each in list(self):
+                if each not in self._allocated:
+                    self.pop(each, None)
+            self._most = len(self) + _SPARE_CLIENTS
+        # Link-local addresses need no help.
+        if kind == _IP_PKTINFO or not value.startswith(b"\xfe\x80"):
+            self.put(client, value[_IPV4_IN_INFO if kind == _IP_PKTINFO else _IPV6_IN_INFO])
+
+    def put(self, client: SocketAddress, host: bytes) -> None:
+        """Send to a client from a host of 4 or 16 bytes. The route decides the interface."""
+        is_ipv4 = len(host) == IPV4_LENGTH
+        level, kind = (socket.IPPROTO_IP, _IP_PKTINFO) if is_ipv4 else (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO)
+        self[client] = (level, kind, bytes(4) + host + bytes(4) if is_ipv4 else host + bytes(4))
+
+    def host(self, client: SocketAddress) -> str | None:
+        """Return the address asked by a client, if noted."""
+        _, kind, value = self.get(client, (0, 0, b""))
+        if kind == _IP_PKTINFO:
+            return socket.inet_ntop(socket.AF_INET, value[_IPV4_IN_INFO])
+        return socket.inet_ntop(socket.AF_INET6, value[_IPV6_IN_INFO]) if kind else None
+
+
+# In in_pktinfo (interface, local address, destination) and in6_pktinfo (destination, interface).
+_IPV4_IN_INFO = slice(4, 8)
+_IPV6_IN_INFO = slice(16)
+
+_NOBODY = AskedAddresses()
 
 
 class UdpSocket(socket.socket):
-    """One bound socket. One thread reads it; whoever sends does so one at a time."""
+    """One bound socket. One thread reads, and one thread at a time sends."""
 
-    __slots__ = ("_family", "_sends_trains", "_tells_class", "counters")
+    __slots__ = ("_dropped_before", "_family", "_plain", "_sends_trains", "asked", "counters")
 
     def __init__(
-        self, family: Family, host: str, port: int, counters: UdpCounters | None = None, *, shares_port: bool = False
+        self,
+        family: Family,
+        host: str,
+        port: int,
+        counters: UdpCounters | None = None,
+        *,
+        shares_port: bool = False,
+        descriptor: int | None = None,
     ) -> None:
-        """Open and bind it.
+        """Open and bind the socket.
 
         Args:
-            family: an IPv6 socket takes no IPv4 packets.
-            host: address of this machine, or the unspecified one, as text.
+            family: an IPv6 socket receives no IPv4 packets.
+            host: an address of this machine, or the unspecified address, as text.
             port: 1–65535, or 0 for any.
-            counters: what it counts in.
-            shares_port: other sockets of this user that say so too can be bound to the same port.
+            counters: the counters of the socket.
+            shares_port: whether other sockets of this user with this option may have the same port.
+            descriptor: such a socket of another process, which is bound already.
 
         Raises:
-            OSError: it can't be opened or bound; nothing is left open.
+            OSError: the socket can't be opened or bound; nothing is left open.
         """
-        super().__init__(ADDRESS_FAMILIES[family], socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        super().__init__(ADDRESS_FAMILIES[family], socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, 0, descriptor)
         self._family = family
+        self._plain = _PLAIN[family]
         self._sends_trains = True
+        self._dropped_before = 0
+        self.asked = _NOBODY
+        """The addresses asked by clients, if the socket is bound to all addresses."""
         self.counters = UdpCounters() if counters is None else counters
+        if descriptor is not None:
+            self._dropped_before = self.drops()
+            # The other process may have shrunk it.
+            self.set_receive_buffer(RECEIVE_BUFFER)
+            self.counters.open.add(self)
+            return
         try:
             if family is Family.IPV6:
                 self.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -120,7 +216,7 @@ class UdpSocket(socket.socket):
             raise
 
     def close(self) -> None:
-        """Close it; what it dropped stays counted."""
+        """Close the socket and keep the count of its drops."""
         if self in self.counters.open:
             self.counters.open.discard(self)
             dropped = self.drops()
@@ -128,9 +224,9 @@ class UdpSocket(socket.socket):
         super().close()
 
     def set_receive_buffer(self, size: int) -> None:
-        """Ask for room for datagrams that wait, in bytes; the kernel counts its own part of each, too.
+        """Set the size of the receive buffer in bytes, which includes the kernel's own part of each datagram.
 
-        Whoever has CAP_NET_ADMIN may have more than ``net.core.rmem_max``.
+        With CAP_NET_ADMIN it may exceed ``net.core.rmem_max``.
         """
         try:
             self.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, size)
@@ -139,23 +235,22 @@ class UdpSocket(socket.socket):
 
     @property
     def receive_buffer(self) -> int:
-        """Bytes that the kernel gave, of those it was asked for (``net.core.rmem_max`` is its limit)."""
-        # The kernel reports twice what it grants, for its own bookkeeping (socket(7)).
+        """Bytes that the kernel granted; the limit is ``net.core.rmem_max``."""
+        # The kernel reports twice the size, for its own bookkeeping (socket(7)).
         return self.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
 
     def drops(self) -> int:
-        """Give how many datagrams the kernel has dropped since there was no room for them; 0 if it does not tell."""
+        """Return the number of datagrams that the kernel dropped because the buffer was full; 0 if unknown."""
         with contextlib.suppress(OSError):
             told = self.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size)
             if len(told) == _MEMINFO.size:
-                return int(_MEMINFO.unpack(told)[_DROPS])
+                return int(_MEMINFO.unpack(told)[_DROPS]) - self._dropped_before
         return 0
 
     def waited(self) -> float:
-        """Give for how many seconds what was read last had waited, by the wall clock.
+        """Return the seconds for which the last datagram waited, by the wall clock; 0 if unknown.
 
-        The kernel notes when datagrams arrive from shortly after the first call on: it is 0 for earlier ones, and if it does
-        not tell. To note it costs some 50 ns for each, to ask 1 µs.
+        The kernel notes arrival times from shortly after the first call. That costs 50 ns a datagram, and this call 1 µs.
         """
         try:
             seconds, nanoseconds = _TIMESPEC.unpack(fcntl.ioctl(self, _SIOCGSTAMPNS, bytes(_TIMESPEC.size)))
@@ -165,47 +260,49 @@ class UdpSocket(socket.socket):
         return max(0.0, time.time() - at)
 
     def wait(self) -> None:
-        """Wait until there is something to read, or the socket is shut down.
+        """Wait until a datagram can be read, or the socket is shut down.
 
         Raises:
-            OSError: the socket had an error to tell, which `receive` does not tell again.
+            OSError: the socket had a pending error, which `receive` does not raise again.
         """
         self.recv(1, socket.MSG_PEEK)
 
-    def receive(self, flags: int = 0) -> Arrival | None:
-        """Read a datagram or a train, waiting for it unless ``flags`` say otherwise; None once it is shut down.
+    def receive(self, flags: int = 0) -> Datagram | None:
+        """Read a datagram or a train; return None after a shutdown. Wait for a datagram unless ``flags`` forbid it.
 
         Raises:
-            OSError: as recvmsg(2) does; BlockingIOError with MSG_DONTWAIT if there is nothing.
+            OSError: recvmsg(2) failed; BlockingIOError with MSG_DONTWAIT and an empty queue.
         """
         data, control, _, source = self.recvmsg(LARGEST_DATAGRAM + 28, _CONTROL_SPACE, flags)
         if source is None:
-            # Not an empty datagram: that has an address.
+            # An empty datagram has an address.
             return None
-        if not control or control == _PLAIN[self._family]:
+        if not control or control == self._plain:
             return data, source, 0, 0
-        segment = traffic_class = 0
+        segment_size = traffic_class = 0
         for level, kind, value in control:
             if level == _SOL_UDP and kind == _UDP_GRO:
-                segment = _INT.unpack_from(value)[0]
+                segment_size = _INT.unpack_from(value)[0]
             elif kind in _CLASS_KINDS:
                 # One byte for IPv4, an int for IPv6.
                 traffic_class = value[0] if len(value) == 1 else _INT.unpack_from(value)[0]
-        return data, source, segment if 0 < segment < len(data) else 0, traffic_class
+            elif kind in _PKTINFO_KINDS:
+                self.asked.note(source, kind, value)
+        return data, source, segment_size if 0 < segment_size < len(data) else 0, traffic_class
 
-    def transmit(self, data: bytes, address: SocketAddress, segment: int = 0, traffic_class: int = 0) -> OSError | None:
-        """Send a datagram or a train without ever waiting; give the last error if any of it was lost.
+    def transmit(self, data: bytes, address: SocketAddress, segment_size: int = 0, traffic_class: int = 0) -> OSError | None:
+        """Send a datagram or a train without blocking; return the last error if any datagram was lost.
 
-        A full send buffer loses the datagram, as a full queue in any router would: to wait would hold up everybody.
+        A full send buffer loses the datagram, as a full queue of a router does: blocking would delay all clients.
 
         Args:
-            data: a datagram, or datagrams one after another.
-            address: where to.
-            segment: the length of each datagram in ``data`` but the last; 0 if it is a single one.
+            data: a datagram, or the datagrams of a train.
+            address: the destination.
+            segment_size: the length of each datagram in a train, of which the last may be shorter; 0 for a single datagram.
             traffic_class: DSCP and ECN.
         """
-        if segment == 0 or segment >= len(data):
-            if traffic_class:
+        if segment_size == 0 or segment_size >= len(data):
+            if traffic_class or (self.asked and address in self.asked):
                 return self._send_one(data, address, traffic_class)
             try:
                 self.sendto(data, socket.MSG_DONTWAIT, address)
@@ -213,20 +310,21 @@ class UdpSocket(socket.socket):
                 self.counters.send_errors[name_of(error)] += 1
                 return error
             return None
-        most = min(MOST_SEGMENTS, LARGEST_DATAGRAM // segment) * segment
-        if most <= segment or not self._sends_trains:
-            return self._send_each(data, address, segment, traffic_class)
+        most = min(MOST_SEGMENTS, LARGEST_DATAGRAM // segment_size) * segment_size
+        if most <= segment_size or not self._sends_trains:
+            return self._send_each(data, address, segment_size, traffic_class)
         if len(data) <= most:
-            return self._send_train(data, address, segment, traffic_class)
+            return self._send_train(data, address, segment_size, traffic_class)
         lost = None
         for train in cut(data, most):
-            lost = self.transmit(train, address, segment, traffic_class) or lost
+            lost = self.transmit(train, address, segment_size, traffic_class) or lost
         return lost
 
     def _send_one(self, data: bytes, address: SocketAddress, traffic_class: int) -> OSError | None:
+        control = self._control(address, traffic_class)
         try:
-            if traffic_class:
-                self.sendmsg((data,), (self._class_control(traffic_class),), socket.MSG_DONTWAIT, address)
+            if control:
+                self.sendmsg((data,), control, socket.MSG_DONTWAIT, address)
             else:
                 self.sendto(data, socket.MSG_DONTWAIT, address)
         except OSError as error:
@@ -234,39 +332,46 @@ class UdpSocket(socket.socket):
             return error
         return None
 
-    def _send_train(self, data: bytes, address: SocketAddress, segment: int, traffic_class: int) -> OSError | None:
-        control = [(_SOL_UDP, _UDP_SEGMENT, _SHORT.pack(segment))]
-        if traffic_class:
-            control.append(self._class_control(traffic_class))
+    def _send_train(self, data: bytes, address: SocketAddress, segment_size: int, traffic_class: int) -> OSError | None:
+        control = [(_SOL_UDP, _UDP_SEGMENT, _SHORT.pack(segment_size)), *self._control(address, traffic_class)]
         try:
             self.sendmsg((data,), control, socket.MSG_DONTWAIT, address)
         except OSError as error:
             if error.errno in _NO_TRAINS:
                 self._sends_trains = False
             elif error.errno not in _NOT_THIS_TRAIN:
-                self.counters.send_errors[name_of(error)] += -(-len(data) // segment)
+                self.counters.send_errors[name_of(error)] += -(-len(data) // segment_size)
                 return error
             self.counters.trains_cut[name_of(error)] += 1
-            return self._send_each(data, address, segment, traffic_class)
+            return self._send_each(data, address, segment_size, traffic_class)
         self.counters.trains_sent += 1
         return None
 
-    def _send_each(self, data: bytes, address: SocketAddress, segment: int, traffic_class: int) -> OSError | None:
+    def _send_each(self, data: bytes, address: SocketAddress, segment_size: int, traffic_class: int) -> OSError | None:
         lost = None
-        for datagram in cut(data, segment):
+        for datagram in cut(data, segment_size):
             lost = self._send_one(datagram, address, traffic_class) or lost
         return lost
 
-    def _class_control(self, traffic_class: int) -> tuple[int, int, bytes]:
-        level, kind = _CLASS_OPTIONS[self._family]
-        return level, kind, _INT.pack(traffic_class)
+    def _control(self, address: SocketAddress, traffic_class: int) -> list[_ControlMessage]:
+        asked = self.asked.get(address) if self.asked else None
+        control = [] if asked is None else [asked]
+        if traffic_class:
+            control.append((*_CLASS_OPTIONS[self._family], _INT.pack(traffic_class)))
+        return control
+
+    def note_asked(self) -> None:
+        """Note in `asked` the destinations of datagrams from now on."""
+        level, option = _TELL_DESTINATION[self._family]
+        with contextlib.suppress(OSError):
+            self.setsockopt(level, option, 1)
 
     def _ask_for_trains(self) -> None:
-        """Have the kernel hand over trains whole, and tell the traffic class of what arrives."""
+        """Let the kernel return whole trains, and the traffic class of each datagram."""
         try:
             self.setsockopt(_SOL_UDP, _UDP_GRO, 1)
         except OSError:
-            # Linux before 5.0, or a sandbox: all arrives one by one, which works as well.
+            # Linux before 5.0, or a sandbox: datagrams arrive one by one.
             self.counters.no_coalescing += 1
         level, option = _TELL_CLASS[self._family]
         with contextlib.suppress(OSError):
@@ -282,8 +387,13 @@ _TELL_CLASS = {
     Family.IPV6: (socket.IPPROTO_IPV6, socket.IPV6_RECVTCLASS),
 }
 _CLASS_KINDS = frozenset((socket.IP_TOS, socket.IPV6_TCLASS))
+_TELL_DESTINATION = {
+    Family.IPV4: (socket.IPPROTO_IP, _IP_PKTINFO),
+    Family.IPV6: (socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO),
+}
+_PKTINFO_KINDS = frozenset((_IP_PKTINFO, socket.IPV6_PKTINFO))
 
-# What the kernel says beside most datagrams: a traffic class of 0. To compare costs a fifth of looking closer.
+# The control messages of most datagrams: a traffic class of 0. Comparing them costs a fifth of parsing them.
 _PLAIN = {
     Family.IPV4: [(*_CLASS_OPTIONS[Family.IPV4], b"\0")],
     Family.IPV6: [(*_CLASS_OPTIONS[Family.IPV6], bytes(4))],
@@ -291,23 +401,23 @@ _PLAIN = {
 
 
 def discard_waiting(sockets: Sequence[UdpSocket]) -> int:
-    """Throw away what waits to be read; give how many reads it took. What goes on arriving may be left over."""
+    """Drop all waiting datagrams and return the number of reads. Datagrams that arrive meanwhile may remain."""
     discarded = 0
     for each in sockets:
         with contextlib.suppress(OSError):
             for _ in range(_MOST_WAITING):
                 if each.recvfrom(1, socket.MSG_DONTWAIT)[1] is None:
-                    # It is shut down.
+                    # The socket is shut down.
                     break
                 discarded += 1
     return discarded
 
 
 def is_broken(error: OSError) -> bool:
-    """Tell whether a socket can't be used any more, rather than having lost one datagram."""
+    """Check whether an error makes the socket unusable. Other errors lose one datagram."""
     return error.errno in _BROKEN
 
 
 def name_of(error: OSError) -> str:
-    """Give the name of an error for counting: one of errno's few."""
+    """Return the name of an error, for counting: one of errno's names."""
     return errno.errorcode.get(error.errno or 0, "unknown")

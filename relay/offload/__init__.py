@@ -1,1 +1,1 @@
-"""Relaying inside the kernel: what of channel data needs no look at this program's state."""
+"""Relaying of ChannelData in the kernel, by an XDP program."""

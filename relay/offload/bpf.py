@@ -1,94 +1,151 @@
-"""The system call bpf(2): maps, programs, links, and test runs. Nothing here knows what a program is for.
+"""Maps, programs and links of bpf(2), without knowledge of a particular program.
 
-Every failure of the kernel's is an `OSError` with its number, whose text says what was tried. What a class here makes is its
-own: `close` gives it back, and so does the end of a `with` block.
+A kernel error raises an `OSError` with its number and the failed action. Each object owns its file descriptor: `close`, or
+the end of a `with` block, releases the descriptor.
 """
 
 import ctypes
+import errno
+from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
-from typing import Final, NamedTuple
+from functools import cache
+from pathlib import Path
+from typing import Final
 
 from relay.offload import syscall
-from relay.offload.maps import Map, MapFlag, MapType, possible_cpus
+from relay.offload.elf import MapDefinition
 from relay.offload.syscall import NAME_LENGTH, Command, Owned
 
-__all__ = [
-    "Link",
-    "Map",
-    "MapFlag",
-    "MapType",
-    "Outcome",
-    "Program",
-    "Verdict",
-    "VerifierError",
-    "XdpMode",
-    "possible_cpus",
-]
-
+_POSSIBLE_CPUS: Final = Path("/sys/devices/system/cpu/possible")
 _XDP_PROGRAM: Final = 6
 _XDP_ATTACHMENT: Final = 37
-_LIVE_FRAMES: Final = 1 << 1
 _LOG_SIZE: Final = 1 << 24
 _LOG_LINES: Final = 3
-"""That an error shows of the verifier's log: the last ones tell the reason."""
-_GROWTH: Final = 256
-"""Bytes that a packet may have gained in a test run: the headroom that a program gets."""
+"""Lines of the verifier's log in an error message: the last lines contain the reason."""
+
+
+class MapType(IntEnum):
+    """Types of maps: one value per key, per index, or per index and CPU."""
+
+    HASH = 1
+    ARRAY = 2
+    PERCPU_ARRAY = 6
 
 
 class XdpMode(IntEnum):
-    """Where on the way of a packet a program gets it: from the kernel's stack, or from the driver."""
+    """The place of an XDP program."""
 
     GENERIC = 1 << 1
+    """In the network stack, where VLAN tags of received packets are removed and tags can't be inserted."""
     DRIVER = 1 << 2
+    """In the driver, where VLAN tags are part of the packet."""
 
 
-class Verdict(IntEnum):
-    """What an XDP program answers."""
-
-    ABORTED = 0
-    DROP = 1
-    PASS = 2
-    TX = 3
-    REDIRECT = 4
+@cache
+def possible_cpus(listed: Path = _POSSIBLE_CPUS) -> int:
+    """Return the number of CPUs that the machine can ever have: a value of a per-CPU map has as many parts."""
+    # "0-3", "0,2-5"
+    ranges = [each.split("-") for each in listed.read_text().strip().split(",")]
+    return sum(int(each[-1]) - int(each[0]) + 1 for each in ranges)
 
 
-class VerifierError(OSError):
-    """The kernel has refused a program.
+class Map(Owned):
+    """A table shared with programs in the kernel. Several threads may use it.
 
-    Attributes:
-        log: what the verifier has said, possibly many thousand lines; empty if the program wasn't even looked at.
-    """
-
-    log: str = ""
-
-
-class Outcome(NamedTuple):
-    """What a program made of a packet.
+    In a per-CPU map a value has one part for each possible CPU.
 
     Attributes:
-        verdict: what it answered; a number that is no `Verdict` means ABORTED to the kernel.
-        data: the packet afterwards.
-        nanoseconds: that a run took, on average.
+        cpus: parts of a value: the number of possible CPUs in a per-CPU map, else 1.
+        stride: bytes from one part of a value to the next.
+        size: bytes of a value with all its parts.
     """
 
-    verdict: int
-    data: bytes
-    nanoseconds: int
+    def __init__(self, definition: MapDefinition) -> None:
+        """Create the map.
+
+        Raises:
+            OSError: EPERM without CAP_BPF, EINVAL or E2BIG for sizes that the kernel rejects, ENOMEM.
+        """
+        per_cpu = definition.type == MapType.PERCPU_ARRAY
+        self.definition = definition
+        self.cpus = possible_cpus() if per_cpu else 1
+        self.stride = -(-definition.value_size // 8) * 8
+        self.size = self.stride * self.cpus if per_cpu else definition.value_size
+        self._subject = f"map {definition.name}"
+        arguments = syscall.MapCreate(
+            type=definition.type,
+            key_size=definition.key_size,
+            value_size=definition.value_size,
+            max_entries=definition.max_entries,
+            flags=definition.flags,
+            name=definition.name.encode()[:NAME_LENGTH],
+        )
+        super().__init__(syscall.call(Command.MAP_CREATE, arguments, self._subject))
+
+    def update(self, values: Mapping[bytes, bytes]) -> None:
+        """Add or replace elements.
+
+        Raises:
+            ValueError: a key or a value has another size than this map's.
+            OSError: E2BIG if the map is full, or an index does not exist. The elements before it have been written.
+        """
+        for key, value in values.items():
+            if len(key) != self.definition.key_size or len(value) != self.size:
+                raise ValueError(f"{self._subject}: a key and a value of {len(key)} and {len(value)} bytes")
+        self._change(Command.MAP_UPDATE_BATCH, values, b"".join(values.values()))
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        """Delete elements of a hash map.
+
+        Raises:
+            OSError: ENOENT if an element does not exist. The elements before it have been deleted.
+        """
+        self._change(Command.MAP_DELETE_BATCH, keys, None)
+
+    def _change(self, command: Command, keys: Iterable[bytes], values: bytes | None) -> None:
+        joined = b"".join(keys)
+        if joined:
+            count = len(joined) // self.definition.key_size
+            syscall.call(command, syscall.Batch(keys=joined, values=values, count=count, map=self.fd), self._subject)
+
+    def lookup(self, first: int = 0, count: int | None = None) -> bytes:
+        """Return the values of consecutive elements of an array, each with all its parts: `size` bytes.
+
+        Elements behind the end of the map are left out. Without a count, all are read.
+        """
+        wanted = self.definition.max_entries - first
+        wanted = wanted if count is None else min(count, wanted)
+        if wanted <= 0:
+            return b""
+        values = ctypes.create_string_buffer(wanted * self.size)
+        indexes = (ctypes.c_uint32 * wanted)()
+        # The kernel starts behind the index in `after`, or at the first element without `after`.
+        after, last = ctypes.c_uint32(first - 1 if first else 0), ctypes.c_uint32()
+        batch = syscall.Batch(
+            after=ctypes.addressof(after) if first else None,
+            last=ctypes.addressof(last),
+            keys=ctypes.addressof(indexes),
+            values=ctypes.addressof(values),
+            count=wanted,
+            map=self.fd,
+        )
+        try:
+            syscall.call(Command.MAP_LOOKUP_BATCH, batch, self._subject)
+        except OSError as error:
+            # ENOENT with elements means that the kernel has reached the end of the map.
+            if error.errno != errno.ENOENT or not batch.count:
+                raise
+        return values.raw[: batch.count * self.size]
 
 
 class Program(Owned):
-    """An XDP program that the kernel has taken."""
+    """A loaded XDP program."""
 
     def __init__(self, instructions: bytes, *, license: str, name: str = "") -> None:  # noqa: A002 - the kernel's word
-        """Load it.
-
-        Args:
-            instructions: 8 bytes each, with descriptors of maps in their places.
-            license: which functions of the kernel it may call depends on it.
-            name: shown by tools, at most 15 letters, digits, dots and underscores; more are cut.
+        """Load the program.
 
         Raises:
-            VerifierError: EPERM without CAP_BPF and CAP_NET_ADMIN; EINVAL, EACCES or E2BIG if the verifier doesn't take it.
+            OSError: EPERM without CAP_BPF and CAP_NET_ADMIN; EINVAL, EACCES or E2BIG if the verifier rejects the program.
         """
         self._subject = f"program {name}"
         terms = license.encode()
@@ -107,7 +164,7 @@ class Program(Owned):
         super().__init__(fd)
 
     def _load_with_log(self, arguments: syscall.ProgramLoad, first: OSError) -> int:
-        """Try again, to learn the reason; what failed by chance (EAGAIN) may pass now."""
+        """Load the program again, to get the reason of the failure. After EAGAIN the second attempt may succeed."""
         log = ctypes.create_string_buffer(_LOG_SIZE)
         arguments.log_level, arguments.log_size, arguments.log = 1, _LOG_SIZE, ctypes.addressof(log)
         try:
@@ -115,77 +172,18 @@ class Program(Owned):
         except OSError:
             text = log.value.decode(errors="replace")
         end = "; ".join(text.strip().splitlines()[-_LOG_LINES:])
-        error = VerifierError(first.errno, f"{first.strerror}{end and ': '}{end}")
-        error.log = text
-        raise error from None
-
-    def test_run(self, packet: bytes, *, ifindex: int = 0, repeat: int = 1) -> Outcome:
-        """Run it on a packet, as often as told; from the second time on it gets what it left the time before.
-
-        Args:
-            packet: an Ethernet frame of 14 bytes to nearly a page (4,096 bytes, less 576 for the kernel).
-            ifindex: the interface that it is to seem to have come by, of this thread's network; 0 for the loopback one.
-                Some drivers have to have a program attached for this.
-            repeat: how many times.
-
-        Raises:
-            OSError: EINVAL for a packet or an interface that won't do, EINTR if a signal came.
-        """
-        out = ctypes.create_string_buffer(len(packet) + _GROWTH)
-        context = syscall.XdpContext(data_end=len(packet), ingress_ifindex=ifindex)
-        run = syscall.TestRun(
-            program=self.fd,
-            data_in=packet,
-            size_in=len(packet),
-            data_out=ctypes.addressof(out),
-            size_out=len(out),
-            context_in=ctypes.addressof(context),
-            context_size_in=ctypes.sizeof(context),
-            repeat=repeat,
-        )
-        syscall.call(Command.PROG_TEST_RUN, run, self._subject)
-        return Outcome(run.verdict, out.raw[: run.size_out], run.duration)
-
-    def send_live(self, packet: bytes, *, ifindex: int, repeat: int, batch_size: int = 64) -> None:
-        """Run it on copies of a packet, and do with each what it answers: send it, redirect it, or let the kernel have it.
-
-        Args:
-            packet: an Ethernet frame.
-            ifindex: the interface that they are to seem to have come by, of this thread's network.
-            repeat: how many copies.
-            batch_size: how many of them are run before they are sent, 1 to 256.
-
-        Raises:
-            OSError: as `test_run`.
-        """
-        context = syscall.XdpContext(data_end=len(packet), ingress_ifindex=ifindex)
-        run = syscall.TestRun(
-            program=self.fd,
-            data_in=packet,
-            size_in=len(packet),
-            context_in=ctypes.addressof(context),
-            context_size_in=ctypes.sizeof(context),
-            repeat=repeat,
-            flags=_LIVE_FRAMES,
-            batch_size=batch_size,
-        )
-        syscall.call(Command.PROG_TEST_RUN, run, self._subject)
+        raise OSError(first.errno, f"{first.strerror}{end and ': '}{end}") from None
 
 
-class Link(Owned):
-    """A program at an interface, which is taken away when the link is closed: with its process at the latest."""
+class XdpLink(Owned):
+    """A program attached to an interface, until the link is closed or the process ends."""
 
     def __init__(self, program: Program, ifindex: int, mode: XdpMode) -> None:
-        """Attach it.
-
-        Args:
-            program: what is to run.
-            ifindex: the interface, of this thread's network.
-            mode: where on a packet's way.
+        """Attach the program to an interface of this thread's network namespace.
 
         Raises:
-            OSError: EBUSY or EEXIST if something is attached there already, EOPNOTSUPP if the driver can't, ENODEV or EINVAL
-                without such an interface.
+            OSError: EBUSY or EEXIST if another program is attached, EOPNOTSUPP without support by the driver, ENODEV or
+                EINVAL without such an interface.
         """
         self._subject = f"link to interface {ifindex}"
         arguments = syscall.LinkCreate(program=program.fd, ifindex=ifindex, attach_type=_XDP_ATTACHMENT, flags=mode)

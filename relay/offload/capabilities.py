@@ -1,4 +1,4 @@
-"""What this process may do to the kernel, and giving that up."""
+"""Check and drop the capabilities of this process for bpf(2) and the network."""
 
 import ctypes
 import os
@@ -8,7 +8,7 @@ from typing import Final
 _SYS_ADMIN: Final = "CAP_SYS_ADMIN"
 _NUMBERS: Final = {"CAP_NET_ADMIN": 12, _SYS_ADMIN: 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
 _SHARES: Final = frozenset({"CAP_BPF", "CAP_PERFMON"})
-"""Once parts of CAP_SYS_ADMIN, which therefore includes them."""
+"""Former parts of CAP_SYS_ADMIN, which still includes both."""
 
 _VERSION: Final = 0x20080522
 _BITS: Final = 32
@@ -21,18 +21,18 @@ class _Header(ctypes.Structure):
 
 
 _Sets = ctypes.c_uint32 * (2 * _SETS)
-"""Effective, permitted and inheritable, of the capabilities below 32; and then of those from 32."""
+"""Effective, permitted and inheritable set: first of the capabilities 0 to 31, then of the capabilities from 32."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def missing() -> tuple[str, ...]:
-    """Tell which capabilities this thread lacks for loading programs for the network, by name.
+    """Return the names of the capabilities that this thread lacks for loading network programs.
 
-    CAP_SYS_ADMIN will do for CAP_BPF and CAP_PERFMON. What a user namespace gives counts here, but not for the kernel.
+    CAP_SYS_ADMIN replaces CAP_BPF and CAP_PERFMON. Capabilities of a user namespace count here, but not for the kernel.
 
     Raises:
-        OSError: the kernel doesn't tell.
+        OSError: the kernel rejects the query.
     """
     sets = _read()
     held = {name for name, number in _NUMBERS.items() if sets[number // _BITS * _SETS] >> number % _BITS & 1}
@@ -42,26 +42,26 @@ def missing() -> tuple[str, ...]:
 
 
 def drop() -> None:
-    """Give up, for good, what loading programs takes; open maps, programs and links can be used as before.
+    """Drop the capabilities for loading programs permanently. Open maps, programs and links stay usable.
 
-    Gone are CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, and CAP_SYS_ADMIN too, which stands in for them: from this thread, from
-    those that it starts and, if it has CAP_SETPCAP, from any program that it runs. Threads that run already keep them: this
-    is for the first thread, before it starts any. Dropping what isn't held does nothing.
+    This drops CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON and CAP_SYS_ADMIN, which includes two of the former. It affects this
+    thread, threads started later and, with CAP_SETPCAP, executed programs. Running threads keep their capabilities, so call
+    this before the process starts a thread. Capabilities that the thread lacks are ignored.
 
-    Before Linux 5.19, where unprivileged users may not use bpf(2), maps can't be used without CAP_BPF either, but for those
-    that are mapped into memory. CAP_NET_ADMIN is also what lets sockets have more than `net.core.rmem_max`.
+    Before Linux 5.19 with unprivileged bpf(2) disabled, maps without CAP_BPF are usable only through mapped memory. Sockets
+    need CAP_NET_ADMIN for buffers larger than `net.core.rmem_max`.
 
     Raises:
-        OSError: the kernel won't, and nothing is dropped.
+        OSError: the kernel rejects the change, and nothing is dropped.
     """
     sets = _read()
-    # First, since it may take what is dropped thereafter. A process that may not do this can only have them back by running
-    # a program that has them by its file, or as root: nothing of this one does.
+    # The bounding set comes first, because changing it needs a capability that is dropped below. Without CAP_SETPCAP, only
+    # executing a program with file capabilities, or as root, could restore them. This process executes no program.
     for number in _NUMBERS.values():
         _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
         for each in range(_SETS):
             sets[number // _BITS * _SETS + each] &= ~(1 << number % _BITS)
-    # The ambient set loses what the permitted one does.
+    # The kernel removes the same capabilities from the ambient set.
     _call(_libc.capset, "capset", sets)
 
 

@@ -1,15 +1,15 @@
-"""The kernel's data path, from its opening at the start of the process: before any thread, while there are capabilities."""
+"""The kernel's data path, opened by the process before it starts a thread and drops its capabilities."""
 
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from relay.config import BadUseError, Config, OffloadConfig
-from relay.core.addresses import ChannelNumber, ClientAddress, show
-from relay.offload import capabilities, devices
+from relay.config import Config, OffloadConfig, UsageError
+from relay.core.addresses import ChannelNumber, ClientAddress
+from relay.offload import capabilities, devices, elf
 from relay.offload.channels import Channels
 from relay.offload.devices import Devices
 from relay.offload.elf import BrokenObjectError, NotBuiltError
@@ -19,46 +19,50 @@ from relay.offload.network import Link
 from relay.offload.program import Usage, XdpProgram, bindings_for
 
 OLDEST_KERNEL: Final = (5, 19)
-"""Before it, nobody without CAP_BPF could use a table, though it is his own; and we have given that up by then."""
+"""Older kernels require CAP_BPF for every use of a map, and the relay has dropped CAP_BPF by then."""
 
 _PORTION: Final = 256
-"""Channels whose usage is read in one go: a millisecond, in which no packet is looked at."""
+"""Channels per read of usage counters. A read takes about 1 ms, during which no packet is relayed by the sockets."""
 
 _MILLISECONDS: Final = 3
-"""Digits of seconds. The program's clock is no better than that."""
+"""Decimal places of seconds. The program's clock is no more precise."""
 
 
 class ChannelUsage(NamedTuple):
-    """What the kernel relayed for a channel since it was installed."""
+    """Traffic that the kernel relayed for a channel since its installation."""
 
     client: ClientAddress
     number: ChannelNumber
     to_peer: Usage
     to_client: Usage
 
+    def readable(self, now: float) -> dict[str, object]:
+        """Return the usage for the page, at a time in monotonic seconds."""
+        return {"to_peer": _readable(self.to_peer, now), "to_client": _readable(self.to_client, now)}
+
 
 @dataclass(frozen=True, slots=True)
 class Datapath:
-    """The program with its tables, and where it is attached."""
+    """The program with its tables and interfaces."""
 
     program: XdpProgram
     channels: Channels
     devices: Devices
     notes: tuple[str, ...] = ()
-    """What is to be logged, once there is a log."""
+    """Messages to log after the log is set up."""
 
     def detach(self) -> None:
-        """Have the sockets relay everything."""
+        """Detach the program: the sockets relay everything."""
         self.program.write_settings((), ())
         self.devices.detach()
 
     def close(self) -> None:
-        """Detach it, and give everything back."""
+        """Detach the program and release all resources."""
         self.devices.detach()
         self.program.close()
 
     def state(self) -> dict[str, object]:
-        """Give what there is to be seen, in numbers."""
+        """Return the state and the counters for the status page."""
         totals = self.program.totals()
         return {
             "xdp_attached": self.devices.modes,
@@ -66,6 +70,8 @@ class Datapath:
             "xdp_channels": len(self.channels.installed),
             "xdp_channels_refused": self.channels.refused,
             "xdp_table_failures": self.channels.failures,
+            "xdp_stalls": self.devices.stalls,
+            "xdp_frames": sum(totals.frames),
             "xdp_packets": totals.packets,
             "xdp_bytes": totals.bytes,
             "xdp_sizes": {
@@ -76,21 +82,20 @@ class Datapath:
         }
 
     def usage(self) -> Iterator[list[ChannelUsage]]:
-        """Give what each channel relayed, in portions: let others run between them."""
-        for first in range(0, len(self.channels.by_index), _PORTION):
-            channels = self.channels.by_index[first : first + _PORTION]
-            read = zip(channels, self.program.usage(first, len(channels)), strict=True)
-            yield [ChannelUsage(*channel[0], *both) for channel, both in read if channel is not None]
+        """Return the usage of all channels in portions. Let other threads run between the portions."""
+        for first in range(0, len(self.channels.by_slot), _PORTION):
+            keys = self.channels.by_slot[first : first + _PORTION]
+            read = zip(keys, self.program.usage(first, len(keys)), strict=True)
+            yield [ChannelUsage(*key, *both) for key, both in read if key is not None]
 
 
-def open_datapath(config: Config, offload: OffloadConfig) -> Datapath:
-    """Load the program, attach it, and give up what that took.
+def open_datapath(config: Config, offload: OffloadConfig, packaged: Callable[[], bytes] = elf.packaged) -> Datapath:
+    """Load and attach the program, and drop the capabilities for this.
 
-    To be called before any thread is started: only the thread that gives up a capability is without it, and those that it
-    starts from then on.
+    Call this before starting a thread: dropping a capability affects only the calling thread and threads started later.
 
     Raises:
-        BadUseError: this machine, this process or this package can't do it.
+        UsageError: the machine, the process or the package does not support offload.
     """
     _check_kernel(os.uname().release)
     with asking(), Network() as network:
@@ -98,12 +103,12 @@ def open_datapath(config: Config, offload: OffloadConfig) -> Datapath:
     devices.check(offload, links)
     missing = capabilities.missing()
     if missing:
-        raise BadUseError(
+        raise UsageError(
             f"--ebpf-offloading needs {', '.join(missing)}: run as root, or with AmbientCapabilities= of the unit file"
         )
-    program = _load(config)
+    program = _load(config, packaged)
     try:
-        channels = Channels(program, config.ports, config.public_hosts.values())
+        channels = Channels(program)
         attached = Devices(program, offload)
         notes = _attach(attached, links)
         capabilities.drop()
@@ -115,33 +120,17 @@ def open_datapath(config: Config, offload: OffloadConfig) -> Datapath:
 
 @contextlib.contextmanager
 def asking() -> Iterator[None]:
-    """Ask the kernel about its network.
+    """Convert errors of rtnetlink queries.
 
     Raises:
-        BadUseError: it can't be asked.
+        UsageError: the query failed.
     """
     try:
         yield
     except OSError as error:
-        raise BadUseError(
+        raise UsageError(
             f"--ebpf-offloading: can't ask the kernel about its network ({error.strerror}): allow AF_NETLINK"
         ) from error
-
-
-def usage_by_client(portion: list[ChannelUsage], now: float) -> dict[str, dict[str, object]]:
-    """Give usage for people and programs to read: by client, and so by allocation; then by channel.
-
-    Args:
-        portion: what was read.
-        now: monotonic seconds.
-    """
-    told: dict[str, dict[str, object]] = {}
-    for client, number, to_peer, to_client in portion:
-        told.setdefault(show(client), {})[f"{number:#06x}"] = {
-            "to_peer": _readable(to_peer, now),
-            "to_client": _readable(to_client, now),
-        }
-    return told
 
 
 def _readable(usage: Usage, now: float) -> dict[str, float | None]:
@@ -149,29 +138,29 @@ def _readable(usage: Usage, now: float) -> dict[str, float | None]:
     return {"packets": usage.packets, "bytes": usage.bytes, "idle_seconds": idle}
 
 
-def _load(config: Config) -> XdpProgram:
+def _load(config: Config, packaged: Callable[[], bytes]) -> XdpProgram:
     try:
-        program = XdpProgram(bindings_for(config.capacity))
+        return XdpProgram(bindings_for(config.capacity), packaged(), config.service_port, config.ports)
     except NotBuiltError as error:
-        raise BadUseError(
+        raise UsageError(
             "--ebpf-offloading: this package was built without clang: install clang and build it again"
         ) from error
     except BrokenObjectError as error:
-        raise BadUseError(f"--ebpf-offloading: {error}: install this package again") from error
+        raise UsageError(f"--ebpf-offloading: {error}: install this package again") from error
     except OSError as error:
-        raise BadUseError(
+        if error.filename is not None:
+            raise UsageError(f"--ebpf-offloading: {error.filename} is not readable: mount /sys") from error
+        raise UsageError(
             f"--ebpf-offloading: the kernel does not take the program ({error.strerror}): relay without it"
         ) from error
-    program.listen_to(config.service_port, config.ports)
-    return program
 
 
 def _attach(attached: Devices, links: list[Link]) -> list[str]:
-    """Attach to all interfaces, or to none."""
-    notes = attached.attach({each.ifindex: each for each in links})
+    """Attach the program to all interfaces, or to none."""
+    notes = attached.attach(links)
     if attached.failures:
         attached.detach()
-        raise BadUseError(f"--ebpf-offloading: {next(iter(attached.failures.values()))}")
+        raise UsageError(f"--ebpf-offloading: {next(iter(attached.failures.values()))}")
     return notes
 
 
@@ -179,4 +168,4 @@ def _check_kernel(release: str) -> None:
     found = re.match(r"(\d+)\.(\d+)", release)
     if found is None or (int(found[1]), int(found[2])) < OLDEST_KERNEL:
         wanted = ".".join(map(str, OLDEST_KERNEL))
-        raise BadUseError(f"--ebpf-offloading needs Linux {wanted}, this is {release}: relay without it")
+        raise UsageError(f"--ebpf-offloading needs Linux {wanted}, this is {release}: relay without it")

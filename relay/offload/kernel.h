@@ -1,7 +1,7 @@
-// What the kernel gives an XDP program, as far as this one uses it: so that it is built without anybody's headers.
+// The kernel's interface for XDP programs, as far as program.c uses it, so that the build needs no kernel headers.
 //
-// The same program is also built by an ordinary compiler, for tests: then what the kernel would do is done by whoever links
-// it, and a pointer has its full width.
+// Tests also build the program with an ordinary compiler. Then the test provides the kernel's functions, and pointers have
+// their full width.
 
 #pragma once
 
@@ -14,24 +14,23 @@ typedef unsigned long uptr;
 #define INLINE static inline __attribute__((always_inline))
 #define SECTION(name) __attribute__((section(name), used))
 
-// What becomes of a packet. Dropping it (1) is not among what this program does; ABORTED can't be reached.
+// Verdicts. This program never drops a packet (1), and ABORTED is unreachable.
 enum { XDP_ABORTED = 0, XDP_PASS = 2, XDP_TX = 3 };
 
-enum map_type { ARRAY = 2, PERCPU_ARRAY = 6 };
-enum { MMAPABLE = 1 << 10 };
+enum map_type { HASH = 1, ARRAY = 2, PERCPU_ARRAY = 6 };
 
-// A table that the kernel keeps, and that the relay reads and writes. The loader takes max_entries for the least there are.
+// A table in the kernel, shared with the relay. The loader replaces a max_entries of 1 in most tables.
 struct map {
     u32 type, key_size, value_size, max_entries, flags;
 };
 
 #ifdef __bpf__
 
-// What packets have in them begins anywhere; to the machines that this runs on it makes no difference. Told so, the compiler
-// reads whole words: a third fewer instructions.
+// Headers in packets may be unaligned, which does not matter on the supported machines. With this attribute the compiler
+// reads whole words, and needs a third fewer instructions.
 #define IN_PACKET(alignment) __attribute__((packed, aligned(alignment)))
 
-// A loop whose first round is its last, most often, is best left one.
+// For loops that usually end in the first iteration.
 #define ROLLED _Pragma("clang loop unroll(disable)")
 #define UNROLLED _Pragma("clang loop unroll(full)")
 
@@ -42,7 +41,7 @@ struct xdp_md {
 static void *(*bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
 static long (*bpf_redirect)(u32 ifindex, u64 flags) = (void *)23;
 static long (*bpf_xdp_adjust_head)(struct xdp_md *context, int delta) = (void *)44;
-static u64 (*bpf_jiffies64)(void) = (void *)118;
+static u64 (*bpf_ktime_get_coarse_ns)(void) = (void *)160;
 
 #else
 
@@ -58,7 +57,7 @@ struct xdp_md {
 void *bpf_map_lookup_elem(void *map, const void *key);
 long bpf_redirect(u32 ifindex, u64 flags);
 long bpf_xdp_adjust_head(struct xdp_md *context, int delta);
-u64 bpf_jiffies64(void);
+u64 bpf_ktime_get_coarse_ns(void);
 
 #endif
 
@@ -72,6 +71,6 @@ u64 bpf_jiffies64(void);
 // Keeps the compiler from moving reads of memory across it.
 #define IN_ORDER() __asm__ volatile("" ::: "memory")
 
-// Keeps the compiler from comparing something else than this number: the kernel, which reads the instructions, only learns
-// the bounds of what is compared.
+// Prevents the compiler from comparing a different expression: the kernel's verifier learns only the bounds of the compared
+// register.
 #define COMPARED(number) __asm__ volatile("" : "+r"(number))

@@ -1,6 +1,6 @@
-"""Rtnetlink: what the kernel has of links, addresses and neighbours, which way it sends packets, and news of all that.
+"""Rtnetlink sockets: queries of links, addresses, neighbours and routes, and notifications of changes.
 
-It takes no privilege, and is about the network namespace that the process is in when the sockets are opened.
+Queries need no privilege. They refer to the process's network namespace when the socket is opened.
 """
 
 import contextlib
@@ -11,151 +11,70 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, Self, TypeVar
+from typing import Final, NamedTuple, Self, TypeVar
 
-from relay.offload import route_messages
-from relay.offload.network import (
-    Address,
-    AddressesChanged,
-    Link,
-    LinkNews,
-    LookUp,
-    Neighbour,
-    NeighbourNews,
-    NeighbourState,
-    News,
-    NoRoute,
-    Outcome,
-    Overrun,
-    RoutesChanged,
-)
-from relay.offload.network_messages import Decoder, Kind, link_index
+from relay.offload import network
+from relay.offload.network import Kind, Message
 
 _BATCH: Final = 64
-"""Questions in one system call, and answers in the next. What it costs to call is spread thin by then, and the answers to so
-many fit the buffer that any socket has (4.3 KB each at worst, of 212 KB)."""
-
-_ANSWER_SIZE: Final = 1024
-"""Bytes of an answer: some 200, as long as nothing is put around packets."""
+"""Route requests per system call. More would save no time, and responses to 64 requests fit every socket's buffer (4.3 KB
+each at worst, of 212 KB)."""
 
 _LARGEST: Final = 1 << 16
-"""Bytes that the kernel puts into one piece of a dump or of news, at most: 32 KB."""
+"""Upper bound of a part of a dump, or of a notification: the kernel sends 32 KB."""
 
-_BUFFER: Final = 4 << 20
-"""Bytes of news that may wait: some 5,000. When the kernel has dropped some, everything is to be dumped again."""
+BUFFER: Final = 4 << 20
+"""Receive buffer for notifications: about 5,000. After an overrun, all state is dumped again."""
 
 _PATIENCE: Final = struct.pack("@ll", 5, 0)
-"""Seconds for the kernel to go on with a dump, which it does at once."""
+"""Timeout in seconds for the next part of a dump, which the kernel sends immediately."""
 
 _ATTEMPTS: Final = 5
-"""At a dump during which things change."""
+"""Attempts of a dump during changes."""
 
 _PIECES: Final = 1024
-"""Of news in one batch, at most."""
+"""Maximum of datagrams with notifications in a batch."""
 
-_GROUPS: Final = sum(1 << number - 1 for number in (1, 3, 5, 7, 8, 9, 11, 19, 32))
-"""Links, neighbours; addresses, routes, rules of IPv4; addresses, routes, rules of IPv6; next hops that routes share."""
+_GROUPS: Final = sum(1 << number - 1 for number in (1, 3, 5, 7, 8, 9, 11, 19, 24, 32))
+"""Links, neighbours; addresses, routes, rules of IPv4; addresses, routes, rules of IPv6; IPv4 settings; nexthop objects."""
 
-_ABOUT_LINKS: Final = {Kind.NEW_LINK, Kind.GONE_LINK}
-_ABOUT_ADDRESSES: Final = {Kind.NEW_ADDRESS, Kind.GONE_ADDRESS}
-_ABOUT_NEIGHBOURS: Final = {Kind.NEW_NEIGHBOUR, Kind.GONE_NEIGHBOUR}
-_ABOUT_ROUTES: Final = {
-    *(Kind.NEW_ROUTE, Kind.GONE_ROUTE),
-    *(Kind.NEW_RULE, Kind.GONE_RULE),
-    *(Kind.NEW_SHARED_HOP, Kind.GONE_SHARED_HOP),
-}
-
-_DONE: Final = 3
-_REQUEST, _DUMP, _INTERRUPTED = 0x1, 0x300, 0x10
-_GET_LINK, _GET_ADDRESS, _GET_NEIGHBOUR = 18, 22, 30
 _WITHOUT_STATISTICS: Final = struct.pack("=16xHHI", 8, 29, 1 << 3)
 _SO_RCVBUFFORCE: Final = 33
 
 T = TypeVar("T")
 
-
-class _Piece(ctypes.Structure):
-    """Struct iovec."""
-
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
-class _Message(ctypes.Structure):
-    """Struct msghdr."""
-
-    _fields_ = (
-        ("name", ctypes.c_void_p),
-        ("name_length", ctypes.c_uint32),
-        ("pieces", ctypes.c_void_p),
-        ("count", ctypes.c_size_t),
-        ("control", ctypes.c_void_p),
-        ("control_length", ctypes.c_size_t),
-        ("flags", ctypes.c_int),
-    )
+# The responses are already in the socket, so the call keeps the GIL: to get it back from busy threads takes longer.
+_receive = ctypes.PyDLL(None, use_errno=True).recv
+_receive.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_receive.restype = ctypes.c_ssize_t
 
 
-class _Envelope(ctypes.Structure):
-    """Struct mmsghdr."""
+class Changes(NamedTuple):
+    """Changes of the kernel's network state."""
 
-    _fields_ = (("message", _Message), ("length", ctypes.c_uint32))
-
-
-# What it reads is there already, so it keeps the interpreter: whoever lets others have it waits for it. To ask for 16,000
-# destinations again, and write them, takes 0.3 s; beside four busy threads 0.55 s, and 0.85 s if each answer is a `recv`.
-_receive_many = ctypes.PyDLL(None, use_errno=True).recvmmsg
-_receive_many.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_void_p)
+    neighbours: list[network.Neighbour]
+    """In order of their occurrence."""
+    others: bool
+    """Whether links, addresses, routes or rules may have changed, or notifications were lost."""
 
 
-def _open(groups: int) -> socket.socket:
-    opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-    try:
-        opened.bind((0, groups))
-        # From now on it takes nothing from other processes, which a privileged one could send.
-        opened.connect((0, 0))
-        try:
-            opened.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
-        except PermissionError:
-            opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
-    except OSError:
-        opened.close()
-        raise
-    return opened
+class _Socket:
+    """An open rtnetlink socket, for notifications of some groups."""
 
-
-def messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Take apart what was read: type, flags, and the message with its header; up to what is cut off or makes no sense."""
-    offset = 0
-    while offset + route_messages.HEADER.size <= len(data):
-        length, kind, flags, _, _ = route_messages.HEADER.unpack_from(data, offset)
-        if length < route_messages.HEADER.size or offset + length > len(data):
-            return
-        yield kind, flags, data[offset : offset + length]
-        offset += length + 3 & ~3
-
-
-class Network:
-    """Questions to the kernel, by one thread at a time."""
-
-    def __init__(self) -> None:
-        """Get ready to ask.
-
-        Raises:
-            OSError: there are no such sockets here.
-        """
-        self._decoder = Decoder()
-        self._socket = _open(0)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _PATIENCE)
-        self._sequence = 0
-        self._answers = ctypes.create_string_buffer(_BATCH * _ANSWER_SIZE)
-        self._pieces = (_Piece * _BATCH)()
-        self._envelopes = (_Envelope * _BATCH)()
-        start = ctypes.addressof(self._answers)
-        for number, (piece, envelope) in enumerate(zip(self._pieces, self._envelopes, strict=True)):
-            piece.base, piece.length = start + number * _ANSWER_SIZE, _ANSWER_SIZE
-            envelope.message.pieces, envelope.message.count = ctypes.addressof(piece), 1
+    def __init__(self, groups: int = 0, buffer: int = BUFFER) -> None:
+        with contextlib.ExitStack() as stack:
+            self._socket = stack.enter_context(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE))
+            self._socket.bind((0, groups))
+            # A connected socket receives nothing from other processes, which could be privileged.
+            self._socket.connect((0, 0))
+            try:
+                self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, buffer)
+            except PermissionError:
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+            stack.pop_all()
 
     def close(self) -> None:
-        """Ask nothing any more; again does nothing."""
+        """Close the socket. A second call does nothing."""
         self._socket.close()
 
     def __enter__(self) -> Self:
@@ -164,178 +83,145 @@ class Network:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def look_up(self, look_ups: Sequence[LookUp]) -> list[Outcome]:
-        """Ask which way an unmarked UDP packet of this process would take.
 
-        What is not asked: source and destination port, which a rule may look at.
+class Network(_Socket):
+    """Queries to the kernel, by one thread at a time."""
 
-        Args:
-            look_ups: as many as one likes. Each takes some 12 µs, and every 64 of them others get the interpreter once.
+    def __init__(self) -> None:
+        super().__init__()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _PATIENCE)
+        self._sequence = 0
+        self._answer = ctypes.create_string_buffer(_LARGEST)
 
-        Returns:
-            The answers in the same order.
+    def look_up(self, look_ups: Sequence[network.LookUp]) -> list[network.Route | None]:
+        """Return the routes of unmarked UDP packets of this process, None if the program can't send to a destination.
 
-        Raises:
-            OSError: the kernel can't be asked.
+        Rules by port are ignored. A lookup takes about 12 µs, and the GIL is released once per 64 lookups.
         """
-        outcomes: list[Outcome] = []
+        routes: list[network.Route | None] = []
         for start in range(0, len(look_ups), _BATCH):
-            outcomes += self._look_up(look_ups[start : start + _BATCH])
-        return outcomes
+            routes += self._look_up(look_ups[start : start + _BATCH])
+        return routes
 
-    def _look_up(self, look_ups: Sequence[LookUp]) -> list[Outcome]:
-        first = self._sequence + 1
-        self._sequence = (self._sequence + len(look_ups)) % (1 << 31)
-        if self._sequence < first:
-            first, self._sequence = 1, len(look_ups)
-        # The kernel answers within the call: what is not there afterwards won't come.
-        self._socket.send(b"".join(route_messages.request(each, first + place) for place, each in enumerate(look_ups)))
-        outcomes: list[Outcome] = [NoRoute.UNKNOWN] * len(look_ups)
-        for message in self._read_answers():
-            found = route_messages.answer(message)
-            if found is not None and 0 <= found[0] - first < len(look_ups):
-                outcomes[found[0] - first] = found[1]
-        return outcomes
+    def _look_up(self, look_ups: Sequence[network.LookUp]) -> list[network.Route | None]:
+        first = self._next_sequence(len(look_ups))
+        # The kernel responds during the call: a response missing afterwards will not arrive.
+        self._socket.send(b"".join(network.route_request(each, first + place) for place, each in enumerate(look_ups)))
+        routes: list[network.Route | None] = [None] * len(look_ups)
+        for message in self._answers():
+            if message.kind == Kind.NEW_ROUTE and 0 <= message.sequence - first < len(look_ups):
+                routes[message.sequence - first] = network.parse_route(message.body)
+        return routes
 
-    def _read_answers(self) -> Iterator[bytes]:
-        """Give all that has been answered; what was left over from an earlier question, too."""
-        view = memoryview(self._answers)
-        got = _BATCH
-        while got == _BATCH:
-            got = _receive_many(self._socket.fileno(), ctypes.addressof(self._envelopes), _BATCH, socket.MSG_DONTWAIT, None)
-            for number, envelope in zip(range(got), self._envelopes, strict=False):
-                start = number * _ANSWER_SIZE
-                yield bytes(view[start : start + envelope.length])
-            if got < 0 and ctypes.get_errno() in (errno.EINTR, errno.ENOBUFS):
-                got = _BATCH
+    def _answers(self) -> Iterator[Message]:
+        """Return all available responses, including late responses to earlier requests."""
+        descriptor, buffer, view = self._socket.fileno(), ctypes.addressof(self._answer), memoryview(self._answer)
+        while True:
+            size = _receive(descriptor, buffer, _LARGEST, socket.MSG_DONTWAIT)
+            if size >= 0:
+                yield from network.split(bytes(view[:size]))
+            elif ctypes.get_errno() not in (errno.EINTR, errno.ENOBUFS):
+                return
 
-    def links(self) -> list[Link]:
-        """Give all interfaces.
+    def _next_sequence(self, count: int = 1) -> int:
+        """Return the first of some consecutive sequence numbers, which wrap around within 31 bits."""
+        first = self._sequence % (1 << 30) + 1
+        self._sequence = first + count - 1
+        return first
 
-        Raises:
-            OSError: the kernel can't be asked, or they change all the time.
-        """
-        return self._dump(_GET_LINK, Kind.NEW_LINK, _WITHOUT_STATISTICS, self._decoder.link)
-
-    def addresses(self) -> list[Address]:
-        """Give all addresses of this machine.
+    def links(self) -> list[network.Link]:
+        """Return all interfaces.
 
         Raises:
-            OSError: as with `links`.
+            OSError: the query failed; InterruptedError if interfaces change constantly.
         """
-        return self._dump(_GET_ADDRESS, Kind.NEW_ADDRESS, bytes(8), self._decoder.address)
+        return self._dump(Kind.GET_LINK, Kind.NEW_LINK, _WITHOUT_STATISTICS, network.parse_link)
 
-    def neighbours(self) -> list[Neighbour]:
-        """Give all neighbours that the kernel knows or asks for.
+    def addresses(self) -> list[network.Address]:
+        """Return all addresses of this machine. Errors are as for `links`."""
+        return self._dump(Kind.GET_ADDRESS, Kind.NEW_ADDRESS, bytes(8), network.parse_address)
 
-        Raises:
-            OSError: as with `links`.
-        """
-        return self._dump(_GET_NEIGHBOUR, Kind.NEW_NEIGHBOUR, bytes(12), self._decoder.neighbour)
+    def neighbours(self) -> list[network.Neighbour]:
+        """Return all neighbours that the kernel knows or is resolving. Errors are as for `links`."""
+        return self._dump(Kind.GET_NEIGHBOUR, Kind.NEW_NEIGHBOUR, bytes(12), network.parse_neighbour)
 
-    def _dump(self, request: int, kind: Kind, body: bytes, decode: Callable[[bytes], T | None]) -> list[T]:
+    def _dump(self, asked: Kind, kind: Kind, body: bytes, parse: Callable[[bytes], T | None]) -> list[T]:
         for _ in range(_ATTEMPTS):
-            found = self._dump_once(request, kind, body)
+            found = self._dump_once(asked, kind, body)
             if found is not None:
-                return [decoded for decoded in map(decode, found) if decoded is not None]
-        raise OSError(errno.EINTR, f"{kind.name}: it changes faster than it can be read")
+                return [parsed for parsed in map(parse, found) if parsed is not None]
+        raise InterruptedError(errno.EINTR, f"{kind.name}: the kernel's state changes faster than it can be read")
 
-    def _dump_once(self, request: int, kind: Kind, body: bytes) -> list[bytes] | None:
-        """Give the messages; None if there were changes meanwhile."""
-        self._sequence = self._sequence % (1 << 31) + 1
-        header = route_messages.HEADER.pack(
-            route_messages.HEADER.size + len(body), request, _REQUEST | _DUMP, self._sequence, 0
-        )
-        self._socket.send(header + body)
+    def _dump_once(self, asked: Kind, kind: Kind, body: bytes) -> list[bytes] | None:
+        """Return the messages of a dump, or None if the kernel's state changed meanwhile."""
+        ours = self._next_sequence()
+        self._socket.send(network.request(asked, network.DUMP, ours, body))
         found: list[bytes] = []
         whole = True
         while True:
-            for number, flags, message in messages(self._socket.recv(_LARGEST)):
-                _, _, _, sequence, _ = route_messages.HEADER.unpack_from(message)
-                if sequence != self._sequence:
+            for number, flags, sequence, content in network.split(self._socket.recv(_LARGEST)):
+                if sequence != ours:
                     continue
-                whole = whole and not flags & _INTERRUPTED
+                whole = whole and not flags & network.INTERRUPTED
                 if number == kind:
-                    found.append(message)
-                elif number == _DONE:
+                    found.append(content)
+                elif number == Kind.DONE:
                     return found if whole else None
-                elif number == route_messages.ERROR:
-                    raise OSError(errno.EIO, f"{kind.name}: the kernel doesn't say")
+                elif number == Kind.ERROR:
+                    raise OSError(errno.EIO, f"{kind.name}: the kernel rejects the query")
 
 
-class Monitor:
-    """News from the kernel. To be opened before `Network` is asked for anything, so that no change falls between the two."""
+class Monitor(_Socket):
+    """Notifications from the kernel. Open it before the first query of `Network`, so that no change is missed in between."""
 
-    def __init__(self) -> None:
-        """Begin to collect news.
-
-        Raises:
-            OSError: there are no such sockets here.
-        """
-        self._decoder = Decoder()
-        with contextlib.ExitStack() as stack:
-            self._socket = stack.enter_context(_open(_GROUPS))
-            # Whoever waits for this kind of socket isn't woken up by its end.
-            self._stopping = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            stack.pop_all()
+    def __init__(self, buffer: int = BUFFER) -> None:
+        super().__init__(_GROUPS, buffer)
+        # Closing a netlink socket does not wake up a waiting thread.
+        self._stopping = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll = select.poll()
         for each in (self._socket.fileno(), self._stopping):
             self._poll.register(each, select.POLLIN)
 
     def stop(self) -> None:
-        """End `receive`, now and ever after. Any thread may call it until `close`."""
+        """End the current and all later calls of `receive`. Any thread may call this before `close`."""
         os.eventfd_write(self._stopping, 1)
 
     def close(self) -> None:
-        """Give back what was opened, once no thread is in `receive` any more; again does nothing."""
-        self._socket.close()
+        """Close the descriptors when no thread is in `receive`. A second call does nothing."""
+        super().close()
         stopping, self._stopping = self._stopping, -1
         if stopping >= 0:
             os.close(stopping)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def receive(self) -> list[News] | None:
-        """Wait for news.
-
-        Returns:
-            What is new, each kind in the order in which it happened; empty if nothing of it matters. None after `stop`.
-
-        Raises:
-            OSError: there can be no news any more.
-        """
+    def receive(self) -> Changes | None:
+        """Wait for notifications. Return None after `stop`."""
         if any(descriptor == self._stopping for descriptor, _ in self._poll.poll()):
             return None
-        batch: list[News] = []
-        about_all: dict[News, None] = {}
+        neighbours: list[network.Neighbour] = []
+        others = False
         try:
-            for data in self._pieces(_PIECES):
-                for kind, _, message in messages(data):
-                    news = self._news(kind, message)
-                    if isinstance(news, AddressesChanged | RoutesChanged):
-                        about_all[news] = None
-                    elif news is not None:
-                        batch.append(news)
+            for kind, _, _, body in self._pieces():
+                is_gone = kind == Kind.GONE_NEIGHBOUR
+                neighbour = network.parse_neighbour(body) if is_gone or kind == Kind.NEW_NEIGHBOUR else None
+                if neighbour is not None:
+                    neighbours.append(neighbour._replace(mac=b"", stale=False) if is_gone else neighbour)
+                others = others or kind not in (Kind.NEW_NEIGHBOUR, Kind.GONE_NEIGHBOUR)
         except OSError as error:
             if error.errno != errno.ENOBUFS:
                 raise
             self._discard()
-            return [Overrun()]
-        return [*batch, *about_all]
+            return Changes([], others=True)
+        return Changes(neighbours, others)
 
-    def _pieces(self, limit: int) -> Iterator[bytes]:
+    def _pieces(self) -> Iterator[Message]:
         with contextlib.suppress(BlockingIOError):
-            for _ in range(limit):
-                yield self._socket.recv(_LARGEST, socket.MSG_DONTWAIT)
+            for _ in range(_PIECES):
+                yield from network.split(self._socket.recv(_LARGEST, socket.MSG_DONTWAIT))
 
     def _discard(self) -> None:
-        """Forget what happened before some of it was lost: later it would be taken for newer than what is dumped now.
+        """Discard notifications before an overrun, which would otherwise look newer than the next dump.
 
-        The kernel adds nothing until all is read, so this comes to an end.
+        The kernel adds nothing until the socket is empty, so this ends.
         """
         while True:
             try:
@@ -345,21 +231,3 @@ class Monitor:
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
-
-    def _news(self, kind: int, message: bytes) -> News | None:
-        if kind in _ABOUT_ROUTES:
-            return RoutesChanged()
-        if kind in _ABOUT_ADDRESSES:
-            return AddressesChanged()
-        if kind in _ABOUT_NEIGHBOURS:
-            neighbour = self._decoder.neighbour(message)
-            return neighbour and NeighbourNews(neighbour if kind == Kind.NEW_NEIGHBOUR else _forgotten(neighbour))
-        ifindex = link_index(message) if kind in _ABOUT_LINKS else None
-        if ifindex is None:
-            return None
-        link = self._decoder.link(message) if kind == Kind.NEW_LINK else None
-        return None if kind == Kind.NEW_LINK and link is None else LinkNews(ifindex, link)
-
-
-def _forgotten(neighbour: Neighbour) -> Neighbour:
-    return neighbour._replace(mac=b"", state=NeighbourState.NONE)

@@ -1,53 +1,56 @@
-// Relays packets of bound channels in the kernel, before they become anybody's.
+// An XDP program that relays packets of bound channels, before they reach the network stack.
 //
-// The kernel runs `relay` (at the end) for each packet that an interface receives. In an order that a reader can follow:
+// The kernel runs `relay` (at the end) for each packet that an interface receives:
 //
-//   read    take the packet apart: Ethernet, perhaps one VLAN tag, IPv4 or IPv6, UDP
-//   find    look up the channel: by (client, channel number) for what clients send, by (peer, relayed port) for what peers
-//           send; and a second one if the two ends of a conversation are clients of this relay (a hairpin)
-//   route   take the next hop that the relay has found for the destination: interface, MAC addresses, source address
-//   sum     work out the new UDP checksum from the old one
-//   rewrite move the start of the packet, and write its new headers in front of the payload, which stays where it is
-//   count   add it to what the relay reads now and then
+//   read    parse the packet: Ethernet, an optional VLAN tag, IPv4 or IPv6, UDP
+//   find    look up the channel: by (client, channel number) for packets from clients, by (peer, relayed port) for packets
+//           from peers. A hairpin, in which the peer is another client of this relay, needs both lookups. Check that the
+//           sender is where its address is.
+//   route   read the next hop of the destination: interface, MAC addresses, source address
+//   sum     compute the new UDP checksum from the old checksum
+//   rewrite move the start of the packet, and write new headers in front of the payload, which does not move
+//   count   update the counters
 //
-// Whatever it is not sure of goes to the relay's sockets as if there were no program (XDP_PASS), and it makes up its mind
-// before it changes a byte. It drops nothing. It decides nothing either: which channels there are, until when, and who is
-// behind which MAC address, the relay writes into the tables below (relay/offload/layout.py has the same layout).
+// Doubtful packets go to the relay's sockets (XDP_PASS), before the program has changed a byte. The program drops nothing,
+// and makes no decisions: the relay writes channels, deadlines and next hops into the tables below, whose layout is also in
+// relay/offload/layout.py.
 //
-// Time is counted in the kernel's ticks, of which there are 100 to 1,000 a second: to read them costs next to nothing, and a
-// clock costs a third of all that is done here. The relay knows when they began and how long they are.
+// Time is CLOCK_MONOTONIC_COARSE in nanoseconds: up to a tick late (1 to 10 ms), and read in a tenth of the time of an exact
+// clock. The relay writes deadlines that are a tick early.
 //
-// Addresses are IPv6 addresses, IPv4 ones as ::ffff:a.b.c.d, so that one pair of tables serves all. Fields that the
-// packet has too (addresses, ports, channel numbers) stand in tables as they do in packets, in network byte order.
+// All addresses are IPv6 addresses, with IPv4 addresses as ::ffff:a.b.c.d, so that all packets use the same tables.
+// Addresses, ports and channel numbers in tables are in network byte order.
 
 #include "kernel.h"
 
 enum {
     OWN_ADDRESSES = 16,
-    DEVICES = 8,
+    DEVICES = 16,
     SIZES = 16,      // of a histogram, in steps of 128 bytes
     SIZE_SHIFT = 7,
     UDP = 17,
-    MIN_FRAME = 60,  // bytes; whether a driver pads shorter frames, nobody knows
-    MAX_PADDED = 64,  // bytes; a frame with something behind its packet is never longer: with a tag, the tag may come on top
+    MIN_FRAME = 60,  // bytes; not every driver pads shorter frames
+    MAX_PADDED = 64,  // bytes of the longest frame with padding: a tag may be added to 60 bytes
+    SECOND = 1000000000,  // ns
 };
 
 enum direction { TO_PEER, TO_CLIENT, DIRECTIONS };
 
-// Why a datagram for the relay was left to its sockets: in the order of layout.py's PassReason.
+// Reasons for leaving a datagram to the relay's sockets, in the order of PassReason in layout.py.
 enum reason {
-    NO_CHANNEL_DATA,   // from a client: a request, or nothing the relay knows
-    ODD_LENGTH,        // ChannelData with padding behind it, or cut off
-    UNBOUND,           // no such channel, or none of that peer
-    EXPIRED,           // the channel's time is over, or its allocation's
-    NO_NEXT_HOP,       // where it has to go is not known, or not through one of our interfaces
-    STALE_NEIGHBOUR,   // has the kernel ask whether the next hop is still where it was
-    TOO_LONG,          // for the path's MTU, once its headers are on
-    NO_CHECKSUM,       // UDP over IPv4 may leave it out; then there is none to work from
-    PARTIAL_CHECKSUM,  // to be completed by an interface that it never went through
+    NO_CHANNEL_DATA,   // from a client: a request, or an unknown message
+    ODD_LENGTH,        // ChannelData with padding, or truncated
+    UNBOUND,           // unknown channel number or peer
+    EXPIRED,           // the channel or its allocation has expired
+    NO_NEXT_HOP,       // the next hop is unknown, or on an interface without the program
+    STALE_NEIGHBOUR,   // makes the kernel probe the next hop
+    TOO_LONG,          // for the path MTU, with the new headers
+    NO_CHECKSUM,       // UDP over IPv4 without a checksum, which can't be updated
+    PARTIAL_CHECKSUM,  // an interface should have completed it, but the packet passed through none
     SHORT_FRAME,
-    LAST_HOP,          // its hop limit is used up
-    NO_ROOM,           // the driver leaves no space for longer headers
+    LAST_HOP,          // the hop limit is 1
+    NO_ROOM,           // the driver's headroom is too small for longer headers
+    WRONG_WAY,         // the sender is not where its address is: the kernel may reject the packet
     REASONS,
 };
 
@@ -57,54 +60,45 @@ struct address {
     u32 word[4];
 };
 
-struct end {  // of a channel: where its packets come from, or go to
+struct end {  // one of the two ends of a channel
     struct address address;
     u16 port;
     u16 tag;  // of a client: the channel number; of a peer: the relayed port
 };
 
-struct __attribute__((aligned(8))) channel {  // as large as a line of the cache, since with many flows it is waited for
-    struct end client, peer;
-    u32 client_hop, peer_hop;  // indices into next_hops
-    u32 expires;               // tick, its lower half; the allocation lasts no less
-    u32 flow_label;            // of IPv6, 20 bits
-    u32 flags;
-    u32 version;  // odd while there is a channel here, and another one for each that comes
+// A channel, as seen from one of its ends: the entry of `clients` for its client, or of `peers` for its peer.
+struct channel {
+    u64 expires;  // not later than the allocation
+    u64 check;
+    struct end other;
+    u32 slot;   // of the counters; and HAIRPIN
+    u32 place;  // in `ways`, of the host at this end
 };
-enum { HAIRPIN = 1 };  // its peer is a relayed address of this relay
-
-// Of a hash table: where channels are. Most places are empty (0); the others have the index of a channel, + 1, in their lower
-// half, and the upper half of the hash of its end.
-enum { PLACES = 8 };
-struct bucket {
-    u64 place[PLACES];
-};
+enum { HAIRPIN = 1u << 31 };  // the peer is a relayed address of this relay
 
 struct mac {
     u16 part[3];
 } IN_PACKET(2);
 
-struct macs {  // as a frame begins
+struct macs {  // the start of a frame
     struct mac to, from;
 } IN_PACKET(4);
 
-struct __attribute__((aligned(8))) next_hop {  // a line of the cache, likewise
-    u32 version;   // odd while it is being written
-    u32 ifindex;   // 0: not known
-    struct address destination;  // whom it is for: an index may have been given to another since
+struct next_hop {
+    u32 ifindex;
     struct address source;
     struct macs macs;
-    u16 vlan;      // 0: none
+    u16 vlan;  // 0: none
     u16 mtu;
-    u16 flags;
-    u16 unused;
-    u32 nudged;    // tick at which a packet was last left to the sockets for a stale neighbour; written here only
+    u32 flags;
+    u64 check;
+    u64 nudged;  // time of the last STALE_NEIGHBOUR; only the program writes this
 };
 enum { STALE = 1 };
 
 struct own {
     struct address address;
-    u16 vlan;  // by which packets for it come; 0: none
+    u16 vlan;  // of packets for the address; 0: none
     u16 unused;
 };
 
@@ -112,57 +106,53 @@ struct device {
     u32 ifindex;
     struct mac mac;
     u16 flags;
+    u32 upper;  // the bond of a port; else the same as ifindex
 };
-enum { SEND_BACK = 1 };  // the driver is known to send from where it receives (XDP_TX) without losing packets
-
-enum { HASH_KEYS = 6 };
-#define MIX 0x9e3779b97f4a7c15ULL
+enum {
+    SEND_BACK = 1,  // the driver reliably sends from the receiving interface (XDP_TX)
+    STRICT = 2,     // the kernel may accept packets only by the interface of the route to their source (rp_filter=1)
+};
 
 struct settings {
-    u16 service_port, lowest_port, highest_port;  // in this machine's byte order
+    u16 service_port, lowest_port, highest_port;  // in host byte order
     u16 own_count;
-    u64 hash_keys[HASH_KEYS];
-    u32 bucket_mask;  // buckets of each hash table, which are a power of two, less one
-    u32 second;       // ticks
     struct own own[OWN_ADDRESSES];
-    u32 unused;
     u32 device_count;
     struct device devices[DEVICES];
 };
 
-struct usage {  // two to a line of the cache
+struct usage {  // half a cache line
     u64 packets, bytes, last_used, unused;
 };
 
 struct totals {
-    u64 packets[DIRECTIONS], bytes[DIRECTIONS];  // payload, without any header
+    u64 packets[DIRECTIONS], bytes[DIRECTIONS];  // bytes of payload
     u64 sizes[DIRECTIONS][SIZES];
     u64 passed[REASONS];
+    u64 frames[DEVICES];  // of all kinds, by place in the settings
 };
 
-// The sizes are Python's too: layout.py is checked against these by a test.
+// A test compares layout.py with these sizes.
 _Static_assert(sizeof(struct end) == 20, "end");
-_Static_assert(sizeof(struct channel) == 64, "channel");
-_Static_assert(sizeof(struct next_hop) == 64, "next_hop");
-_Static_assert(sizeof(struct settings) == 488, "settings");
+_Static_assert(sizeof(struct channel) == 48, "channel");
+_Static_assert(sizeof(struct next_hop) == 56, "next_hop");
+_Static_assert(sizeof(struct settings) == 588, "settings");
 _Static_assert(sizeof(struct usage) == 32, "usage");
-_Static_assert(sizeof(struct totals) == 384, "totals");
+_Static_assert(sizeof(struct totals) == 520, "totals");
 
-// How many entries those have that are here with one, the relay says when it loads the program.
-SECTION("maps") struct map channels = {ARRAY, sizeof(u32), sizeof(struct channel), 1, MMAPABLE};
-// Hash tables of channels, by their two ends. The kernel's own take twice as long to be looked up in, and a system call to be
-// written to.
-SECTION("maps") struct map clients = {ARRAY, sizeof(u32), sizeof(struct bucket), 1, MMAPABLE};
-SECTION("maps") struct map peers = {ARRAY, sizeof(u32), sizeof(struct bucket), 1, MMAPABLE};
-SECTION("maps") struct map next_hops = {ARRAY, sizeof(u32), sizeof(struct next_hop), 1, MMAPABLE};
+// The relay replaces max_entries when it loads the program.
+SECTION("maps") struct map clients = {HASH, sizeof(struct end), sizeof(struct channel), 1, 0};
+SECTION("maps") struct map peers = {HASH, sizeof(struct end), sizeof(struct channel), 1, 0};
+SECTION("maps") struct map next_hops = {HASH, sizeof(struct address), sizeof(struct next_hop), 1, 0};
+SECTION("maps") struct map ways = {ARRAY, sizeof(u32), sizeof(u64), 1, 0};
 SECTION("maps") struct map usage = {PERCPU_ARRAY, sizeof(u32), sizeof(struct usage), 1, 0};
-SECTION("maps") struct map settings = {ARRAY, sizeof(u32), sizeof(struct settings), 1, MMAPABLE};
+SECTION("maps") struct map settings = {ARRAY, sizeof(u32), sizeof(struct settings), 1, 0};
 SECTION("maps") struct map totals = {PERCPU_ARRAY, sizeof(u32), sizeof(struct totals), 1, 0};
 
-// bpf_jiffies64 is free to all; the license is the kernel's question about the program itself.
+// The kernel requires a license. All used functions are available to any license.
 SECTION("license") char terms[] = "Dual MIT/GPL";
 
-// ------------------------------------------------------------------------------------------------- what packets have
+// --------------------------------------------------------------------------------------------------- packet headers
 
 struct ethernet {
     struct mac to, from;
@@ -206,33 +196,34 @@ struct channel_data {
 _Static_assert(sizeof(struct ethernet) == 14 && sizeof(struct vlan_tag) == 4, "Ethernet");
 _Static_assert(sizeof(struct ipv4) == 20 && sizeof(struct ipv6) == 40 && sizeof(struct udp) == 8, "IP");
 
-// A packet, as it was read.
+// The received packet.
 struct packet {
-    struct end from;  // its tag is the one that it is looked up by
+    struct end from;  // with the tag for the lookup
     struct address destination;
     u16 destination_port;
     u16 udp_length, checksum;
-    u16 headers;  // bytes in front of the UDP header
+    u16 headers;  // bytes before the UDP header
     u16 vlan;     // 0: none
     u8 traffic_class, hop_limit;
-    u64 addresses;  // the sum of both, for checksums
+    u32 upper;    // of the receiving interface
+    u64 addresses;  // sum of both addresses, for checksums
 };
 
-// A packet, as it shall be, and what that rests on.
+// The packet to send, and the data for building it.
 struct plan {
     const struct settings *set;
-    u64 now;         // tick
-    struct end to;   // of a channel; its tag is the channel number if a client is there
-    u32 next_hop;    // index into next_hops
-    u32 flow_label;
-    u32 sent;        // index into usage, + 1, if a client sent it
-    u32 received;    // likewise, if a client gets it
+    u64 now;
+    struct end to;   // the destination; tag is the channel number of a client
+    u32 slot;        // of the channel, for its flow label
+    u32 place;       // of the sender's host
+    u32 sent;        // index into usage + 1, if a client sent the packet
+    u32 received;    // index into usage + 1, if a client receives the packet
     u32 payload;     // bytes
-    u32 stripped;    // a ChannelData header to be taken off, as it stood
+    u32 stripped;    // the removed ChannelData header, in network byte order
     u16 source_port;
-    u16 strip;       // its bytes
-    u16 put;         // bytes of a ChannelData header to be put in front
-    u16 is_ipv4;     // of what is sent
+    u16 strip;       // bytes of the removed ChannelData header
+    u16 put;         // bytes of the added ChannelData header
+    u16 is_ipv4;     // of the packet to send
 };
 
 // -------------------------------------------------------------------------------------------------------------- read
@@ -255,7 +246,7 @@ INLINE int is_ipv4(const struct address *address)
 
 INLINE u16 folded(u64 sum)
 {
-    // Of a few dozen words: 33 bits are left after the first line, 18 after the second.
+    // The sum of a few dozen words has 33 bits after the first line, and 18 bits after the second line.
     sum = (sum & 0xffffffff) + (sum >> 32);
     sum = (sum & 0xffff) + (sum >> 16);
     return (u16)((sum & 0xffff) + (sum >> 16));
@@ -266,18 +257,20 @@ INLINE int is_same_mac(const struct mac *one, const struct mac *other)
     return one->part[0] == other->part[0] && one->part[1] == other->part[1] && one->part[2] == other->part[2];
 }
 
-// Give the flags of the interface that a frame came by, or -1. Frames for all, and frames for other machines that an
-// interface shows us nonetheless, are not ours to relay. (Flags, not the interface: for the kernel, which follows all paths,
-// to know which of them it is makes eight times as many.)
-INLINE int flags_of_device(const struct settings *set, u32 ifindex, const struct ethernet *frame)
+// Return the flags of the receiving interface, or -1 if the frame is not for this interface's MAC address (broadcast, or
+// promiscuous mode). Returning the interface instead would multiply the paths that the kernel's verifier follows by eight.
+INLINE int flags_of_device(const struct settings *set, u64 *frames, u32 ifindex, const struct ethernet *frame, u32 *upper)
 {
     ROLLED for (u32 i = 0; i < DEVICES && i < set->device_count; i++)
-        if (set->devices[i].ifindex == ifindex)
+        if (set->devices[i].ifindex == ifindex) {
+            frames[i]++;
+            *upper = set->devices[i].upper;
             return is_same_mac(&frame->to, &set->devices[i].mac) ? set->devices[i].flags : -1;
+        }
     return -1;
 }
 
-// On the same wire with another tag there may be another machine with the same address.
+// Return whether the packet is for this machine. With another tag on the same wire, another machine may have the address.
 INLINE int is_own(const struct settings *set, const struct packet *packet)
 {
     ROLLED for (u32 i = 0; i < OWN_ADDRESSES && i < set->own_count; i++)
@@ -286,7 +279,7 @@ INLINE int is_own(const struct settings *set, const struct packet *packet)
     return 0;
 }
 
-// In this arithmetic 0xffff is 0, and so is this: to take a sum away from, which is always less.
+// A multiple of 0xffff, which is 0 in ones' complement arithmetic. It is larger than every sum subtracted from it.
 #define ZERO (0xffffULL << 21)
 
 INLINE u64 sum_of(const struct address *address)
@@ -303,7 +296,7 @@ INLINE int read_ipv4(const struct ipv4 *ip, const u8 *end, struct packet *packet
 {
     if ((const u8 *)(ip + 1) > end || ip->version_and_length != 0x45 || ip->protocol != UDP || (ip->fragment & ANY_FRAGMENT))
         return 0;
-    // Nobody else has looked at it yet. What fits by chance must not go anywhere.
+    // Nothing has checked the packet yet, and a damaged packet must not match a channel by chance.
     if (folded(ipv4_sum(ip)) != 0xffff)
         return 0;
     packet->from.address = mapped(ip->source);
@@ -320,7 +313,7 @@ INLINE int read_ipv6(const struct ipv6 *ip, const u8 *end, struct packet *packet
 {
     u32 first;
 
-    // A header of extensions between this one and UDP's is not for us to understand.
+    // Extension headers are not supported.
     if ((const u8 *)(ip + 1) > end || ip->next_header != UDP)
         return 0;
     first = BE32(ip->version_class_label);
@@ -328,7 +321,7 @@ INLINE int read_ipv6(const struct ipv6 *ip, const u8 *end, struct packet *packet
         return 0;
     packet->from.address = ip->source;
     packet->destination = ip->destination;
-    // No host has such an address (RFC 4291 §2.5.5.2); here it would be taken for an IPv4 client's.
+    // No host has a mapped address (RFC 4291 §2.5.5.2), and the tables would confuse it with an IPv4 address.
     if (is_ipv4(&packet->from.address) || is_ipv4(&packet->destination))
         return 0;
     packet->addresses = sum_of(&packet->from.address) + sum_of(&packet->destination);
@@ -339,7 +332,7 @@ INLINE int read_ipv6(const struct ipv6 *ip, const u8 *end, struct packet *packet
     return 1;
 }
 
-// Give the UDP header; 0 if this is not a whole datagram for this machine.
+// Return the UDP header, or 0 if the packet is not a whole UDP datagram.
 INLINE const struct udp *read(const u8 *data, const u8 *end, struct packet *packet)
 {
     const struct ethernet *frame = (const void *)data;
@@ -374,7 +367,7 @@ INLINE const struct udp *read(const u8 *data, const u8 *end, struct packet *pack
     if ((const u8 *)(udp + 1) > end || BE16(udp->length) != packet->udp_length || packet->udp_length < sizeof(*udp) ||
         packet->udp_length > end - (const u8 *)udp)
         return 0;
-    // What is behind the packet goes along. That may be padding, and no more: it would count for no MTU.
+    // Data behind the packet is relayed with it. Only padding is allowed, because this data is not included in MTU checks.
     if (packet->udp_length < end - (const u8 *)udp && end - data > MAX_PADDED)
         return 0;
     packet->from.port = udp->source;
@@ -385,78 +378,53 @@ INLINE const struct udp *read(const u8 *data, const u8 *end, struct packet *pack
 
 // -------------------------------------------------------------------------------------------------------------- find
 
-// Whoever doesn't know the keys can't choose addresses and ports that meet in one bucket; channel_tables.py has the same.
-INLINE u64 hash_of(const u64 *keys, const struct end *end)
+// The kernel reuses the memory of a removed or replaced entry at once, even while this program reads it. An entry therefore
+// has a sum of its words and its key, each times a weight, and only a copy with the right sum is used. So a copy that is half
+// of another entry goes to the sockets, whatever the order in which this CPU sees stores. layout.py has the same sum.
+#define MIX 0x9e3779b97f4a7c15ULL
+
+INLINE u64 weighted(u64 sum, const void *words, u32 size, u64 *weight)
 {
-    const u32 *words = (const void *)end;
-    u64 sum = keys[0];
-
-    for (u32 i = 0; i < sizeof(*end) / sizeof(*words); i++)
-        sum += keys[i + 1] * words[i];
-    return (sum >> 32 ^ sum) * MIX;
-}
-
-INLINE int is_same_end(const struct end *one, const struct end *other)
-{
-    return one->port == other->port && one->tag == other->tag && same(&one->address, &other->address);
-}
-
-// Find a channel by an end, and give its index. One that is replaced while it is read is none: see `is_still`.
-INLINE const struct channel *find(struct map *table, const struct settings *set, const struct end *end, u32 *found, u32 *version)
-{
-    u64 hash = hash_of(set->hash_keys, end), place = 0;
-    u32 at = (u32)(hash >> 16) & set->bucket_mask, index;
-    const struct bucket *bucket = bpf_map_lookup_elem(table, &at);
-    const struct channel *channel;
-
-    if (!bucket)
-        return 0;
-    UNROLLED for (u32 i = 0; i < PLACES; i++) {
-        place = *(volatile const u64 *)&bucket->place[i];
-        if (place >> 32 == hash >> 32)
-            break;
+    UNROLLED for (u32 i = 0; i < size / sizeof(u32); i++) {
+        sum += ((const u32 *)words)[i] * *weight;
+        *weight *= MIX;
     }
-    // An empty one may seem to be it; its index is none.
-    if (place >> 32 != hash >> 32)
-        return 0;
-    index = (u32)place - 1;
-    channel = bpf_map_lookup_elem(&channels, &index);
-    if (!channel)
-        return 0;
-    *found = index;
-    *version = *(volatile const u32 *)&channel->version;
-    IN_ORDER();
-    return *version & 1 && is_same_end(table == &peers ? &channel->peer : &channel->client, end) ? channel : 0;
+    return sum;
 }
 
-INLINE int is_still(const struct channel *channel, u32 version)
+// Copy the channel of an end. Return 0 without a channel, or during a change.
+INLINE int find(struct map *table, const struct end *end, struct channel *found)
 {
+    const struct channel *entry = bpf_map_lookup_elem(table, end);
+    u64 weight = MIX, sum;
+
+    if (!entry)
+        return 0;
+    *found = *entry;
     IN_ORDER();
-    return *(volatile const u32 *)&channel->version == version;
+    sum = weighted(0, table == &clients ? end : &found->other, sizeof(*end), &weight);
+    sum = weighted(sum, table == &clients ? &found->other : end, sizeof(*end), &weight);
+    sum = weighted(sum, &found->expires, sizeof(found->expires), &weight);
+    sum = weighted(sum, &found->slot, sizeof(found->slot), &weight);
+    return weighted(sum, &found->place, sizeof(found->place), &weight) == found->check;
 }
 
-INLINE int is_over(const struct channel *channel, u64 now)
-{
-    return (int)((u32)now - channel->expires) >= 0;
-}
-
-// By the channel of a peer's end, to its client.
+// Find the channel of a peer, and plan the packet to its client.
 INLINE enum reason find_client(const struct end *end, struct plan *plan)
 {
-    u32 index, version;
-    const struct channel *channel = find(&peers, plan->set, end, &index, &version);
+    struct channel channel;
 
-    if (!channel)
+    if (!find(&peers, end, &channel))
         return UNBOUND;
-    if (is_over(channel, plan->now))
+    if (plan->now >= channel.expires)
         return EXPIRED;
-    plan->to = channel->client;
-    plan->next_hop = channel->client_hop;
-    plan->flow_label = channel->flow_label;
-    plan->received = index * DIRECTIONS + TO_CLIENT + 1;
+    plan->to = channel.other;
+    plan->slot = channel.slot & ~HAIRPIN;
+    plan->place = channel.place;
+    plan->received = plan->slot * DIRECTIONS + TO_CLIENT + 1;
     plan->source_port = BE16(plan->set->service_port);
     plan->put = sizeof(struct channel_data);
-    return is_still(channel, version) ? REASONS : UNBOUND;
+    return REASONS;
 }
 
 INLINE enum reason find_for_client(struct packet *packet, struct plan *plan)
@@ -468,10 +436,9 @@ INLINE enum reason find_for_client(struct packet *packet, struct plan *plan)
 
 INLINE enum reason find_for_peer(struct packet *packet, const struct channel_data *header, const u8 *end, struct plan *plan)
 {
-    const struct channel *channel;
-    u32 index, version, flags;
+    struct channel channel;
 
-    // 0x4000 to 0x7fff: the first two bits of what is no ChannelData differ (RFC 8656 §12).
+    // ChannelData has the numbers 0x4000 to 0x7fff. Other messages have other values of the first two bits (RFC 8656 §12).
     if ((const u8 *)(header + 1) > end || packet->udp_length < sizeof(struct udp) + sizeof(*header) ||
         (BE16(header->number) >> 14) != 1)
         return NO_CHANNEL_DATA;
@@ -479,48 +446,55 @@ INLINE enum reason find_for_peer(struct packet *packet, const struct channel_dat
     if (BE16(header->length) != plan->payload)
         return ODD_LENGTH;
     packet->from.tag = header->number;
-    channel = find(&clients, plan->set, &packet->from, &index, &version);
-    if (!channel)
+    if (!find(&clients, &packet->from, &channel))
         return UNBOUND;
-    if (is_over(channel, plan->now))
+    if (plan->now >= channel.expires)
         return EXPIRED;
-    plan->sent = index * DIRECTIONS + TO_PEER + 1;
+    plan->to = channel.other;
+    plan->slot = channel.slot & ~HAIRPIN;
+    plan->sent = plan->slot * DIRECTIONS + TO_PEER + 1;
     plan->strip = sizeof(*header);
     __builtin_memcpy(&plan->stripped, header, sizeof(*header));
-    plan->to = channel->peer;
-    plan->next_hop = channel->peer_hop;
-    plan->flow_label = channel->flow_label;
-    plan->source_port = channel->peer.tag;
-    flags = channel->flags;
-    if (!is_still(channel, version))
-        return UNBOUND;
-    if (flags & HAIRPIN) {
-        // To the other allocation it comes from the relayed address of this one, which has the same host.
+    plan->source_port = channel.other.tag;
+    if (channel.slot & HAIRPIN) {
+        // The other allocation gets the packet from this allocation's relayed address, which is on the same host.
         const struct end from = {plan->to.address, plan->to.tag, plan->to.port};
-        return find_client(&from, plan);
+        enum reason against = find_client(&from, plan);
+        if (against != REASONS)
+            return against;
     }
+    plan->place = channel.place;
     return REASONS;
+}
+
+// Check that the packet came from another machine, and with a strict rp_filter by the interface of the route to its source.
+// The kernel drops most other packets, and decides about all of them.
+INLINE int came_right(const struct packet *packet, const struct plan *plan, int flags)
+{
+    const u64 *way = bpf_map_lookup_elem(&ways, &plan->place);
+
+    if (!way || !*way)
+        return 0;
+    return !(flags & STRICT) || !is_ipv4(&packet->from.address) || *way == ((u64)packet->upper << 16 | packet->vlan);
 }
 
 // ------------------------------------------------------------------------------------------------------------- route
 
-// Take the next hop of a plan. An entry that is being written, or was written for another destination, is none.
+// Copy the next hop of a plan.
 INLINE enum reason route(const struct plan *plan, struct next_hop *hop)
 {
-    struct next_hop *entry = bpf_map_lookup_elem(&next_hops, &plan->next_hop);
-    u32 version;
+    struct next_hop *entry = bpf_map_lookup_elem(&next_hops, &plan->to.address);
+    u64 weight = MIX, sum;
 
     if (!entry)
         return NO_NEXT_HOP;
-    version = *(volatile u32 *)&entry->version;
-    IN_ORDER();
     *hop = *entry;
     IN_ORDER();
-    if (version & 1 || *(volatile u32 *)&entry->version != version || !hop->ifindex ||
-        !same(&hop->destination, &plan->to.address))
+    sum = weighted(0, &plan->to.address, sizeof(struct address), &weight);
+    if (weighted(sum, hop, __builtin_offsetof(struct next_hop, check), &weight) != hop->check)
         return NO_NEXT_HOP;
-    if (hop->flags & STALE && (u32)plan->now - hop->nudged >= plan->set->second) {
-        entry->nudged = (u32)plan->now;
+    if (hop->flags & STALE && plan->now - hop->nudged >= SECOND) {
+        entry->nudged = plan->now;
         return STALE_NEIGHBOUR;
     }
     return REASONS;
@@ -538,7 +512,7 @@ INLINE u16 without(u64 sum)
     return (u16)~folded(sum);
 }
 
-// Work out the UDP checksum from the old one by what changes (RFC 1624): a wrong one stays wrong, for the receiver to see.
+// Update the UDP checksum (RFC 1624). A wrong checksum stays wrong, so that the receiver detects it.
 INLINE u16 new_checksum(const struct packet *packet, const struct plan *plan, u64 addresses, u16 length, u32 put)
 {
     u64 old = pseudo_header(packet->addresses, packet->udp_length) + packet->from.port + packet->destination_port +
@@ -546,17 +520,17 @@ INLINE u16 new_checksum(const struct packet *packet, const struct plan *plan, u6
     u64 new = pseudo_header(addresses, length) + plan->source_port + plan->to.port + BE16(length) + put;
     u16 sum = without((u64)(u16)~packet->checksum + (ZERO - old) + new);
 
-    // 0 would say that there is none (RFC 768).
+    // 0 would mean that there is no checksum (RFC 768).
     return sum ? sum : 0xffff;
 }
 
 // ----------------------------------------------------------------------------------------------------------- rewrite
 
-// In whole words, and the checksum of their values: to read back what was just written in smaller pieces would stall.
+// Write whole words, and compute the checksum from their values: reading back smaller fields would stall the CPU.
 INLINE void write_ipv4(struct ipv4 *ip, const struct packet *packet, const struct next_hop *hop, u32 destination, u16 length)
 {
     u32 first = 0x45 | (u32)packet->traffic_class << 8 | (u32)BE16((u16)(length + sizeof(*ip))) << 16;
-    // As the relay's sockets send: not to be fragmented, and so without a number for its fragments (RFC 6864 §4.1).
+    // Don't fragment, as for the relay's sockets, and therefore without an ID (RFC 6864 §4.1).
     u32 second = (u32)DONT_FRAGMENT << 16;
     u32 third = (u32)(packet->hop_limit - 1) | UDP << 8;
     u16 checksum = without((u64)first + second + third + hop->source.word[3] + destination);
@@ -571,7 +545,10 @@ INLINE void write_ipv4(struct ipv4 *ip, const struct packet *packet, const struc
 INLINE void write_ipv6(struct ipv6 *ip, const struct packet *packet, const struct next_hop *hop, const struct plan *plan,
                        u16 length)
 {
-    ip->version_class_label = BE32(0x60000000 | (u32)packet->traffic_class << 20) | plan->flow_label;
+    // Any number except 0 is a valid flow label if only one flow has it (RFC 6437 §3): the factor is odd, and spreads slots.
+    u32 flow_label = (plan->slot + 1) * (u32)MIX & 0xfffff;
+
+    ip->version_class_label = BE32(0x60000000 | (u32)packet->traffic_class << 20 | flow_label);
     ip->payload_length = BE16(length);
     ip->next_header = UDP;
     ip->hop_limit = (u8)(packet->hop_limit - 1);
@@ -579,8 +556,8 @@ INLINE void write_ipv6(struct ipv6 *ip, const struct packet *packet, const struc
     ip->destination = plan->to.address;
 }
 
-// Write all headers in front of the payload. There is room: the start of the packet was moved to fit. Give where the next
-// header would begin, or 0 if the kernel's proof of that can't be had, which does not happen.
+// Write the Ethernet header and an optional VLAN tag, and return the start of the next header. The packet has enough room,
+// so the return value 0 exists only for the kernel's verifier.
 INLINE void *write_link(u8 *data, const u8 *end, const struct next_hop *hop, u16 type)
 {
     struct ethernet *frame = (void *)data;
@@ -602,7 +579,7 @@ INLINE void *write_link(u8 *data, const u8 *end, const struct next_hop *hop, u16
 INLINE int rewrite(struct xdp_md *context, const struct packet *packet, const struct plan *plan, const struct next_hop *hop)
 {
     u16 length = (u16)(sizeof(struct udp) + plan->put + plan->payload);
-    // The new ChannelData header, or 0.
+    // The added ChannelData header, or 0.
     u32 put = plan->put ? (u32)plan->to.tag | (u32)BE16((u16)plan->payload) << 16 : 0;
     u64 addresses;
     const u8 *end;
@@ -665,10 +642,10 @@ INLINE void count(struct totals *all, const struct plan *plan)
         count_one(all, plan->received - 1, TO_CLIENT, plan->payload, plan->now);
 }
 
-// --------------------------------------------------------------------------------------------------- all of it, in order
+// ----------------------------------------------------------------------------------------------------- the whole program
 
-// Decide on all there is to decide on, without touching the packet. REASONS says that nothing stands against it.
-INLINE enum reason decide(struct packet *packet, const struct udp *udp, const u8 *end, enum direction direction,
+// Plan the packet without changing it. Return REASONS if the packet can be relayed, else the reason against it.
+INLINE enum reason decide(struct packet *packet, const struct udp *udp, const u8 *end, enum direction direction, int flags,
                           struct plan *plan, struct next_hop *hop)
 {
     enum reason against =
@@ -677,9 +654,11 @@ INLINE enum reason decide(struct packet *packet, const struct udp *udp, const u8
 
     if (against != REASONS)
         return against;
+    if (!came_right(packet, plan, flags))
+        return WRONG_WAY;
     if (!packet->checksum)
         return NO_CHECKSUM;
-    // Also what tells a train of datagrams, which generic mode is given in one piece, from a single one.
+    // This also detects a GSO or GRO batch in generic mode.
     if (packet->checksum == folded(pseudo_header(packet->addresses, packet->udp_length)))
         return PARTIAL_CHECKSUM;
     if (packet->hop_limit <= 1)
@@ -711,7 +690,7 @@ SECTION("xdp") int relay(struct xdp_md *context)
 
     if (!set || !all || data + sizeof(struct ethernet) > end)
         return XDP_PASS;
-    flags = flags_of_device(set, context->ingress_ifindex, (const void *)data);
+    flags = flags_of_device(set, all->frames, context->ingress_ifindex, (const void *)data, &packet.upper);
     if (flags < 0)
         return XDP_PASS;
     udp = read(data, end, &packet);
@@ -728,8 +707,8 @@ SECTION("xdp") int relay(struct xdp_md *context)
         return XDP_PASS;
 
     plan.set = set;
-    plan.now = bpf_jiffies64();
-    against = decide(&packet, udp, end, direction, &plan, &hop);
+    plan.now = bpf_ktime_get_coarse_ns();
+    against = decide(&packet, udp, end, direction, flags, &plan, &hop);
     if (against == REASONS) {
         headers = sizeof(struct ethernet) + (hop.vlan ? sizeof(struct vlan_tag) : 0) +
                   (plan.is_ipv4 ? sizeof(struct ipv4) : sizeof(struct ipv6)) + plan.put;
@@ -737,8 +716,8 @@ SECTION("xdp") int relay(struct xdp_md *context)
             against = NO_ROOM;
     }
     if (against != REASONS) {
-        // The bound is for the kernel, which does not know that all reasons are below it. Not compared sooner: then the
-        // compiler could not lead here straight from where a reason is found, and every packet would pay for that.
+        // The kernel's verifier needs this bound. An earlier comparison would prevent the compiler from jumping here
+        // directly from each reason, and slow down every packet.
         COMPARED(against);
         if (against < REASONS)
             all->passed[against]++;

@@ -1,46 +1,39 @@
-"""The XDP program, loaded, and its tables: the one place that reads and writes them."""
+"""The loaded XDP program and its tables. All access to the tables goes through this module."""
 
 import contextlib
 import math
-import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+import struct
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
-from relay.offload import elf, ticks
-from relay.offload.bpf import Link, Map, Program, XdpMode
-from relay.offload.channel_tables import ChannelTable, EndTable, HashKeys
+from relay.offload import elf
+from relay.offload.bpf import Map, Program, XdpLink, XdpMode
 from relay.offload.layout import (
     DEVICE,
     DEVICES,
     DIRECTIONS,
-    HASH_KEYS,
-    NEXT_HOP_SIZE,
     OWN,
     OWN_ADDRESSES,
-    PLACES,
     SEND_BACK,
     SETTINGS,
     SIZES,
+    STRICT,
     TOTALS,
     USAGE,
     NextHop,
     Own,
     PassReason,
+    Totals,
 )
 
 MOST_BINDINGS: Final = 1 << 16
-"""Channels that the kernel relays at once; further ones are relayed by the sockets. They take 16 MB of the kernel's memory,
-and 4 MB for each CPU there may be."""
+"""Maximum of channels in the kernel; the sockets relay further channels. The tables take 27 MB of kernel memory, and 4 MB
+per possible CPU: they are allocated at the start, so that no later change fails for lack of memory."""
 
 CHANNELS_EACH: Final = 4
-"""Channels there is room for, for each allocation there may be; most clients have two or three."""
+"""Capacity in channels per possible allocation. Most clients have two or three channels."""
 
-PLACES_EACH: Final = 4
-"""Places in each hash table for each channel there is room for: so that a bucket is hardly ever full."""
-
-_VERSION: Final = 4
-"""Bytes in front of an entry of `next_hops`: a number that is odd while the entry is being written."""
+_INDEX: Final = struct.Struct("=I")
 
 
 class Device(NamedTuple):
@@ -49,155 +42,131 @@ class Device(NamedTuple):
     ifindex: int
     mac: bytes
     send_back: bool
-    """Whether its driver can be relied on to send from where it receives (XDP_TX)."""
+    """Whether the driver reliably sends from the receiving interface (XDP_TX)."""
+    strict: bool
+    """Whether the kernel accepts packets only by the interface of the route to their source."""
+    upper: int
+    """The interface in routes: the bond of a port, else the same interface."""
+    name: str = ""
+    """The configured interface to which it belongs."""
 
 
 class Usage(NamedTuple):
-    """What was relayed in one direction of a channel."""
+    """The traffic of one direction of a channel."""
 
     packets: int
     bytes: int
     last_used: float | None
-    """Monotonic seconds, up to a tick early; None if it never was."""
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """What the program has counted since it was loaded. Bytes are of payload, without any header."""
-
-    packets: dict[str, int]
-    bytes: dict[str, int]
-    sizes: dict[str, tuple[int, ...]]
-    """Packets by payload, in steps of `layout.SIZE_STEP` bytes; the last one is open."""
-    passed: dict[PassReason, int]
-    """Datagrams for the relay that were left to its sockets, by reason."""
+    """Monotonic seconds, up to a kernel tick early; None if never used."""
 
 
 class XdpProgram:
-    """The program and its tables. Only the server actor writes channels, and only the offload actor the rest.
+    """The program and its tables. The server actor writes the channels, and the offload actor writes everything else.
 
     Args:
-        bindings: how many channels there is room for.
+        bindings: capacity in channels.
+        compiled: the object file of the program.
+        service_port: the port for clients.
+        relayed_ports: the port range of allocations.
 
     Raises:
-        NotBuiltError: the package has no object.
-        BrokenObjectError: it has something else.
-        OSError: the kernel does not take it.
+        BrokenObjectError: the object file is invalid.
+        OSError: the kernel rejects the program.
     """
 
-    def __init__(self, bindings: int) -> None:
+    def __init__(self, bindings: int, compiled: bytes, service_port: int = 0, relayed_ports: range = range(1)) -> None:
         self.bindings = bindings
-        self.next_hops = 2 * bindings
-        entries = {
-            "channels": bindings,
-            **dict.fromkeys(("clients", "peers"), max(1, PLACES_EACH * bindings // PLACES)),
-            **dict.fromkeys(("next_hops", "usage"), 2 * bindings),
-        }
-        self.hash_keys = HashKeys([secrets.randbits(64) for _ in range(HASH_KEYS)])
-        parsed = elf.parse(elf.packaged())
+        entries = {**dict.fromkeys(("clients", "peers", "next_hops", "ways"), bindings), "usage": 2 * bindings}
+        parsed = elf.parse(compiled)
         with contextlib.ExitStack() as stack:
-            maps = {
+            self.maps: Mapping[str, Map] = {
                 each.name: stack.enter_context(Map(each._replace(max_entries=entries.get(each.name, each.max_entries))))
                 for each in parsed.maps
             }
-            instructions = parsed.linked({name: each.fd for name, each in maps.items()})
+            instructions = parsed.linked({name: each.fd for name, each in self.maps.items()})
             self._program = stack.enter_context(Program(instructions, license=parsed.license, name="firezone_relay"))
-            self._usage, self._totals = maps["usage"], maps["totals"]
-            self.ticks = ticks.measure()
-            # Written by plain stores: no system call, and none of these 8 bytes is ever seen half written.
-            self._next_hops, self._settings, channels, clients, peers = (
-                stack.enter_context(memoryview(stack.enter_context(contextlib.closing(maps[name].mapped()))))
-                for name in ("next_hops", "settings", "channels", "clients", "peers")
-            )
-            self.channels = stack.enter_context(contextlib.closing(ChannelTable(channels)))
-            self.clients, self.peers = (stack.enter_context(contextlib.closing(EndTable(each))) for each in (clients, peers))
-            self._versions = stack.enter_context(self._next_hops.cast("I"))
             self._opened = stack.pop_all()
-        self._settled: tuple[int, range] = (0, range(0))
+        self._ports = (service_port, relayed_ports[0], relayed_ports[-1])
 
     def close(self) -> None:
-        """Give everything back, the tables' memory too; links go on until they are closed."""
+        """Release everything except links, which stay attached until they are closed."""
         self._opened.close()
 
-    def attach(self, ifindex: int, mode: XdpMode) -> Link:
-        """Have the program run for what an interface receives, until the link is closed.
+    def attach(self, ifindex: int, mode: XdpMode) -> XdpLink:
+        """Attach the program to an interface until the link is closed. Errors are as for `XdpLink`."""
+        return XdpLink(self._program, ifindex, mode)
+
+    def write_channels(self, clients: Mapping[bytes, bytes], peers: Mapping[bytes, bytes]) -> None:
+        """Add or replace channels, as entries of both their ends."""
+        self.maps["clients"].update(clients)
+        self.maps["peers"].update(peers)
+
+    def delete_channels(self, clients: Sequence[bytes], peers: Sequence[bytes], slots: Sequence[int]) -> None:
+        """Delete channels, and reset their usage counters.
 
         Raises:
-            OSError: the kernel or the driver won't.
+            OSError: the kernel rejects the change. It may still relay some of the channels.
         """
-        return Link(self._program, ifindex, mode)
+        self.maps["clients"].delete(clients)
+        self.maps["peers"].delete(peers)
+        usage = self.maps["usage"]
+        unused = bytes(usage.size)
+        usage.update({_INDEX.pack(entry): unused for slot in slots for entry in (2 * slot, 2 * slot + 1)})
 
-    def clear(self, slots: list[int]) -> None:
-        """Have the usage of channels begin at 0."""
-        keys = [entry.to_bytes(4, "little") for slot in slots for entry in (2 * slot, 2 * slot + 1)]
-        self._usage.update_batch(keys, [bytes(self._usage.size)] * len(keys))
+    def write_next_hops(self, hops: Mapping[bytes, NextHop | None]) -> None:
+        """Write next hops by destination, or delete them: None."""
+        # Deleted first, because the map may be full.
+        self.maps["next_hops"].delete([each for each, hop in hops.items() if hop is None])
+        self.maps["next_hops"].update({each: hop.packed(each) for each, hop in hops.items() if hop is not None})
 
-    def write_next_hop(self, entry: int, hop: NextHop) -> None:
-        """Write where packets for a destination go next."""
-        at = entry * NEXT_HOP_SIZE
-        version = at // _VERSION
-        packed = hop.packed()
-        # Whoever reads it meanwhile sees an odd number, or another one afterwards, and leaves the packet to the sockets.
-        self._versions[version] |= 1
-        self._next_hops[at + _VERSION : at + _VERSION + len(packed)] = packed
-        self._versions[version] = (self._versions[version] + 1) & 0xFFFFFFFF
+    def write_ways(self, ways: Mapping[int, bytes]) -> None:
+        """Write the ways to hosts by their places.
 
-    def listen_to(self, service_port: int, relayed_ports: range) -> None:
-        """Set the ports whose packets are the relay's."""
-        self._settled = (service_port, relayed_ports)
+        Raises:
+            OSError: the kernel rejects the change.
+        """
+        self.maps["ways"].update({_INDEX.pack(place): way for place, way in ways.items()})
 
     def write_settings(self, own: Sequence[Own], devices: Sequence[Device]) -> None:
-        """Set whose packets the relay's are: at which of its addresses and interfaces they arrive.
-
-        Args:
-            own: addresses of this machine, `layout.OWN_ADDRESSES` at most.
-            devices: those with the program, `layout.DEVICES` at most.
-        """
+        """Set this machine's addresses and interfaces for which the program relays, up to the capacity of `SETTINGS`."""
         own, devices = own[:OWN_ADDRESSES], devices[:DEVICES]
-        service_port, relayed_ports = self._settled
-        second = round(self.ticks.per_second)
-        ports = (service_port, relayed_ports[0], relayed_ports[-1])
         addresses = b"".join(OWN.pack(each.address, each.vlan.to_bytes(2, "big")) for each in own)
-        packed = b"".join(DEVICE.pack(each.ifindex, each.mac, SEND_BACK * each.send_back) for each in devices)
-        # The counts last, so that none is looked at that is half written.
-        for own_count, device_count in ((0, 0), (len(own), len(devices))):
-            self._settings[: SETTINGS.size] = SETTINGS.pack(
-                *(*ports, own_count, *self.hash_keys.numbers, self.clients.buckets - 1, second),
-                *(addresses, device_count, packed),
-            )
+        packed = b"".join(
+            DEVICE.pack(each.ifindex, each.mac, SEND_BACK * each.send_back | STRICT * each.strict, each.upper)
+            for each in devices
+        )
+        # A packet of this moment may see a part of the change, but still needs a channel and a next hop.
+        self.maps["settings"].update(
+            {_INDEX.pack(0): SETTINGS.pack(*self._ports, len(own), addresses, len(devices), packed)}
+        )
 
     def totals(self) -> Totals:
-        """Read what was counted."""
-        by_cpu = [TOTALS.unpack(each) for each in self._totals.lookup_per_cpu(bytes(4)) or ()]
-        sums = [sum(each) for each in zip(*by_cpu, strict=True)]
+        """Return the program's counters."""
+        sums = [sum(each) for each in zip(*TOTALS.iter_unpack(self.maps["totals"].lookup()), strict=True)]
         count = len(DIRECTIONS)
         sizes = sums[2 * count : 2 * count + count * SIZES]
+        others = sums[2 * count + count * SIZES :]
         return Totals(
             dict(zip(DIRECTIONS, sums, strict=False)),
             dict(zip(DIRECTIONS, sums[count:], strict=False)),
             {name: tuple(sizes[at * SIZES : (at + 1) * SIZES]) for at, name in enumerate(DIRECTIONS)},
-            dict(zip(PassReason, sums[-len(PassReason) :], strict=True)),
+            dict(zip(PassReason, others, strict=False)),
+            tuple(others[len(PassReason) :]),
         )
 
     def usage(self, first: int, count: int) -> list[tuple[Usage, Usage]]:
-        """Read what channels relayed, to the peer and to the client.
-
-        Args:
-            first: the first slot.
-            count: how many from there.
-        """
-        values = self._usage.lookup_array(2 * first, 2 * count)
-        size = self._usage.size
+        """Return the traffic of consecutive channels, to the peer and to the client."""
+        usage = self.maps["usage"]
+        values, size = usage.lookup(2 * first, 2 * count), usage.size
         entries = [self._sum(values[at : at + size]) for at in range(0, len(values), size)]
         return list(zip(entries[::2], entries[1::2], strict=True))
 
     def _sum(self, value: bytes) -> Usage:
-        by_cpu = [USAGE.unpack_from(value, at) for at in range(0, len(value), self._usage.stride)]
-        packets, bytes_, last_used = (tuple(each) for each in zip(*by_cpu, strict=True))
-        tick = max(last_used)
-        return Usage(sum(packets), sum(bytes_), self.ticks.seconds(tick) if tick else None)
+        packets, bytes_, last_used = zip(*USAGE.iter_unpack(value), strict=True)
+        last = max(last_used)
+        return Usage(sum(packets), sum(bytes_), last / 1e9 if last else None)
 
 
 def bindings_for(capacity: int) -> int:
-    """Give how many channels to make room for: a power of two, as the kernel rounds up to one."""
+    """Return the capacity in channels: a power of two, because the kernel rounds up to a power of two."""
     return min(MOST_BINDINGS, 1 << math.ceil(math.log2(max(1024, CHANNELS_EACH * capacity))))

@@ -1,1 +1,1 @@
-"""What people see of a running relay: its log, pages, metrics, and what all threads do; and what its machine lets it do."""
+"""Operation of the process: log, metrics, HTTP pages, signals, systemd, and checks of the machine."""

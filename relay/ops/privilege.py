@@ -1,4 +1,4 @@
-"""What a process is given and what it shows: as whom it runs, its streams, and who may look into its memory."""
+"""User, standard streams and memory protection of this process."""
 
 import contextlib
 import ctypes
@@ -6,7 +6,7 @@ import os
 import resource
 from pathlib import Path
 
-from relay.config import BadUseError
+from relay.config import UsageError
 
 _PR_SET_DUMPABLE = 4
 
@@ -15,56 +15,52 @@ _STREAMS = (0, 1, 2)
 
 
 def keep_streams() -> None:
-    """Have the numbers of standard streams that are closed lead nowhere, rather than to the next socket that is opened.
+    """Open /dev/null for each closed standard stream, so that no socket gets the number of a standard stream.
 
-    The interpreter and its libraries write to them by number when something is badly wrong.
+    The interpreter and its libraries write to these numbers in an emergency.
     """
     for descriptor in _STREAMS:
         try:
             os.fstat(descriptor)
         except OSError:
-            # The lowest number that is free is taken, so this is the one.
+            # The kernel assigns the lowest free number: this descriptor.
             with contextlib.suppress(OSError):
                 os.open(os.devnull, os.O_RDWR)
 
 
 def conceal_memory() -> None:
-    """Let nobody but root see this process's memory, in a core dump or otherwise: tokens, secrets and packets are in it.
+    """Protect this process's memory from all users but root: it contains tokens, secrets and packets.
 
-    Another process of the same user may then neither trace it nor read its environment; whoever has CAP_SYS_PTRACE still may
-    (gdb, py-spy). The files of /proc/PID that are not for everybody belong to root from now on; the process itself may go on
-    reading its own.
+    There are no core dumps, and other processes of the same user may neither trace this process nor read its environment.
+    Processes with CAP_SYS_PTRACE (gdb, py-spy) still may. Private files of /proc/PID belong to root from now on; the process
+    can still read its own.
     """
-    # Both: the limit is not asked where a program takes the dump (core_pattern with a pipe), which is so under systemd.
+    # Both: the limit does not apply to a core_pattern with a pipe, which systemd sets.
     ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-    # A sandbox may forbid it, and has its reasons: the first of the two is enough.
+    # A sandbox may forbid the second; the first suffices.
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def refuse_root(users: Path = Path("/proc/self/uid_map")) -> None:
-    """See to it that this process is not root's.
-
-    Args:
-        users: who its users are outside of its user namespace.
+    """Raise an error if this process runs as root, unless root of this user namespace is another user outside.
 
     Raises:
-        BadUseError: it is.
+        UsageError: this process runs as root.
     """
     if os.geteuid() == _ROOT and _is_of_the_machine(users):
-        raise BadUseError(
-            "this is root: a flaw in the relay, which talks to the whole internet, would then be one of the whole machine, "
-            "and nothing it does needs root: run it as another user (DynamicUser= in a unit, --user for a container), or "
-            "give --allow-root"
+        raise UsageError(
+            "this is root, and a vulnerability in the relay would compromise the whole machine: run it as an unprivileged "
+            "user (DynamicUser= in a unit, --user for a container), or give --allow-root"
         )
 
 
 def _is_of_the_machine(users: Path) -> bool:
-    """Tell whether root in here is root outside, too, rather than somebody in a user namespace."""
+    """Return whether root of this user namespace is root outside as well."""
     try:
         lines = users.read_text(encoding="ascii").splitlines()
     except OSError:
         return True
-    # Who it is in here, who that is one namespace further out, and for how many in a row (user_namespaces(7)).
+    # The first user inside, the first user outside, and the length of the range (user_namespaces(7)).
     ranges = [[int(field) for field in line.split()] for line in lines]
     return not ranges or any(inside == _ROOT == outside for inside, outside, _ in ranges)

@@ -1,37 +1,42 @@
-"""Signals: what an operator or a supervisor can tell a running relay.
+"""Signals: commands from an operator or a service manager to a running relay.
 
-They are blocked in every thread, and one thread waits for them. A handler would run in the main thread only, which does not
-notice a signal that comes in the moment before it begins to wait; and before there is a handler, a signal ends the process,
-or is lost on one that is the first of its container.
+All threads block these signals, and one thread waits for them with sigwait. A Python handler would run only in the main
+thread, which misses a signal just before its wait. Without a handler, a signal ends the process, or is lost if the process
+is the first of a container.
 """
 
 import signal
 import threading
 from collections.abc import Callable, Mapping
 
-_HELD = frozenset((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGQUIT))
+_HANDLED = frozenset(
+    (
+        *(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGQUIT, signal.SIGABRT),
+        *(signal.SIGHUP, signal.SIGUSR2),
+    )
+)
 
 
-def hold() -> None:
-    """Let signals wait for `listen`; to be called before any thread is started."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+def block() -> None:
+    """Keep signals pending until `handle`. Call this before any thread is started."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
 
 
-def let_go() -> None:
-    """Let signals do what they do by default: nobody is going to listen."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
+def unblock() -> None:
+    """Restore the default actions of the signals, for commands that do not call `handle`."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
 
 
-def listen(actions: Mapping[signal.Signals, Callable[[], None]]) -> None:
-    """Have each signal call a function, in a thread of its own.
+def handle(actions: Mapping[signal.Signals, Callable[[], None]]) -> None:
+    """Start a thread that calls a function for each signal.
 
     Args:
-        actions: for SIGINT, SIGTERM, SIGUSR1 and SIGQUIT.
+        actions: a function for each of the handled signals.
     """
-    hold()
+    block()
 
     def wait() -> None:
         while True:
-            actions[signal.Signals(signal.sigwait(_HELD))]()
+            actions[signal.Signals(signal.sigwait(_HANDLED))]()
 
     threading.Thread(target=wait, name="signals", daemon=True).start()

@@ -1,83 +1,113 @@
-"""systemd: hears that the relay is ready, how it fares and that it stops; its watchdog is told that the relay works.
+"""Notify systemd of readiness, status and stop, and its watchdog that the relay works.
 
-The protocol is sd_notify(3): lines of ``NAME=value`` in one datagram to the Unix socket that NOTIFY_SOCKET names.
+The protocol is sd_notify(3): lines of ``NAME=value`` in one datagram to the Unix socket in NOTIFY_SOCKET.
 """
 
 import math
 import os
 import re
+import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
 
-import structlog
+from relay.logger import Logger
 
-PATIENCE = 0.8
-"""Part of the time between two words to the watchdog in which the relay has to show that it works. Less than all of it, so
-that the log says what is wrong before systemd ends the process."""
+RESPONSE_SHARE = 0.8
+"""Share of the watchdog's interval within which the relay must respond. Less than 1, so that the log reports the problem
+before systemd ends the process."""
+
+REPORT_SHARE = 0.9
+"""Share of systemd's timeout after which an interpreter that runs no thread is reported."""
 
 CLOSE_TIMEOUT = 1.0
 """Seconds to wait for the watchdog thread at the end."""
+
+BARRIER_TIMEOUT = 5.0
+"""Seconds to wait until systemd has read all messages."""
 
 STATUS_LENGTH = 500
 """Characters of a status. systemd ignores a message of more than 4096 bytes whole, and READY=1 with it."""
 
 _NUMBER = re.compile(r"[1-9][0-9]{0,14}")
-"""Microseconds or a process: not 0, and no more digits than a wait of a thread can take (31 years)."""
+"""Microseconds or a process id: not 0, and at most 31 years, which a thread can wait."""
 
-_log = structlog.get_logger("relay.ops.systemd")
+_log = Logger("relay.ops.systemd")
 
 
 class Systemd:
-    """What started this process, if that is systemd and it wants to hear of it; if not, nothing here does anything.
+    """The service manager of this process; without NOTIFY_SOCKET, all methods do nothing.
 
-    No call waits and none fails: that systemd does not listen is no reason to end. What it can't be told is lost, and the
-    first such loss is logged.
+    No method blocks or raises: the relay goes on without systemd. A message is lost if sending fails, and the first loss is
+    logged.
 
     Args:
-        environ: the environment of this process, of which NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID are read. A value
-            that makes no sense is logged and taken as not given.
+        environ: the environment of this process, with NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID. Invalid values are
+            logged and ignored.
+        close_timeout: seconds to wait for the watchdog thread at the end.
+        report_after: called with a number of seconds, and called again before they pass while Python runs.
     """
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        environ: Mapping[str, str],
+        *,
+        close_timeout: float = CLOSE_TIMEOUT,
+        report_after: Callable[[float], object] = lambda _: None,
+    ) -> None:
+        self._close_timeout = close_timeout
+        self.environment = {name: environ[name] for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC") if name in environ}
+        """The variables that a successor of this process needs. WATCHDOG_PID has the id of this process."""
+        self._report_after = report_after
         self._address = _socket_address(environ)
-        # Opened once: with all descriptors in use the watchdog must still hear that the relay works.
+        # Opened once: the watchdog needs messages even if all descriptors are in use.
         self._socket = _open_socket() if self._address else None
         self._watchdog_seconds = _watchdog_seconds(environ) if self._address else None
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
         self._has_lost = False
-        self._has_complained = False
+        self._has_reported = False
 
     def ready(self, status: str) -> None:
-        """Say that the relay answers clients."""
+        """Report that the relay answers clients."""
         self._tell("READY=1", _status(status))
 
     def status(self, status: str) -> None:
-        """Say how the relay fares, in a line that ``systemctl status`` shows."""
+        """Set the status line of ``systemctl status``."""
         self._tell(_status(status))
 
+    def pass_on_to(self, process: int) -> None:
+        """Let systemd follow another process as the main process, and wait until systemd knows."""
+        if self._socket is None or not process:
+            return
+        self._tell(f"MAINPID={process}")
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+        try:
+            # socket.send_fds ignores the address.
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", writing))
+            self._socket.sendmsg([b"BARRIER=1"], [rights], socket.MSG_DONTWAIT, self._address)
+            os.close(writing)
+            select.select([reading], [], [], BARRIER_TIMEOUT)
+        except OSError as error:
+            _log.warning("systemd can't be told", lost="BARRIER=1", error=str(error))
+        finally:
+            os.close(reading)
+
     def stopping(self, status: str, seconds: float) -> None:
-        """Say that the relay has begun to stop, and have systemd wait for it.
+        """Report that the relay is stopping, and how long systemd must wait.
 
-        systemd counts the seconds from when it gets the message, and ends the process when both they and TimeoutStopSec are
-        over. So one message lasts for a whole stop, and a short time takes nothing away from TimeoutStopSec.
-
-        Args:
-            status: what it is doing until it ends.
-            seconds: how long the stop may take from now on.
+        systemd counts the seconds from the receipt of the message, and ends the process when both the seconds and
+        TimeoutStopSec are over. One message covers the whole stop, and a short time does not shorten TimeoutStopSec.
         """
         self._tell("STOPPING=1", _status(status), f"EXTEND_TIMEOUT_USEC={math.ceil(seconds * 1_000_000)}")
 
     def watch(self, is_alive: Callable[[float], bool]) -> None:
-        """Tell the watchdog, if there is one, that the relay works, for as long as it does.
+        """Send keep-alives to the watchdog, if there is one, for as long as the relay works.
 
-        systemd's watchdog counts from `ready`, so this is to be called shortly before or after.
-
-        Args:
-            is_alive: tells whether the relay works, within the given number of seconds. It is called in a thread of its own;
-                that it raises counts as no.
+        systemd's watchdog counts from `ready`: call this method shortly before or after. A separate thread asks `is_alive`
+        for an answer within a number of seconds. An exception counts as False.
         """
         if self._watchdog_seconds is None:
             return
@@ -86,11 +116,11 @@ class Systemd:
         self._thread.start()
 
     def close(self) -> None:
-        """Say nothing more. To be called before what `watch` asks is stopped, or else that is reported as dead."""
+        """Send no more messages. Call this method before the target of `is_alive` stops, or a failure is reported."""
         self._ended.set()
         if self._thread is not None:
-            # It may be waiting for an answer, and can be left to that: it says nothing any more.
-            self._thread.join(CLOSE_TIMEOUT)
+            # The thread may be waiting for a response; it sends no more messages.
+            self._thread.join(self._close_timeout)
         if self._socket is not None:
             self._socket.close()
 
@@ -98,9 +128,11 @@ class Systemd:
         pause = interval
         while not self._ended.wait(pause):
             began = time.monotonic()
-            if self._works(is_alive, interval * PATIENCE):
+            # Shortly before systemd ends the process.
+            self._report_after(2 * interval * REPORT_SHARE)
+            if self._works(is_alive, interval * RESPONSE_SHARE):
                 self._tell("WATCHDOG=1")
-            # From beat to beat, not from answer to beat: a slow answer must not put off the next word.
+            # A slow response must not delay the next keep-alive.
             pause = max(0.0, interval - (time.monotonic() - began))
 
     def _works(self, is_alive: Callable[[float], bool], seconds: float) -> bool:
@@ -108,10 +140,10 @@ class Systemd:
         try:
             if is_alive(seconds):
                 return True
-        except Exception as raised:  # noqa: BLE001 - whatever it is, the relay does not work
+        except Exception as raised:  # noqa: BLE001 - any exception means that the relay does not work
             error = raised
-        if not self._has_complained and not self._ended.is_set():
-            self._has_complained = True
+        if not self._has_reported and not self._ended.is_set():
+            self._has_reported = True
             _log.error("the server actor does not answer", seconds=seconds, exc_info=error)
         return False
 
@@ -119,7 +151,7 @@ class Systemd:
         if self._socket is None or self._ended.is_set():
             return
         try:
-            # To the address each time: a connection would not outlive the socket at the other end.
+            # Not connected: a connection would not survive a restart of systemd's socket.
             self._socket.sendto("\n".join(lines).encode(), socket.MSG_DONTWAIT, self._address)
         except OSError as error:
             if not self._has_lost:
@@ -128,10 +160,10 @@ class Systemd:
 
 
 def _socket_address(environ: Mapping[str, str]) -> str:
-    """Give the address of systemd's socket, "" if there is none."""
+    """Return the address of systemd's socket, "" if there is none."""
     given = environ.get("NOTIFY_SOCKET", "")
     if given.startswith("@"):
-        # How an address that is no path, but a name in the kernel, is written where no NUL can be.
+        # An abstract socket address: "@" stands for NUL.
         return "\0" + given[1:]
     if given and not given.startswith("/"):
         _log.warning("NOTIFY_SOCKET names no Unix socket: systemd hears nothing", given=given)
@@ -148,7 +180,7 @@ def _open_socket() -> socket.socket | None:
 
 
 def _watchdog_seconds(environ: Mapping[str, str]) -> float | None:
-    """Give the seconds after which systemd ends a process that it hears nothing of; None if it does not watch this one."""
+    """Return the watchdog's timeout in seconds; None without a watchdog for this process."""
     microseconds, process = _number(environ, "WATCHDOG_USEC"), _number(environ, "WATCHDOG_PID")
     if microseconds is None or process not in {None, os.getpid()}:
         return None
@@ -165,5 +197,5 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
 
 
 def _status(text: str) -> str:
-    """Write a status in one line: line breaks would begin another field, and a NUL makes systemd ignore the message."""
+    """Return a status in one line: a line break would begin another field, and systemd ignores a message with a NUL."""
     return "STATUS=" + "".join(each if each.isprintable() else " " for each in text[:STATUS_LENGTH])

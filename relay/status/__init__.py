@@ -1,1 +1,1 @@
-"""What there is to be seen of a running relay: what it is, what it does, and for whom, without a secret."""
+"""``GET /status``: state and traffic of a running relay, without secrets."""

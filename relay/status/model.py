@@ -1,200 +1,212 @@
-"""The answer to ``GET /status``: what each field is. It is JSON, and this is all that imports nothing.
+"""Fields of the response to ``GET /status``, which is JSON. This module imports nothing of the relay.
 
-Times are seconds unless it is said otherwise, bytes are payload without any header. ``to_peer`` is what clients sent, on the
-way to their peers; ``to_client`` is what peers sent. What may be null says so.
+Times are seconds unless a field says otherwise. Bytes are payload without headers. ``to_peer`` is traffic from clients to
+peers, ``to_client`` traffic from peers to clients. The types show which fields can be null.
 """
 
 from typing import TypedDict
 
 
-class Flow(TypedDict):
-    """What was relayed one way, on all data paths together."""
+class FlowCounts(TypedDict):
+    """Traffic in a direction, on all data paths."""
 
     packets: int
     bytes: int
     xdp_packets: int
-    """Of these, those that the kernel relayed by itself."""
+    """The part relayed by the kernel."""
     xdp_bytes: int
 
 
-class Rate(TypedDict):
-    """What is relayed one way in a second, on the average of `Totals.rates_over`."""
+class Flows(TypedDict):
+    """Traffic in both directions."""
+
+    to_peer: FlowCounts
+    to_client: FlowCounts
+
+
+class FlowRate(TypedDict):
+    """Traffic per second in a direction: the average over `TotalsStatus.rates_over`."""
 
     packets: float
     bytes: float
 
 
-class Config(TypedDict):
-    """What the relay was told at its start, as far as it is no secret."""
+class DrainStatus(TypedDict):
+    """A shutdown, with or without time for allocations to end."""
 
-    public_addresses: list[str]
-    bind_addresses: list[str]
-    service_port: int
-    lowest_port: int
-    highest_port: int
-    max_allocations: int
-    max_allocations_per_address: int | None
-    """Null: as many as in all."""
-    max_channels: int
-    """Of an allocation."""
-    unauthenticated_rate: int
-    """Answers a second to an address that has proven nothing; 0 for no limit."""
-    unauthenticated_burst: int
-    health_address: str
-    control_address: str
-    control_hostnames: list[str]
-    portal_url: str | None
-    """None for a relay that stands alone, and so is the next one."""
-    name: str | None
-    proxy: str | None
-    """On the way to the portal, without a user or a password."""
-    drain_timeout: float
-    cpu_affinity: str
-    switch_interval: float
-    allow_peers: list[str]
-    deny_peers: list[str]
-    ebpf_offloading: list[str]
-    """Interfaces; none if the kernel relays nothing."""
-    ebpf_attach_mode: str | None
-    otlp: bool
-    """Whether metrics are pushed; where to may hold a password."""
+    until: float
+    """Unix time at which the relay ends, at the latest."""
+    time_left: float
+    allocations: int
+    """Allocations that are left."""
 
 
-class Portal(TypedDict):
-    """How it is with the portal."""
+class PortalStatus(TypedDict):
+    """Connection to the portal."""
 
     state: str
-    """`joined` is what it should be; `docs/portal.md` has the others."""
+    """Normally `joined`; `docs/portal.md` lists all states."""
     has_begun: bool
-    """Whether the portal has said that clients are to be answered."""
+    """Whether the portal has sent `init`, after which the relay answers clients."""
     state_age: float | None
-    """For how long it has been in this state; null before the first attempt."""
+    """Time in this state; null before the first attempt."""
     joins: int
     last_failure: str | None
-    """Why there was no connection, or none any more, the last time; null if that never was."""
+    """Reason of the last failed or lost connection; null if there was none."""
 
 
-class Userspace(TypedDict):
-    """The sockets."""
-
-    clients: list[str]
-    """The addresses at which clients are answered."""
-
-
-class Xdp(TypedDict):
-    """The kernel."""
+class XdpStatus(TypedDict):
+    """Data path in the kernel."""
 
     interfaces: dict[str, str | None]
-    """How each has the program: `driver`, `generic`, or null if it has it not."""
+    """Attach mode by interface: `driver`, `generic`, or null if the program is not attached."""
     failures: dict[str, str]
-    """Why those that could have it don't."""
+    """Reason of a failure to attach, by interface."""
     channels: int
-    """Those that the kernel relays."""
+    """Channels that the kernel relays."""
     channels_refused: int
 
 
-class DataPaths(TypedDict):
-    """What relays."""
+class DataPathStatus(TypedDict):
+    """All data paths."""
 
-    userspace: Userspace
-    xdp: Xdp | None
-    """Null if the relay was not told to use it."""
+    userspace: dict[str, list[str]]
+    """The sockets. `clients` are the addresses at which the relay answers clients."""
+    xdp: XdpStatus | None
+    """Null without offload."""
 
 
-class Responses(TypedDict):
-    """Answers to requests, by method."""
+class ResponseCounts(TypedDict):
+    """Responses to requests, by method."""
 
     successes: dict[str, int]
     errors: dict[str, dict[str, int]]
     """By method, then by error code."""
     withheld: dict[str, int]
-    """Those that were not given, since their address had had enough of them."""
+    """Responses suppressed by the rate limit for unauthenticated addresses."""
 
 
-class Totals(TypedDict):
-    """Counts since the start, and the moment's rates."""
+class TotalsStatus(Flows):
+    """Counts since the start, and current rates."""
 
-    to_peer: Flow
-    to_client: Flow
     rates_over: float | None
-    """The seconds that rates are the average of, up to the last look at all allocations; null if nobody looked before."""
-    to_peer_rate: Rate | None
-    to_client_rate: Rate | None
+    """Seconds between the last two scans of all allocations; null without a previous scan."""
+    to_peer_rate: FlowRate | None
+    to_client_rate: FlowRate | None
     allocations: int
-    """Now."""
+    """Current number."""
     channels: int
-    """Now, those that relay."""
+    """Current number, without channels in their grace period."""
     allocations_made: int
     allocations_freed: dict[str, int]
     """By reason."""
-    responses: Responses
+    responses: ResponseCounts
     drops: dict[str, int]
-    """Datagrams that were neither relayed nor answered, by reason; `kernel` are those that found a socket full."""
+    """Datagrams neither relayed nor answered, by reason; `kernel` counts full receive buffers."""
     send_errors: dict[str, int]
     """Datagrams that the kernel refused to send, by error."""
 
 
-class Channel(TypedDict):
-    """A channel binding of an allocation."""
+class ChannelStatus(Flows):
+    """Channel binding of an allocation."""
 
     number: int
     peer: str
     state: str
-    """`live`; or `cooling`: it relays nothing, and number and peer are kept for each other."""
+    """`live`; or `cooling`, the grace period: no packets are relayed, number and peer stay reserved for each other."""
     time_left: float
-    """In this state."""
-    to_peer: Flow
-    to_client: Flow
+    """Time left in this state."""
 
 
-class Allocation(TypedDict):
-    """A client's claim on a relayed port."""
+class AllocationStatus(Flows):
+    """Allocation of a client."""
 
     id: int
-    """Never used again while the relay runs."""
+    """Never reused while the relay runs."""
     client: str
     state: str
-    """`established`; or `binding`: its sockets are about to be opened."""
+    """`established`; or `binding` until its sockets are open."""
     relayed: list[str]
-    """The public addresses at which peers reach it."""
+    """Relayed addresses, to which peers send."""
     credential_expires_at: int | None
-    """Unix time of the end of the credential that it was made with."""
+    """Expiry of the credential used for the Allocate, in Unix time."""
+    username_sha256: str
+    """First 12 hexadecimal digits of the SHA-256 of the username."""
     age: float
     time_left: float
-    to_peer: Flow
-    to_client: Flow
+    drops: dict[str, int]
+    """Dropped datagrams of the client and of peers, by reason, without those in the kernel."""
     to_peer_rate: float | None
-    """Bytes a second, as are those of the totals; null if they are."""
+    """Bytes per second; null if the rates in `Totals` are null."""
     to_client_rate: float | None
     channel_count: int
-    """All of them."""
-    channels: list[Channel]
-    """At most as many as were asked for, in the order in which they were first bound."""
+    """All channels."""
+    channels: list[ChannelStatus]
+    """Channels in the order of their first binding, up to the parameter `channels`."""
 
 
-class Page(TypedDict):
-    """Which allocations are listed."""
+class RecordedRequest(TypedDict):
+    """Equal responses to a client, one after the other."""
+
+    request: str
+    code: int | None
+    """Null: success."""
+    cause: str
+    """The reason, limit or rule, as in the log; `withheld` if the rate limit suppressed the response; empty: success."""
+    about: str
+    """The denied peer, or the expiry of the credential in Unix time."""
+    count: int
+    first_ago: float
+    last_ago: float
+
+
+class ClientHistory(TypedDict):
+    """The last responses to a client, from its first refused request on."""
+
+    client: str
+    requests: list[RecordedRequest]
+
+
+class Selection(TypedDict):
+    """Parameters of the request."""
 
     sort: str
     order: str
     limit: int
     offset: int
     channels: int
+    client: str | None
+    """Network of the listed clients."""
+    peer: str | None
+    port: int | None
 
 
 class Status(TypedDict):
-    """All of it."""
+    """The response."""
 
     version: str
     time: float
-    """Unix time of the answer."""
+    """Unix time of the response."""
     uptime: float
+    handovers: int
+    """Times that a new process took over this relay."""
     ready: bool
-    """Whether new clients should be sent here, as /readyz has it."""
-    config: Config
-    portal: Portal | None
-    """Null for a relay that stands alone."""
-    data_paths: DataPaths
-    totals: Totals
-    page: Page
-    allocations: list[Allocation]
+    """Whether new clients should be sent to this relay (see /readyz)."""
+    not_ready: list[str]
+    """The reasons, as in /readyz; empty if the relay is ready."""
+    drain: DrainStatus | None
+    """Null unless the relay drains or stops."""
+    config: dict[str, object]
+    """Settings, without secrets. Null: unset; for a standalone relay also `portal_url`, `name` and `proxy`."""
+    portal: PortalStatus | None
+    """Null for a standalone relay."""
+    data_paths: DataPathStatus
+    totals: TotalsStatus
+    page: Selection
+    matching: int
+    """Allocations that match `client`, `peer` and `port`, on all pages."""
+    requests_complete_for: float
+    """Time for which no client with a refused request is missing in `requests`."""
+    requests: list[ClientHistory]
+    """With the parameter `client`: its last requests, for at most 20 addresses. The latest address comes first."""
+    allocations: list[AllocationStatus]

@@ -1,48 +1,51 @@
-"""One failure concerns one allocation, or ends the process; never something in between."""
+"""A failure ends either a single allocation or the process."""
 
 import random
 import resource
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
 import pykka
 import pytest
-import structlog
 
-from relay.actors.messages import FromClients
-from relay.actors.news import Failure, Request
-from relay.actors.server import DataPaths, ServerActor, ServerCounters
+from relay.actors.messages import ClientDatagrams
+from relay.actors.server import DataPaths, ServerActor
 from relay.core.addresses import Family
+from relay.core.commands import SendToPeer
 from relay.core.counters import FreeReason
-from relay.core.instant import Instant
+from relay.core.data import Datagram
 from relay.core.server import Server
 from relay.core.stun import MessageClass, Method, encode
-from relay.core.trains import Arrival
+from relay.core.timestamp import Timestamp
+from relay.net import threads
 from relay.net.udp import UdpSocket
-from relay.ops import threads
-from tests.actors.conftest import JumpingClock, Relay
-from tests.actors.test_lifetime import allocate_refused, server_of, settle, wait_until_bindable
-from tests.conftest import wait_until
-from tests.turn_client import TIMEOUT, udp_socket
+from relay.ops.totals import ServerCounters
+from relay.system.core import server_config
+from relay.system.events import Failure, SystemRequest
+from relay.system.supervisor import supervise
+from tests.support.log_lines import capture_logs
+from tests.support.system import CONFIG, SECRET, JumpingClock, Relay, allocate_refused, settle, wait_until_bindable
+from tests.support.turn_client import TIMEOUT, udp_socket
+from tests.support.waiting import wait_until
 
 
 def relayed_socket(relay: Relay) -> socket.socket:
-    """The socket of the only allocation."""
-    (serving,) = server_of(relay).proxy().serving.get(timeout=TIMEOUT).values()
+    """Return the socket of the only allocation."""
+    (serving,) = relay.system.server.proxy().allocations.get(timeout=TIMEOUT).values()
     opened: socket.socket = serving.sockets.by_family[Family.IPV4]
     return opened
 
 
 def break_socket(opened: socket.socket, how: int) -> None:
-    # An unconnected socket says so, and is shut down all the same.
+    # shutdown() of an unconnected socket fails with ENOTCONN, but takes effect.
     with pytest.raises(OSError, match="not connected"):
         opened.shutdown(how)
 
 
-def test_an_allocation_whose_actor_fails_is_freed_and_its_client_can_allocate_again(relay: Relay) -> None:
+def test_a_failed_actor_frees_its_allocation_for_a_new_request(relay: Relay) -> None:
     client, other = relay.client(), relay.client()
     (relayed,) = client.allocate()
-    with structlog.testing.capture_logs() as log:
+    with capture_logs() as log:
         break_socket(relayed_socket(relay), socket.SHUT_RD)
         other.allocate()
         wait_until_bindable(relayed)
@@ -54,14 +57,14 @@ def test_an_allocation_whose_actor_fails_is_freed_and_its_client_can_allocate_ag
     assert other.refresh(600) is None
 
 
-def test_an_allocation_that_can_not_send_any_more_is_freed(relay: Relay) -> None:
+def test_an_allocation_with_a_broken_socket_is_freed(relay: Relay) -> None:
     client = relay.client()
     (relayed,) = client.allocate()
     with udp_socket("127.0.0.1") as peer:
         assert client.bind_channel(0x4000, peer.getsockname()) is None
         break_socket(relayed_socket(relay), socket.SHUT_WR)
         client.send(0x4000, b"x")
-    # Requests come another way than data, so one may overtake it.
+    # Requests and data use separate sockets, so a request may overtake data.
     wait_until(lambda: relay.system.core.counters.allocations_freed[FreeReason.FAILED] == 1)
     assert client.refresh(600) == 437
     wait_until_bindable(relayed)
@@ -69,12 +72,12 @@ def test_an_allocation_that_can_not_send_any_more_is_freed(relay: Relay) -> None
     assert relay.system.server_counters.udp.send_errors == {"EPIPE": 1}
 
 
-def test_a_send_that_fails_loses_one_packet_and_no_more(relay: Relay) -> None:
-    """No route to a peer is everyday life: ICE tries addresses that can't be reached."""
+def test_a_failed_send_drops_only_its_packet(relay: Relay) -> None:
+    """A missing route to a peer is normal, because ICE tries unreachable addresses."""
     client = relay.client()
     client.allocate()
     with udp_socket("127.0.0.1") as peer:
-        # From loopback to the outside: the kernel refuses.
+        # The kernel rejects packets from loopback to other networks.
         assert client.bind_channel(0x4000, ("192.0.2.1", 9)) is None
         assert client.bind_channel(0x4001, peer.getsockname()) is None
         client.send(0x4000, b"lost")
@@ -83,7 +86,7 @@ def test_a_send_that_fails_loses_one_packet_and_no_more(relay: Relay) -> None:
     assert sum(relay.system.server_counters.udp.send_errors.values()) == 1
 
 
-def test_508_without_descriptors_and_service_once_there_are_some(relay: Relay) -> None:
+def test_allocate_gets_508_until_descriptors_are_available(relay: Relay) -> None:
     client = relay.client()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with socket.socket() as probe:
@@ -97,35 +100,35 @@ def test_508_without_descriptors_and_service_once_there_are_some(relay: Relay) -
     assert relay.system.server_counters.bind_errors == {"EMFILE": 1}
 
 
-def test_a_server_actor_that_fails_ends_the_system_with_an_error_and_closes_what_it_served(relay: Relay) -> None:
+def test_a_failed_server_actor_ends_the_system_with_an_error(relay: Relay) -> None:
     (relayed,) = relay.client().allocate()
-    server_of(relay).tell("what is this?")
+    relay.system.server.tell("what is this?")
     wait_until_bindable(relayed)
-    with structlog.testing.capture_logs() as log:
-        assert relay.system.run(dump=lambda: None) == 1
+    with capture_logs() as log:
+        assert supervise(relay.system, dump=lambda: None) == 1
     (entry,) = log
     assert entry["actor"] == "server"
 
 
 @pytest.mark.parametrize("name", ["listener-ipv4-1", "requests-ipv4"])
-def test_a_listener_that_fails_ends_the_system_with_an_error(relay: Relay, name: str) -> None:
-    """Half a relay would be worse than none: clients would go on asking it."""
-    steered = relay.system._steered[Family.IPV4]
-    listened_to = {"listener-ipv4-1": steered.data[0], "requests-ipv4": steered.rest}[name]
+def test_a_failed_listener_ends_the_system_with_an_error(relay: Relay, name: str) -> None:
+    """Clients would keep using a relay with a failed listener."""
+    group = relay.system.groups[Family.IPV4]
+    listened_to = {"listener-ipv4-1": group.data[0], "requests-ipv4": group.rest}[name]
     if listened_to is None:
-        pytest.skip("this kernel steers nothing (SO_ATTACH_REUSEPORT_CBPF): there is NO SOCKET for requests alone")
+        pytest.skip("no SO_ATTACH_REUSEPORT_CBPF in this kernel: there is NO SOCKET for requests alone")
     break_socket(listened_to, socket.SHUT_RD)
-    with structlog.testing.capture_logs() as log:
-        assert relay.system.run(dump=lambda: None) == 1
+    with capture_logs() as log:
+        assert supervise(relay.system, dump=lambda: None) == 1
     assert [entry["actor"] for entry in log] == [name]
 
 
-def test_a_system_that_is_told_to_stop_ends_well_and_dumps_when_told_to(relay: Relay) -> None:
+def test_stop_ends_the_system_and_dump_calls_the_dump(relay: Relay) -> None:
     dumps: list[None] = []
-    relay.system.news.put(Request.DUMP)
-    relay.system.news.put(Request.STOP)
-    relay.system.news.put(Failure("nobody", RuntimeError()))
-    assert relay.system.run(dump=lambda: dumps.append(None)) == 0
+    relay.system.events.put(SystemRequest.DUMP)
+    relay.system.events.put(SystemRequest.STOP)
+    relay.system.events.put(Failure("nobody", RuntimeError()))
+    assert supervise(relay.system, dump=lambda: dumps.append(None)) == 0
     assert len(dumps) == 1
 
 
@@ -135,27 +138,16 @@ POISON = b"\x00poison"
 class Fragile(Server):
     """A core with a bug."""
 
-    def handle_client_arrival(self, arrival: Arrival, now: Instant) -> None:
-        if arrival[0] == POISON:
+    def handle_client_datagram(self, datagram: Datagram, now: Timestamp) -> SendToPeer | None:
+        if datagram[0] == POISON:
             raise ZeroDivisionError
-        super().handle_client_arrival(arrival, now)
-
-    def handle_client_arrivals(self, arrivals: Iterable[Arrival], now: Instant, *, is_flood: bool = False) -> None:
-        def checked() -> Iterator[Arrival]:
-            for arrival in arrivals:
-                if arrival[0] == POISON:
-                    raise ZeroDivisionError
-                yield arrival
-
-        super().handle_client_arrivals(checked(), now, is_flood=is_flood)
+        return super().handle_client_datagram(datagram, now)
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_a_datagram_that_the_core_fails_on_is_counted_and_ends_nobodys_session(
-    relay: Relay, request: pytest.FixtureRequest, *, alone: bool
-) -> None:
-    """Whoever finds a bug in the core shall not end the relay with it."""
-    core = Fragile(relay.system.core._config, random.Random(1))
+def test_an_exception_in_the_core_is_counted_and_survived(request: pytest.FixtureRequest, *, alone: bool) -> None:
+    """A client that triggers a bug in the core must not stop the relay."""
+    core = Fragile(server_config(CONFIG, SECRET, frozenset(), offloads=False), random.Random(1))
     counters = ServerCounters()
     failures: list[object] = []
     with UdpSocket(Family.IPV4, "127.0.0.1", 0) as listening, udp_socket("127.0.0.1") as client:
@@ -171,16 +163,16 @@ def test_a_datagram_that_the_core_fails_on_is_counted_and_ends_nobodys_session(
         address = client.getsockname()
         poison = (POISON, address, 0, 0)
         binding = (encode(MessageClass.REQUEST, Method.BINDING, bytes(12), []), address, 0, 0)
-        with structlog.testing.capture_logs() as log:
+        with capture_logs() as log:
             for batch in [[poison], [poison], [poison], [binding]] if alone else [[poison, poison, poison, binding]]:
-                server.tell(FromClients(batch))
+                server.tell(ClientDatagrams(batch))
             assert client.recv(100)[8:20] == bytes(12)
     assert counters.faults == 3
     assert len(log) == 1
     assert failures == []
 
 
-def test_stopping_ends_every_thread_that_was_started(make_relay: Callable[[], Relay]) -> None:
+def test_stop_ends_every_started_thread(make_relay: Callable[[], Relay]) -> None:
     before = set(threads.names())
     relay = make_relay()
     for _ in range(10):

@@ -1,4 +1,4 @@
-"""GET /metrics of a running relay, with traffic, read by Prometheus' own parser."""
+"""GET /metrics of a running relay with traffic, parsed by Prometheus' parser."""
 
 import http.client
 import math
@@ -6,19 +6,19 @@ from collections.abc import Callable
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from relay.ops.metrics.metric import Kind
+from relay.ops.metrics.metric import MetricKind
 from relay.ops.metrics.prometheus import name_of
 from relay.ops.metrics.table import TABLE
-from tests.actors.conftest import Relay
-from tests.conftest import wait_until
-from tests.turn_client import udp_socket
+from tests.support.system import Relay
+from tests.support.turn_client import udp_socket
+from tests.support.waiting import wait_until
 
-SUFFIXES = {Kind.COUNTER: "_total", Kind.GAUGE: "", Kind.HISTOGRAM: ""}
+SUFFIXES = {MetricKind.COUNTER: "_total", MetricKind.GAUGE: "", MetricKind.HISTOGRAM: ""}
 
 
 def scrape(relay: Relay) -> tuple[str, str]:
-    """Give the content type and the text."""
-    at = relay.system._http["control"]
+    """Return the content type and the text."""
+    at = relay.system.http["control"]
     connection = http.client.HTTPConnection(at.host, at.port, timeout=30)
     try:
         connection.request("GET", "/metrics")
@@ -38,12 +38,12 @@ def samples(relay: Relay) -> dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def counting(relay: Relay) -> Callable[..., float]:
-    """Give what looks a value up in a scrape made now."""
+    """Scrape now, and return a function to look up values."""
     found = samples(relay)
     return lambda name, **labels: found[name, frozenset(labels.items())]
 
 
-def test_a_scrape_is_text_that_prometheus_reads(relay: Relay) -> None:
+def test_a_scrape_is_in_the_prometheus_text_format(relay: Relay) -> None:
     content_type, text = scrape(relay)
     assert content_type == "text/plain; version=0.0.4; charset=utf-8"
     families = {family.name: family for family in text_string_to_metric_families(text)}
@@ -54,7 +54,7 @@ def test_a_scrape_is_text_that_prometheus_reads(relay: Relay) -> None:
     assert text.endswith("\n")
 
 
-def test_names_are_made_as_opentelemetry_makes_them_for_prometheus(relay: Relay) -> None:
+def test_names_are_usual_in_prometheus(relay: Relay) -> None:
     names = {name for name, _ in samples(relay)}
     assert {
         "relay_active_allocations",
@@ -64,13 +64,16 @@ def test_names_are_made_as_opentelemetry_makes_them_for_prometheus(relay: Relay)
         "relay_packet_size_bytes_count",
         "relay_relayed_bytes_total",
         "relay_inbox_age_seconds",
-        "process_cpu_time_seconds_total",
-        "process_memory_usage_bytes",
+        "process_cpu_seconds_total",
+        "process_resident_memory_bytes",
+        "process_virtual_memory_bytes",
+        "process_open_fds",
+        "process_max_fds",
         "process_start_time_seconds",
     } <= names
 
 
-def test_a_scrape_shows_what_clients_and_peers_did(relay: Relay) -> None:
+def test_a_scrape_counts_requests_and_relayed_packets(relay: Relay) -> None:
     client = relay.client()
     (relayed,) = client.allocate()
     with udp_socket("127.0.0.1") as peer:
@@ -99,7 +102,7 @@ def test_a_scrape_shows_what_clients_and_peers_did(relay: Relay) -> None:
     assert value("relay_portal_state", state="standalone") == 1
 
 
-def test_every_value_is_a_number_that_makes_sense(relay: Relay) -> None:
+def test_every_value_is_a_plausible_number(relay: Relay) -> None:
     for (name, _), value in samples(relay).items():
         assert math.isfinite(value)
         # The wall clock may be set back.

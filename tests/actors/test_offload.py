@@ -1,12 +1,11 @@
-"""A relay whose kernel relays, too: what switches that on and off, and what its failure does not end.
+"""A relay with the XDP offload: attach, detach, and failures of the offload.
 
-Its network is its own, and a test is in it while it runs. What the program makes of packets is tested elsewhere.
+Each test runs in its own network namespace. `tests/offload` tests how the program processes packets.
 """
 
 import contextlib
 import errno
 import gc
-import http.client
 import itertools
 import json
 import threading
@@ -18,22 +17,22 @@ from typing import Any
 
 import pykka
 import pytest
-import structlog
 
 from relay.actors.messages import Tick
-from relay.actors.offload import ROUTES_REST, KernelNews, OffloadActor
-from relay.actors.system import System
+from relay.actors.offload import REST, OffloadActor
 from relay.config import OffloadConfig
+from relay.net import threads
 from relay.offload import capabilities
 from relay.offload.datapath import open_datapath
-from relay.offload.netlink import Monitor, Network
-from relay.offload.network import RoutesChanged
-from relay.ops import threads
-from tests.actors.conftest import CONFIG, JumpingClock, Relay
-from tests.conftest import wait_until
-from tests.machine import Machine
-from tests.offload.conftest import machine, needs_bpf, object_file
-from tests.turn_client import TurnClient, udp_socket
+from relay.offload.netlink import Changes, Monitor, Network
+from relay.offload.program import XdpProgram
+from relay.system.system import System
+from tests.support.log_lines import capture_logs
+from tests.support.machine import Machine
+from tests.support.offload.fixtures import machine, needs_bpf, object_file
+from tests.support.system import CONFIG, JumpingClock, Relay, ask
+from tests.support.turn_client import TurnClient, udp_socket
+from tests.support.waiting import wait_until
 
 __all__ = ("machine", "object_file")
 
@@ -47,12 +46,12 @@ FAILED = "offload failed: the sockets relay everything"
 
 @pytest.fixture
 def here(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    """A network with an interface for the program."""
+    """A network namespace with an interface for the program."""
     machine.run("ip", "link", "add", "near", "type", "veth", "peer", "name", "far")
     for name in ("near", "far", "lo"):
-        # The kernel is to have no news of its own.
+        # The kernel should not send notifications during a test.
         machine.run("ip", "link", "set", name, "addrgenmode", "none", "up")
-    # These threads are also those of the tests to come.
+    # Later tests use the same threads.
     monkeypatch.setattr(capabilities, "drop", lambda: None)
     with machine.entered():
         yield machine
@@ -69,7 +68,7 @@ def offloading_relay() -> Iterator[Relay]:
 
 @pytest.fixture
 def offloading(here: Machine) -> Iterator[Relay]:
-    """A relay that is attached."""
+    """A relay with an attached program."""
     del here
     with offloading_relay() as started:
         assert state(started)["xdp_attached"] == {"near": "generic"}
@@ -77,24 +76,13 @@ def offloading(here: Machine) -> Iterator[Relay]:
 
 
 def state(relay: Relay) -> dict[str, Any]:
-    """What `GET /offload` tells."""
+    """Return the response of `GET /offload`."""
     return page(relay, "GET", "/offload")[1]
 
 
 def page(relay: Relay, method: str, path: str) -> tuple[int, dict[str, Any]]:
-    status, text = ask(relay, method, path)
+    status, text = ask(relay.system.http["control"], path, method)
     return status, json.loads(text)
-
-
-def ask(relay: Relay, method: str, path: str) -> tuple[int, str]:
-    at = relay.system._http["control"]
-    connection = http.client.HTTPConnection(at.host, at.port, timeout=30)
-    try:
-        connection.request(method, path)
-        answer = connection.getresponse()
-        return answer.status, answer.read().decode()
-    finally:
-        connection.close()
 
 
 def offload_actor() -> pykka.ActorRef[OffloadActor]:
@@ -103,7 +91,7 @@ def offload_actor() -> pykka.ActorRef[OffloadActor]:
 
 
 def relays(client: TurnClient, number: int = 0x4000) -> bool:
-    """Tell whether a new channel relays, by whatever way."""
+    """Return whether a new channel relays, in the kernel or in userspace."""
     with udp_socket(PEER) as peer:
         assert client.bind_channel(number, peer.getsockname()) is None
         client.send(number, b"there")
@@ -112,13 +100,12 @@ def relays(client: TurnClient, number: int = 0x4000) -> bool:
         return data == b"there" and client.receive() == (number, b"back")
 
 
-def test_channels_are_in_the_kernel_as_soon_as_their_client_is_told_and_gone_with_them(offloading: Relay) -> None:
+def test_channels_are_in_the_kernel_from_the_response_until_deletion(offloading: Relay) -> None:
     client = offloading.client()
     client.allocate()
     assert relays(client, 0x4000)
     assert relays(client, 0x4001)
     assert state(offloading)["xdp_channels"] == 2
-    assert offloading.system.summary()["xdp_channels"] == 2
     (channels,) = page(offloading, "GET", "/offload/channels")[1]["clients"].values()
     unused = {"packets": 0, "bytes": 0, "idle_seconds": None}
     assert channels == {number: {"to_peer": unused, "to_client": unused} for number in ("0x4000", "0x4001")}
@@ -127,18 +114,18 @@ def test_channels_are_in_the_kernel_as_soon_as_their_client_is_told_and_gone_wit
     assert page(offloading, "GET", "/offload/channels")[1] == {"clients": {}}
 
 
-def test_a_scrape_tells_what_is_in_the_kernel(offloading: Relay) -> None:
+def test_a_scrape_reports_kernel_channels_and_interfaces(offloading: Relay) -> None:
     client = offloading.client()
     client.allocate()
     assert relays(client)
-    told = ask(offloading, "GET", "/metrics")[1].splitlines()
+    told = ask(offloading.system.http["control"], "/metrics")[1].splitlines()
     assert "relay_xdp_channels 1.0" in told
     assert 'relay_xdp_interfaces{state="attached"} 1.0' in told
-    # Packets of this machine to itself pass no interface.
+    # Packets from this machine to itself pass no interface.
     assert 'relay_relayed_packets_total{relay_datapath="xdp",relay_direction="to_peer"} 0.0' in told
 
 
-def test_it_is_detached_and_attached_again_while_channels_go_on(offloading: Relay) -> None:
+def test_channels_keep_relaying_while_the_program_is_detached(offloading: Relay) -> None:
     client = offloading.client()
     client.allocate()
     for number in (0x4000, 0x4002):
@@ -151,23 +138,23 @@ def test_it_is_detached_and_attached_again_while_channels_go_on(offloading: Rela
     assert state(offloading)["xdp_channels"] == 4
 
 
-def test_an_interface_that_goes_is_let_go_and_attached_when_it_is_back(here: Machine, offloading: Relay) -> None:
+def test_a_deleted_interface_is_attached_again_once_it_exists(here: Machine, offloading: Relay) -> None:
     here.run("ip", "link", "del", "near")
     wait_until(lambda: state(offloading)["xdp_attached"] == {"near": None})
     here.run("ip", "link", "add", "near", "type", "veth", "peer", "name", "far")
     wait_until(lambda: state(offloading)["xdp_attached"] == {"near": "generic"})
 
 
-def test_what_is_detached_stays_so_whatever_happens_to_interfaces(here: Machine, offloading: Relay) -> None:
+def test_interface_changes_do_not_undo_a_detach(here: Machine, offloading: Relay) -> None:
     page(offloading, "POST", "/offload/detach")
     here.run("ip", "link", "set", "near", "mtu", "1400")
     here.run("ip", "addr", "add", "192.0.2.1/24", "dev", "near")
-    offload_actor().ask(KernelNews([]), timeout=30)
+    offload_actor().ask(Changes([], others=False), timeout=30)
     assert state(offloading)["xdp_attached"] == {"near": None}
 
 
 def check_it_goes_on_without(relay: Relay, log: list[Any]) -> None:
-    """The failure is said once, and nothing else has come of it."""
+    """Check that the failure is logged once and has no further effect."""
     wait_until(lambda: state(relay)["xdp_attached"] == {"near": None})
     client = relay.client()
     client.allocate()
@@ -175,14 +162,14 @@ def check_it_goes_on_without(relay: Relay, log: list[Any]) -> None:
     status, told = page(relay, "POST", "/offload/attach")
     assert (status, told["xdp_attached"]) == (503, {"near": None})
     assert page(relay, "POST", "/offload/detach")[0] == 503
-    assert relay.system.news.empty()
-    assert relay.system.is_ready
+    assert relay.system.events.empty()
+    assert not relay.system.not_ready
     wait_until(lambda: any(entry["event"] == FAILED for entry in log))
     assert [entry["event"] for entry in log if entry["log_level"] in {"error", "critical"}] == [FAILED]
 
 
-def test_without_the_kernels_news_the_sockets_relay_everything(here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever does not hear what changes must not send where nobody may be any more."""
+def test_sockets_relay_everything_after_the_netlink_monitor_fails(here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without notifications the program could send to an outdated next hop."""
     breaks = threading.Event()
     receive = Monitor.receive
 
@@ -193,31 +180,50 @@ def test_without_the_kernels_news_the_sockets_relay_everything(here: Machine, mo
         return news
 
     monkeypatch.setattr(Monitor, "receive", receive_until_it_breaks)
-    with offloading_relay() as started, structlog.testing.capture_logs() as log:
+    with offloading_relay() as started, capture_logs() as log:
         breaks.set()
         here.run("ip", "link", "set", "far", "down")
         check_it_goes_on_without(started, log)
 
 
-def test_an_actor_that_fails_leaves_everything_to_the_sockets(offloading: Relay) -> None:
-    with structlog.testing.capture_logs() as log:
+def test_sockets_relay_everything_after_the_offload_actor_fails(offloading: Relay) -> None:
+    with capture_logs() as log:
         offload_actor().tell("what is this?")
         check_it_goes_on_without(offloading, log)
 
 
-def test_an_actor_that_can_not_ask_the_kernel_any_more_leaves_everything_to_the_sockets(
-    offloading: Relay, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sockets_relay_everything_after_a_netlink_request_fails(offloading: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: Network) -> Any:  # noqa: ANN401 - never gives anything
         raise OSError(errno.EIO, "the kernel doesn't say")
 
     monkeypatch.setattr(Network, "links", broken)
-    with structlog.testing.capture_logs() as log:
+    with capture_logs() as log:
         assert page(offloading, "POST", "/offload/attach")[0] == 503
         check_it_goes_on_without(offloading, log)
 
 
-def test_all_routes_are_asked_for_at_once_and_then_only_so_often(offloading: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sockets_relay_everything_after_the_kernel_rejects_a_change(
+    offloading: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's tables may still have a channel whose port gets a new owner."""
+
+    def broken(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "no memory for the kernel")
+
+    with capture_logs() as logs:
+        client = offloading.client()
+        client.allocate()
+        assert relays(client)
+        monkeypatch.setattr(XdpProgram, "delete_channels", broken)
+        assert client.refresh(0) is None
+        wait_until(lambda: state(offloading)["xdp_attached"] == {"near": None})
+    assert state(offloading)["xdp_table_failures"] == 1
+    assert [each["error"] for each in logs if each["event"] == FAILED] == ["OSError: [Errno 12] no memory for the kernel"]
+    client.allocate()
+    assert relays(client)
+
+
+def test_route_changes_trigger_rate_limited_lookups(offloading: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
     look_up = Network.look_up
 
@@ -230,19 +236,21 @@ def test_all_routes_are_asked_for_at_once_and_then_only_so_often(offloading: Rel
     client.allocate()
     assert relays(client)
     actor = offload_actor()
-    actor.ask(KernelNews([]), timeout=30)
+    actor.ask(Changes([], others=False), timeout=30)
     monkeypatch.setattr(Network, "look_up", counted)
     begun = time.monotonic()
     last = begun
-    while last < begun + 4 * ROUTES_REST:
+    while last < begun + 4 * REST:
         last = time.monotonic()
-        actor.ask(KernelNews([RoutesChanged()]), timeout=30)
-    # The last change of all is followed, too, and then there is rest.
+        actor.ask(Changes([], others=True), timeout=30)
+        # Changes are frequent, but other threads get the CPU.
+        time.sleep(0.005)
+    # The last change triggers a lookup, too.
     wait_until(lambda: asked[-1] > last)
     followed = len(asked)
-    # Four, one at once, and one at the end; fewer if this process was held up.
+    # Four, the first at once and one at the end. Fewer if this process was preempted.
     assert 1 <= followed <= 7
-    assert all(later - earlier > 0.5 * ROUTES_REST for earlier, later in itertools.pairwise(asked))
+    assert all(later - earlier > 0.5 * REST for earlier, later in itertools.pairwise(asked))
     actor.ask(Tick(), timeout=30)
     assert len(asked) == followed
 
@@ -252,7 +260,7 @@ def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_stopping_leaves_no_thread_no_actor_and_no_descriptor(here: Machine) -> None:
+def test_stopping_leaves_no_thread_actor_or_descriptor(here: Machine) -> None:
     del here
     before, opened = set(threads.names()), descriptors()
 

@@ -1,14 +1,13 @@
-"""Packets through a running relay, over real sockets."""
-
-from typing import cast
+"""Relay packets through a running relay, over real sockets."""
 
 import pytest
 
 from relay.core.addresses import Family, SocketAddress, socket_address
 from relay.core.stun import MessageClass, Method, decode, encode
-from tests.actors.conftest import Relay, RelayMaker
-from tests.conftest import needs_ipv6, wait_until
-from tests.turn_client import TurnClient, udp_socket
+from tests.support.requirements import needs_ipv6
+from tests.support.system import Relay, RelayMaker, hanging
+from tests.support.turn_client import TurnClient, udp_socket
+from tests.support.waiting import wait_until
 
 HOST = {Family.IPV4: "127.0.0.1", Family.IPV6: "::1"}
 PAIRS = [
@@ -17,7 +16,7 @@ PAIRS = [
 
 
 def exchange(client: TurnClient, relayed: SocketAddress, peer_host: str, number: int = 0x4000) -> None:
-    """Send packets both ways through an allocation, and see them arrive as they were."""
+    """Send packets both ways through an allocation, and check their content."""
     with udp_socket(peer_host) as peer:
         host, port, *_ = peer.getsockname()
         assert client.bind_channel(number, socket_address(host, port)) is None
@@ -30,7 +29,7 @@ def exchange(client: TurnClient, relayed: SocketAddress, peer_host: str, number:
 
 
 @pytest.mark.parametrize("families", PAIRS)
-def test_packets_go_both_ways_between_any_two_families(relay: Relay, families: tuple[Family, Family]) -> None:
+def test_packets_are_relayed_both_ways_between_any_two_families(relay: Relay, families: tuple[Family, Family]) -> None:
     client_family, peer_family = families
     client = relay.client(client_family)
     (relayed,) = client.allocate(family=peer_family)
@@ -47,7 +46,7 @@ def test_a_dual_allocation_relays_in_both_families_from_one_port(relay: Relay) -
 
 
 @pytest.mark.parametrize("families", PAIRS)
-def test_two_clients_of_one_relay_meet_at_their_relayed_addresses(
+def test_two_clients_exchange_data_between_relayed_addresses(
     make_relay: RelayMaker, families: tuple[Family, Family]
 ) -> None:
     """Without --allow-peer: the relay's own address is a peer in the allocation range."""
@@ -62,7 +61,7 @@ def test_two_clients_of_one_relay_meet_at_their_relayed_addresses(
     assert one.receive() == (0x4000, b"from other")
 
 
-def test_a_peer_that_no_channel_is_bound_to_reaches_nobody(relay: Relay) -> None:
+def test_data_from_a_peer_without_a_channel_is_dropped(relay: Relay) -> None:
     client = relay.client()
     (relayed,) = client.allocate()
     with udp_socket("127.0.0.1") as bound, udp_socket("127.0.0.1") as stranger:
@@ -72,8 +71,8 @@ def test_a_peer_that_no_channel_is_bound_to_reaches_nobody(relay: Relay) -> None
         assert client.receive() == (0x4000, b"invited")
 
 
-def test_a_stun_request_on_a_relayed_port_is_data_like_any_other(relay: Relay) -> None:
-    """ICE checks between peers travel through the relay; it has no business with them."""
+def test_a_stun_request_on_a_relayed_port_is_relayed_as_data(relay: Relay) -> None:
+    """ICE connectivity checks between peers are data for the relay."""
     client = relay.client()
     (relayed,) = client.allocate()
     with udp_socket("127.0.0.1") as peer:
@@ -83,7 +82,7 @@ def test_a_stun_request_on_a_relayed_port_is_data_like_any_other(relay: Relay) -
         assert client.receive() == (0x4000, check)
 
 
-def test_garbage_leaves_the_relay_answering(relay: Relay) -> None:
+def test_invalid_datagrams_do_not_stop_responses(relay: Relay) -> None:
     client = relay.client()
     at = relay.system.address_of(Family.IPV4)
     for garbage in (b"", b"\x00", b"\xff" * 1500, b"\x40\x00\xff\xff", b"\x00\x01\x00\x08\x21\x12\xa4\x42" + bytes(12)):
@@ -94,33 +93,29 @@ def test_garbage_leaves_the_relay_answering(relay: Relay) -> None:
     assert answer.message_class is MessageClass.SUCCESS
 
 
-def test_what_the_kernel_drops_for_want_of_room_is_in_the_summary(relay: Relay) -> None:
+def test_drops_of_a_full_receive_buffer_are_counted(relay: Relay) -> None:
     client = relay.client()
     client.allocate()
-    inbox = relay.system._inbox
-    assert inbox is not None
-    with inbox.turn:
-        # Its reader waits for the turn meanwhile, with what it has read.
-        for opened in relay.system._steered[Family.IPV4].data:
+    with hanging(relay):
+        # The reader waits for the core lock with its batch.
+        for opened in relay.system.groups[Family.IPV4].data:
             opened.set_receive_buffer(1)
         for _ in range(100):
             client.send(0x4000, bytes(1000))
-        wait_until(lambda: cast(int, relay.system.summary()["kernel_drops"]) > 50)
+        wait_until(lambda: relay.system.measured.kernel_drops() > 50)
 
 
-def test_what_a_relayed_address_drops_is_in_the_summary_while_it_is_there_and_afterwards(relay: Relay) -> None:
+def test_drops_of_a_relayed_address_stay_counted_after_its_end(relay: Relay) -> None:
     client = relay.client()
     opened = relay.system.server_counters.udp.open
     shared = set(opened)
     (relayed,) = client.allocate()
     (sock,) = opened - shared
-    inbox = relay.system._inbox
-    assert inbox is not None
 
     def dropped() -> int:
-        return cast(int, relay.system.summary()["kernel_drops"])
+        return relay.system.measured.kernel_drops()
 
-    with inbox.turn, udp_socket("127.0.0.1") as peer:
+    with hanging(relay), udp_socket("127.0.0.1") as peer:
         sock.set_receive_buffer(1)
         for _ in range(100):
             peer.sendto(bytes(1000), (relayed[0], relayed[1]))

@@ -1,37 +1,25 @@
-"""The status of a relay that runs, as who asks at its addresses gets it."""
+"""The status page of a running relay, over HTTP."""
 
-import http.client
 import json
 from typing import Any
 
-from relay.config import Endpoint
 from relay.core.addresses import ClientAddress, show
 from relay.status.model import Status
-from relay.top.reading import read
-from tests.actors.conftest import SECRET, Relay, RelayMaker
-from tests.turn_client import udp_socket
+from relay.tools.top.request import read
+from tests.support.system import SECRET, Relay, RelayMaker, ask
+from tests.support.turn_client import udp_socket
 
 CHANNEL = 0x4000
 
 
-def ask(at: Endpoint, path: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection(at.host, at.port, timeout=30)
-    try:
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        return answer.status, answer.read().decode()
-    finally:
-        connection.close()
-
-
 def status_of(relay: Relay, query: str = "") -> Status:
-    code, text = ask(relay.system._http["control"], f"/status{query}")
+    code, text = ask(relay.system.http["control"], f"/status{query}")
     assert code == 200
     answer: Any = json.loads(text)
     return read(Status, answer)
 
 
-def test_an_operator_sees_who_relays_what_at_the_control_address(relay: Relay) -> None:
+def test_the_control_address_serves_the_status_of_allocations(relay: Relay) -> None:
     credential = relay.credential()
     client = relay.client(credential=credential)
     relayed = client.allocate()[0]
@@ -57,17 +45,17 @@ def test_an_operator_sees_who_relays_what_at_the_control_address(relay: Relay) -
     assert status["totals"]["drops"]["kernel"] == 0
 
 
-def test_it_shows_no_secret_and_no_username(relay: Relay) -> None:
+def test_the_status_contains_no_secret_or_username(relay: Relay) -> None:
     credential = relay.credential()
     relay.client(credential=credential).allocate()
-    _, text = ask(relay.system._http["control"], "/status")
+    _, text = ask(relay.system.http["control"], "/status")
     salt = credential.username.partition(":")[2]
-    hidden = (SECRET.reveal(), credential.username, f":{salt}", credential.password)
+    hidden = (SECRET.expose(), credential.username, f":{salt}", credential.password)
     assert '"state": "established"' in text
     assert [each for each in hidden if each in text] == []
 
 
-def test_an_allocation_that_has_ended_is_in_the_totals_only(relay: Relay) -> None:
+def test_an_ended_allocation_counts_only_in_totals(relay: Relay) -> None:
     client = relay.client()
     client.allocate()
     assert client.refresh(0) is None
@@ -76,7 +64,7 @@ def test_an_allocation_that_has_ended_is_in_the_totals_only(relay: Relay) -> Non
     assert status["totals"]["allocations_freed"]["deleted"] == 1
 
 
-def test_time_that_is_left_gets_less(relay: Relay) -> None:
+def test_the_remaining_lifetime_decreases(relay: Relay) -> None:
     relay.client().allocate()
     relay.clock.jump(500)
     (row,) = status_of(relay)["allocations"]
@@ -84,13 +72,13 @@ def test_time_that_is_left_gets_less(relay: Relay) -> None:
     assert row["age"] >= 500
 
 
-def test_the_health_address_which_may_be_public_does_not_show_it(relay: Relay) -> None:
-    code, _ = ask(relay.system._http["health"], "/status")
+def test_the_health_address_does_not_serve_the_status(relay: Relay) -> None:
+    code, _ = ask(relay.system.http["health"], "/status")
     assert code == 404
 
 
-def test_a_wrong_question_is_answered_with_what_can_be_asked(make_relay: RelayMaker) -> None:
+def test_an_invalid_parameter_gets_the_valid_values(make_relay: RelayMaker) -> None:
     relay = make_relay()
-    code, text = ask(relay.system._http["control"], "/status?sort=bytes")
+    code, text = ask(relay.system.http["control"], "/status?sort=bytes")
     assert code == 400
     assert json.loads(text) == {"error": "sort is one of traffic, rate, age, expiry, client, port, channels, not 'bytes'"}

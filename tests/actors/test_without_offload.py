@@ -1,28 +1,31 @@
-"""A relay whose kernel relays nothing has nothing to show of that, and nothing to switch."""
-
-import http.client
+"""A relay without offload has no offload state and no offload switch."""
 
 import pytest
 
-from relay.ops import threads
-from tests.actors.conftest import Relay
+from relay.core.commands import FreeAllocation
+from relay.net import threads
+from tests.support.system import Relay, ask
 
 
 @pytest.mark.parametrize(
     ("method", "path"),
     [("GET", "/offload"), ("GET", "/offload/channels"), ("POST", "/offload/attach"), ("POST", "/offload/detach")],
 )
-def test_there_are_no_pages_for_it(relay: Relay, method: str, path: str) -> None:
-    at = relay.system._http["control"]
-    connection = http.client.HTTPConnection(at.host, at.port, timeout=30)
-    try:
-        connection.request(method, path)
-        assert connection.getresponse().status == 404
-    finally:
-        connection.close()
+def test_a_relay_without_offload_has_no_offload_pages(relay: Relay, method: str, path: str) -> None:
+    assert ask(relay.system.http["control"], path, method)[0] == 404
 
 
-def test_its_summary_and_its_threads_know_nothing_of_it(relay: Relay) -> None:
-    assert not [name for name in relay.system.summary() if name.startswith("xdp")]
+@pytest.mark.usefixtures("relay")
+def test_a_relay_without_offload_has_no_threads_for_it() -> None:
     assert not {"offload", "monitor"} & set(threads.names().values())
-    assert not relay.system.core._config.offloads
+
+
+def test_the_core_issues_no_offload_commands(relay: Relay) -> None:
+    client = relay.client()
+    client.allocate()
+    assert client.bind_channel(0x4000, ("127.0.0.1", 9)) is None
+    core = relay.system.core
+    relay.system.__exit__()
+    relay.clock.jump(601)
+    core.handle_timeout(relay.clock.now())
+    assert {type(each) for each in core.drain()} == {FreeAllocation}

@@ -1,4 +1,4 @@
-"""`firezone-relay credentials` mints what a relay with the same secret takes."""
+"""`firezone-relay credentials` makes credentials for relays with the same secret."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from freezegun import freeze_time
 
 from relay.core.credentials import RelaySecret, mint, parse_username
-from tests.cli.test_bad_use import run
+from tests.support.command_line import run
 
 
 @pytest.fixture
@@ -41,6 +41,14 @@ def test_a_credential_is_valid_for_a_day_and_shown_in_two_lines_by_default(
     assert username is not None
     assert username.expiry == 1767225600 + 86400
     assert second.startswith("password: ")
+
+
+def test_the_secret_file_may_be_in_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], secret_file: str
+) -> None:
+    monkeypatch.setenv("RELAY_SECRET_FILE", secret_file)
+    assert run(monkeypatch, "credentials") == 0
+    assert capsys.readouterr().out.startswith("username: ")
 
 
 def test_no_two_credentials_are_alike(

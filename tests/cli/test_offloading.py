@@ -1,4 +1,4 @@
-"""Where the kernel relays is the operator's to say, by option or variable."""
+"""The options and variables of the offload."""
 
 import sys
 from typing import Any
@@ -7,7 +7,7 @@ import click
 import pytest
 
 from relay.cli import cli, main
-from relay.config import AttachMode, BadUseError, OffloadConfig
+from relay.config import AttachMode, OffloadConfig, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -16,8 +16,8 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def setting(name: str, *arguments: str) -> Any:  # noqa: ANN401 - whatever the option's type makes
-    """Give what a command line sets."""
+def setting(name: str, *arguments: str) -> Any:  # noqa: ANN401 - depends on the option
+    """Return the value of a setting on a command line."""
     with cli.make_context("firezone-relay", list(arguments)) as context:
         return context.params[name]
 
@@ -31,28 +31,26 @@ def setting(name: str, *arguments: str) -> Any:  # noqa: ANN401 - whatever the o
         ("fifteen-letters", ("fifteen-letters",)),
     ],
 )
-def test_interfaces_are_named_with_commas_between_them(
-    monkeypatch: pytest.MonkeyPatch, text: str, interfaces: tuple[str, ...]
-) -> None:
+def test_interfaces_are_comma_separated(monkeypatch: pytest.MonkeyPatch, text: str, interfaces: tuple[str, ...]) -> None:
     assert setting("offload", "--ebpf-offloading", text) == interfaces
     monkeypatch.setenv("EBPF_OFFLOADING", text)
     assert setting("offload") == interfaces
 
 
 @pytest.mark.parametrize("text", ["", " ", ",", " , "])
-def test_no_interface_is_no_offload(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_an_empty_value_disables_the_offload(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     assert not setting("offload")
     monkeypatch.setenv("EBPF_OFFLOADING", text)
     assert not setting("offload")
 
 
 @pytest.mark.parametrize("text", ["sixteen-letters-", "a/b", "eth0,../x", "eth\n0", "eth\0"])
-def test_what_can_be_no_interface_is_refused(text: str) -> None:
-    with pytest.raises(click.BadParameter, match="is no name of an interface: write eth0, or eth0,eth1"):
+def test_an_invalid_interface_name_is_a_usage_error(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="is not a valid interface name: use eth0 or eth0,eth1"):
         setting("offload", "--ebpf-offloading", text)
 
 
-def test_the_mode_is_one_of_three_and_auto_if_nobody_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mode_is_one_of_three_and_auto_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert setting("attach_mode") == "auto"
     for mode in AttachMode:
         assert setting("attach_mode", "--ebpf-attach-mode", mode.value) == mode
@@ -62,16 +60,14 @@ def test_the_mode_is_one_of_three_and_auto_if_nobody_says(monkeypatch: pytest.Mo
         setting("attach_mode", "--ebpf-attach-mode", "hardware")
 
 
-def test_an_interface_that_is_named_twice_is_refused() -> None:
-    with pytest.raises(BadUseError, match="names eth1 twice: name it once"):
+def test_a_repeated_interface_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="has eth1 twice: use each interface once"):
         OffloadConfig(("eth0", "eth1", "eth1"))
-    with pytest.raises(BadUseError, match="names no interface"):
+    with pytest.raises(UsageError, match="has no interface"):
         OffloadConfig(())
 
 
-def test_a_relay_that_can_not_offload_as_asked_does_not_start(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_interface_is_a_usage_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("EBPF_OFFLOADING", "nowhere0")
     monkeypatch.setattr(sys, "argv", ["firezone-relay", "--standalone", "--public-ip4-addr", "127.81.0.3"])
     with pytest.raises(SystemExit) as caught:

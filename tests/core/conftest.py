@@ -1,8 +1,8 @@
-"""A core server and a client of it, for tests of one of each."""
+"""Fixtures: a core server and its client."""
 
 import pytest
 
-from tests.core.driver import Client, Relay
+from tests.support.core import Client, Relay
 
 
 @pytest.fixture

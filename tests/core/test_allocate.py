@@ -1,8 +1,10 @@
 """Allocate (RFC 8656 §7, docs/protocol.md)."""
 
+from collections.abc import Callable
+
 import pytest
 
-from relay.core.addresses import ClientAddress, Family, SocketAddress
+from relay.core.addresses import AllocationId, ClientAddress, Family, SocketAddress
 from relay.core.allocations import AllocationState
 from relay.core.attributes import (
     ADDITIONAL_ADDRESS_FAMILY,
@@ -17,11 +19,11 @@ from relay.core.attributes import (
     XOR_RELAYED_ADDRESS,
     AddressErrorValue,
 )
-from relay.core.commands import BindPort, FreeAllocation, SendToClient
+from relay.core.commands import BindPort, Command, FreeAllocation, SendToClient
 from relay.core.counters import DropReason, FreeReason
 from relay.core.lifecycle import BindRefusal
 from relay.core.stun import Method
-from tests.core.driver import (
+from tests.support.core import (
     CHANNEL,
     CLIENT,
     CLIENT6,
@@ -54,7 +56,7 @@ def ports_of(answer: Answer) -> list[int]:
     return [address[1] for address in answer.get_all(XOR_RELAYED_ADDRESS)]
 
 
-def test_an_allocation_is_answered_once_its_socket_is_bound(relay: Relay, client: Client) -> None:
+def test_an_allocate_gets_a_response_once_its_socket_is_bound(relay: Relay, client: Client) -> None:
     request = client.write(Method.ALLOCATE, UDP, transaction_id=b"transaction.")
     (bind,) = client.send(request)
     assert isinstance(bind, BindPort)
@@ -79,7 +81,7 @@ def test_a_client_on_ipv6_gets_an_ipv4_address_by_default(relay: Relay) -> None:
 
 
 @pytest.mark.parametrize(("family", "relayed"), [(IPV4, ("192.0.2.1",)), (IPV6, ("2001:db8::1",))], ids=["IPv4", "IPv6"])
-def test_a_requested_family_is_what_is_given(relay: Relay, client: Client, family: Family, relayed: tuple[str]) -> None:
+def test_a_requested_family_is_allocated(relay: Relay, client: Client, family: Family, relayed: tuple[str]) -> None:
     bind = client.begin_allocate((REQUESTED_ADDRESS_FAMILY, family))
     assert bind.families == (family,)
     answer = answer_in(relay.report_bound(bind.allocation))
@@ -99,7 +101,7 @@ def test_a_dual_allocation_has_one_port_and_ipv4_first(relay: Relay, client: Cli
 @pytest.mark.parametrize(
     ("hosts", "served", "missing"), [(ONLY_IPV4, IPV4, IPV6), (ONLY_IPV6, IPV6, IPV4)], ids=["IPv4 only", "IPv6 only"]
 )
-def test_a_dual_request_is_filled_in_part_where_one_family_is_served(
+def test_a_dual_request_is_partly_granted_on_a_single_family_relay(
     hosts: dict[Family, str], served: Family, missing: Family
 ) -> None:
     relay = relay_with(public_hosts=hosts)
@@ -120,11 +122,11 @@ def test_a_dual_request_is_filled_in_part_where_one_family_is_served(
         (HOSTS, [(REQUESTED_ADDRESS_FAMILY, 0)]),
     ],
 )
-def test_a_family_that_is_not_served_gets_440(hosts: dict[Family, str], attributes: list[AttributeValue]) -> None:
+def test_an_unsupported_family_gets_440(hosts: dict[Family, str], attributes: list[AttributeValue]) -> None:
     assert refused(Client(relay_with(public_hosts=hosts)), UDP, *attributes) == 440
 
 
-def test_no_requested_transport_gets_400(client: Client) -> None:
+def test_a_missing_requested_transport_gets_400(client: Client) -> None:
     assert refused(client) == 400
 
 
@@ -174,30 +176,30 @@ def test_a_reservation_token_gets_508(relay: Relay, client: Client) -> None:
     assert not relay.server.allocations.by_id
 
 
-def test_dont_fragment_is_understood(client: Client) -> None:
+def test_dont_fragment_is_accepted(client: Client) -> None:
     assert client.allocate((DONT_FRAGMENT, None)).answer.code is None
 
 
-def test_508_is_the_answer_when_no_port_is_left() -> None:
+def test_an_allocate_without_a_free_port_gets_508() -> None:
     relay = relay_with(ports=range(50000, 50001))
     Client(relay).allocate()
     assert refused(Client(relay, OTHER_CLIENT, salt="other"), UDP) == 508
 
 
-def test_486_is_the_answer_when_the_quota_is_reached() -> None:
+def test_an_allocate_above_the_quota_gets_486() -> None:
     relay = relay_with(max_allocations=2, ports=range(50000, 50003))
     first = Client(relay)
     first.allocate()
     Client(relay, OTHER_CLIENT, salt="other").begin_allocate()
     third = Client(relay, CLIENT6, salt="third")
     assert refused(third, UDP) == 486
-    # The refusal cost no port.
+    # The rejected request took no port.
     assert first.refresh(0).code is None
     third.allocate()
     assert refused(Client(relay, salt="fourth"), UDP) == 486
 
 
-def test_no_port_left_is_found_before_the_quota() -> None:
+def test_a_lack_of_ports_is_checked_before_the_quota() -> None:
     relay = relay_with(max_allocations=1, ports=range(50000, 50001))
     Client(relay).allocate()
     assert refused(Client(relay, OTHER_CLIENT, salt="other"), UDP) == 508
@@ -212,13 +214,13 @@ def test_no_port_left_is_found_before_the_quota() -> None:
         ([UDP, (REQUESTED_ADDRESS_FAMILY, 3), (EVEN_PORT, True), (RESERVATION_TOKEN, bytes(8))], 440),
     ],
 )
-def test_what_is_wrong_first_is_answered(client: Client, attributes: list[AttributeValue], code: int) -> None:
+def test_the_first_failed_check_gives_the_error_code(client: Client, attributes: list[AttributeValue], code: int) -> None:
     assert refused(client, *attributes) == code
     client.allocate()
     assert refused(client, *attributes) == 437
 
 
-def test_a_second_allocate_from_one_address_gets_437(relay: Relay, client: Client) -> None:
+def test_a_second_allocate_from_the_same_address_gets_437(relay: Relay, client: Client) -> None:
     bind = client.begin_allocate()
     assert refused(client, UDP) == 437
     relay.report_bound(bind.allocation)
@@ -227,14 +229,14 @@ def test_a_second_allocate_from_one_address_gets_437(relay: Relay, client: Clien
     assert len(relay.server.allocations.by_id) == 1
 
 
-def test_anothers_transaction_id_makes_no_retransmission(relay: Relay, client: Client) -> None:
+def test_the_transaction_id_of_another_client_is_no_retransmission(relay: Relay, client: Client) -> None:
     data = client.write(Method.ALLOCATE, UDP, transaction_id=b"transaction.")
     relay.report_bound(the(BindPort, client.send(data)).allocation)
     other = Client(relay, salt="other")
     assert answer_in(other.send(other.write(Method.ALLOCATE, UDP, transaction_id=b"transaction."))).code == 437
 
 
-def test_a_retransmission_under_way_is_met_with_silence(relay: Relay, client: Client) -> None:
+def test_a_retransmission_of_a_pending_allocate_is_dropped(relay: Relay, client: Client) -> None:
     data = client.write(Method.ALLOCATE, UDP)
     bind = the(BindPort, client.send(data))
     assert client.send(data) == []
@@ -242,7 +244,7 @@ def test_a_retransmission_under_way_is_met_with_silence(relay: Relay, client: Cl
     assert len(of_kind(SendToClient, relay.report_bound(bind.allocation))) == 1
 
 
-def test_a_retransmission_of_an_answered_allocate_gets_the_same_bytes(relay: Relay, client: Client) -> None:
+def test_a_retransmitted_allocate_gets_the_same_response(relay: Relay, client: Client) -> None:
     data = client.write(Method.ALLOCATE, UDP, (LIFETIME, 1000), fingerprint=True)
     bind = the(BindPort, client.send(data))
     first = relay.report_bound(bind.allocation)
@@ -250,19 +252,22 @@ def test_a_retransmission_of_an_answered_allocate_gets_the_same_bytes(relay: Rel
     assert client.send(data) == first
     client.refresh(3000)
     assert client.send(data) == first
-    # Answering it again prolonged nothing: the refresh did.
+    # Only the refresh extended the lifetime, not the repeated response.
     assert relay.server.poll_timeout() == relay.now.monotonic + 3000
 
 
-def test_a_retransmission_after_the_end_of_the_allocation_makes_a_new_one(relay: Relay, client: Client) -> None:
+def test_a_retransmission_after_the_end_is_dropped(relay: Relay, client: Client) -> None:
+    """A new Allocate is a new request; whoever repeats an old request is not the client."""
     data = client.write(Method.ALLOCATE, UDP)
     first = the(BindPort, client.send(data))
     relay.report_bound(first.allocation)
     relay.pass_time(600)
-    assert the(BindPort, client.send(data)).allocation != first.allocation
+    assert [type(each) for each in client.send(data)] == [FreeAllocation]
+    assert relay.counters.drops[DropReason.REPEATED] == 1
+    assert client.begin_allocate().allocation != first.allocation
 
 
-def test_the_lifetime_counts_from_the_answer(relay: Relay, client: Client) -> None:
+def test_the_lifetime_counts_from_the_response(relay: Relay, client: Client) -> None:
     bind = client.begin_allocate()
     relay.pass_time(4)
     relay.report_bound(bind.allocation)
@@ -296,7 +301,7 @@ def test_a_lifetime_is_granted_between_600_and_3600_seconds(
     assert relay.server.poll_timeout() is None
 
 
-def test_a_refused_port_is_skipped_and_another_one_tried(relay: Relay, client: Client) -> None:
+def test_a_port_in_use_is_replaced_by_another_port(relay: Relay, client: Client) -> None:
     first = client.begin_allocate((REQUESTED_ADDRESS_FAMILY, IPV6))
     (second,) = relay.report_refused(first.allocation)
     assert isinstance(second, BindPort)
@@ -305,7 +310,7 @@ def test_a_refused_port_is_skipped_and_another_one_tried(relay: Relay, client: C
     assert ports_of(answer_in(relay.report_bound(first.allocation))) == [second.port]
 
 
-def test_an_even_port_that_is_refused_gives_way_to_an_even_one(relay: Relay, client: Client) -> None:
+def test_an_even_port_in_use_is_replaced_by_another_even_port(relay: Relay, client: Client) -> None:
     bind = client.begin_allocate((EVEN_PORT, False))
     tried = [bind.port]
     while len(tried) < 50:
@@ -314,7 +319,7 @@ def test_an_even_port_that_is_refused_gives_way_to_an_even_one(relay: Relay, cli
     assert answer_in(relay.report_refused(bind.allocation)).code == 508
 
 
-def test_508_is_the_answer_once_every_port_is_refused() -> None:
+def test_an_allocate_gets_508_once_all_ports_are_in_use() -> None:
     relay = relay_with(ports=range(50000, 50003))
     client = Client(relay)
     bind = client.begin_allocate()
@@ -325,13 +330,13 @@ def test_508_is_the_answer_once_every_port_is_refused() -> None:
     assert answer_in([sent]).code == 508
     assert answer_in([sent]).message.integrity_holds(client.key)
     assert not relay.server.allocations.by_id
-    # All three can be had again.
+    # All three ports are free again.
     again = client.begin_allocate()
     retried = {again.port, *(the(BindPort, relay.report_refused(again.allocation)).port for _ in range(2))}
     assert retried == {50000, 50001, 50002}
 
 
-def test_refused_ports_are_back_in_the_pool_once_the_allocation_is_answered() -> None:
+def test_ports_in_use_return_to_the_pool_after_the_response() -> None:
     relay = relay_with(ports=range(50000, 50002))
     first = Client(relay)
     bind = first.begin_allocate()
@@ -342,7 +347,7 @@ def test_refused_ports_are_back_in_the_pool_once_the_allocation_is_answered() ->
     assert {kept, second.allocate().port} == {50000, 50001}
 
 
-def test_a_refusal_by_the_machine_gets_508_at_once(relay: Relay, client: Client) -> None:
+def test_a_resource_error_of_the_machine_gets_508_at_once(relay: Relay, client: Client) -> None:
     bind = client.begin_allocate()
     freed, sent = relay.report_refused(bind.allocation, BindRefusal.MACHINE)
     assert freed == FreeAllocation(bind.allocation, FreeReason.REFUSED)
@@ -350,7 +355,7 @@ def test_a_refusal_by_the_machine_gets_508_at_once(relay: Relay, client: Client)
     client.allocate()
 
 
-def test_508_is_the_answer_when_sockets_take_five_seconds(relay: Relay, client: Client) -> None:
+def test_an_allocate_gets_508_when_binding_takes_five_seconds(relay: Relay, client: Client) -> None:
     data = client.write(Method.ALLOCATE, UDP, transaction_id=b"transaction.", fingerprint=True)
     bind = the(BindPort, client.send(data))
     relay.pass_time(4.75)
@@ -366,7 +371,7 @@ def test_508_is_the_answer_when_sockets_take_five_seconds(relay: Relay, client: 
     assert relay.report_bound(bind.allocation) == []
 
 
-def test_trying_other_ports_earns_no_more_than_five_seconds(relay: Relay, client: Client) -> None:
+def test_retrying_other_ports_does_not_extend_the_five_seconds(relay: Relay, client: Client) -> None:
     bind = client.begin_allocate()
     relay.pass_time(4)
     relay.report_refused(bind.allocation)
@@ -374,20 +379,37 @@ def test_trying_other_ports_earns_no_more_than_five_seconds(relay: Relay, client
     assert answer_in(relay.report_bound(bind.allocation)).code == 508
 
 
-def test_sockets_that_fail_while_they_are_bound_get_508(relay: Relay, client: Client) -> None:
+@pytest.mark.parametrize(
+    ("end", "reason"), [(Relay.report_failed, FreeReason.FAILED), (Relay.kick, FreeReason.KICKED)], ids=["failed", "kicked"]
+)
+def test_an_allocation_that_ends_while_its_sockets_are_bound_gets_508(
+    relay: Relay, client: Client, end: Callable[[Relay, AllocationId], list[Command]], reason: FreeReason
+) -> None:
     bind = client.begin_allocate()
-    freed, sent = relay.report_failed(bind.allocation)
-    assert freed == FreeAllocation(bind.allocation, FreeReason.FAILED)
+    freed, sent = end(relay, bind.allocation)
+    assert freed == FreeAllocation(bind.allocation, reason)
     assert answer_in([sent]).code == 508
 
 
-def test_sockets_that_fail_later_end_the_allocation_in_silence(relay: Relay, client: Client) -> None:
+@pytest.mark.parametrize(
+    ("end", "reason"), [(Relay.report_failed, FreeReason.FAILED), (Relay.kick, FreeReason.KICKED)], ids=["failed", "kicked"]
+)
+def test_a_later_end_frees_the_allocation_without_a_response(
+    relay: Relay, client: Client, end: Callable[[Relay, AllocationId], list[Command]], reason: FreeReason
+) -> None:
     allocation = client.allocate()
-    assert relay.report_failed(allocation.id) == [FreeAllocation(allocation.id, FreeReason.FAILED)]
+    assert end(relay, allocation.id) == [FreeAllocation(allocation.id, reason)]
     assert client.refresh(600).code == 437
 
 
-def test_reports_on_what_is_gone_or_settled_change_nothing(relay: Relay, client: Client) -> None:
+def test_a_kick_of_an_ended_allocation_has_no_effect(relay: Relay, client: Client) -> None:
+    allocation = client.allocate()
+    assert relay.server.handle_kick(allocation.id, relay.now)
+    assert not relay.server.handle_kick(allocation.id, relay.now)
+    assert client.allocate().id != allocation.id
+
+
+def test_reports_on_ended_or_bound_allocations_are_ignored(relay: Relay, client: Client) -> None:
     allocation = client.allocate()
     assert relay.report_bound(allocation.id) == []
     assert relay.report_refused(allocation.id) == []
@@ -398,14 +420,14 @@ def test_reports_on_what_is_gone_or_settled_change_nothing(relay: Relay, client:
     assert relay.report_failed(allocation.id) == []
 
 
-def test_a_username_that_comes_back_from_another_address_replaces_its_allocation(relay: Relay, client: Client) -> None:
+def test_an_allocate_from_a_new_address_replaces_the_usernames_allocation(relay: Relay, client: Client) -> None:
     old = client.allocate()
     client.bind_channel()
     roamed = Client(relay, OTHER_CLIENT)
     freed, bind = roamed.send(roamed.write(Method.ALLOCATE, UDP))
     assert freed == FreeAllocation(old.id, FreeReason.REPLACED)
     assert isinstance(bind, BindPort)
-    # Freed before the new one's sockets are bound.
+    # Freed before the sockets of the new allocation are bound.
     assert client.send_on_channel(b"data") == []
     assert relay.receive_from_peer(old.id, b"data", PEER) == []
     assert client.refresh(600).code == 437
@@ -414,7 +436,7 @@ def test_a_username_that_comes_back_from_another_address_replaces_its_allocation
     assert set(relay.server.allocations.by_client) == {ClientAddress(OTHER_CLIENT)}
 
 
-def test_roaming_frees_an_allocation_that_waits_for_its_sockets(relay: Relay, client: Client) -> None:
+def test_roaming_frees_an_allocation_whose_sockets_are_being_bound(relay: Relay, client: Client) -> None:
     old = client.begin_allocate()
     roamed = Client(relay, OTHER_CLIENT)
     freed, bind = roamed.send(roamed.write(Method.ALLOCATE, UDP))
@@ -424,14 +446,14 @@ def test_roaming_frees_an_allocation_that_waits_for_its_sockets(relay: Relay, cl
     assert answer_in(relay.report_bound(bind.allocation)).client == OTHER_CLIENT
 
 
-def test_roaming_needs_neither_a_second_port_nor_a_second_place() -> None:
+def test_roaming_needs_no_second_port_and_no_second_quota_slot() -> None:
     relay = relay_with(ports=range(50000, 50001), max_allocations=1)
     Client(relay).allocate()
     assert Client(relay, OTHER_CLIENT).allocate().port == 50000
 
 
 @pytest.mark.parametrize("attributes", [[], [UDP, (EVEN_PORT, True)], [UDP, (REQUESTED_ADDRESS_FAMILY, 3)]])
-def test_a_refused_allocate_from_elsewhere_replaces_nothing(
+def test_a_rejected_allocate_from_a_new_address_has_no_effect(
     relay: Relay, client: Client, attributes: list[AttributeValue]
 ) -> None:
     client.allocate()
@@ -439,14 +461,14 @@ def test_a_refused_allocate_from_elsewhere_replaces_nothing(
     assert client.refresh(600).code is None
 
 
-def test_usernames_with_one_expiry_and_different_salts_have_an_allocation_each(relay: Relay, client: Client) -> None:
+def test_usernames_with_different_salts_have_separate_allocations(relay: Relay, client: Client) -> None:
     client.allocate()
     Client(relay, OTHER_CLIENT, salt="other").allocate()
     assert client.refresh(600).code is None
     assert len(relay.server.allocations.by_username) == 2
 
 
-def test_a_new_allocation_has_no_channel_of_the_old(relay: Relay, client: Client) -> None:
+def test_a_new_allocation_has_no_channels_of_the_previous_allocation(relay: Relay, client: Client) -> None:
     client.allocate()
     client.bind_channel()
     client.refresh(0)
@@ -476,8 +498,8 @@ def test_ports_are_drawn_at_random() -> None:
     assert drawn != ports(2)
 
 
-def test_an_allocate_that_is_refused_leaves_the_allocation_it_would_have_replaced() -> None:
-    """A client that roams must not lose what it has to a request that gives it nothing."""
+def test_a_rejected_allocate_keeps_the_allocation_under_the_username() -> None:
+    """A roaming client must not lose its allocation to a rejected request."""
     relay = relay_with(ports=range(50001, 50002))
     old = Client(relay)
     old.allocate()
@@ -486,7 +508,7 @@ def test_an_allocate_that_is_refused_leaves_the_allocation_it_would_have_replace
     assert old.address in relay.server.allocations.by_client
 
 
-def test_a_client_that_roams_gets_the_port_and_the_place_of_its_old_allocation() -> None:
+def test_a_roaming_client_reuses_the_port_and_slot_of_its_allocation() -> None:
     relay = relay_with(ports=range(50000, 50001), max_allocations=1)
     Client(relay).allocate()
     moved = Client(relay, OTHER_CLIENT)
@@ -494,11 +516,11 @@ def test_a_client_that_roams_gets_the_port_and_the_place_of_its_old_allocation()
     assert list(relay.server.allocations.by_client) == [moved.address]
 
 
-def test_an_allocation_knows_when_it_was_made_and_a_refresh_changes_nothing_of_that(relay: Relay, client: Client) -> None:
+def test_a_refresh_does_not_change_the_creation_time(relay: Relay, client: Client) -> None:
     relay.pass_time(3)
     made_at = relay.now.monotonic
     allocation = relay.server.allocations.by_id[client.allocate().id]
     relay.pass_time(60)
     client.refresh(1200)
     assert allocation.made_at == made_at
-    assert relay.server.allocations.deadlines.get((allocation.id, None)) == made_at + 60 + 1200
+    assert relay.server.allocations.by_id[allocation.id].ends == made_at + 60 + 1200

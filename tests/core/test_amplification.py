@@ -1,18 +1,19 @@
-"""Whoever has proven nothing gets at most twice what they sent, on the wire: the answer may hit somebody else."""
+"""Unauthenticated responses are at most twice the request's size on the wire, to limit amplification of spoofed requests."""
 
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from relay.core.addresses import Family, SocketAddress, family_of
 from relay.core.attributes import CHANNEL_NUMBER, LIFETIME, NONCE, REALM, USERNAME, XOR_PEER_ADDRESS
 from relay.core.commands import SendToClient
 from relay.core.stun import MessageClass, Method, encode
-from tests.core.driver import CLIENT, CLIENT6, PEER, UDP, AttributeValue, Client, of_kind, opaque, relay_with
+from tests.support.core import CLIENT, CLIENT6, PEER, UDP, AttributeValue, Client, of_kind, opaque, relay_with
+from tests.support.examples import examples
 
 DOCS = Path(__file__).parents[2] / "docs" / "limits.md"
 HEADERS = {Family.IPV4: 20 + 8, Family.IPV6: 40 + 8}
@@ -37,7 +38,7 @@ def on_the_wire(data: bytes, address: SocketAddress) -> int:
 
 
 class Shape(NamedTuple):
-    """What a request has; by the name that docs/limits.md has for it, if it is the smallest of its kind."""
+    """The attributes of a request. The smallest of each kind has a name in docs/limits.md."""
 
     name: str = ""
     body: tuple[AttributeValue, ...] = ()
@@ -55,7 +56,7 @@ class Shape(NamedTuple):
         return encode(MessageClass.REQUEST, method, b"transaction.", body, key=self.key, fingerprint=self.fingerprint)
 
 
-@settings(deadline=None, max_examples=300)
+@examples(120)
 @given(
     st.sampled_from(METHODS),
     st.builds(
@@ -69,10 +70,10 @@ class Shape(NamedTuple):
     ),
     st.sampled_from([CLIENT, CLIENT6, LONGEST_V4, LONGEST_V6]),
 )
-# The one that comes nearest: a username of two characters, and nothing else.
+# The worst case: only a username of two characters.
 @example(Method.ALLOCATE, Shape(username="1:"), CLIENT)
 @example(Method.BINDING, Shape(), LONGEST_V6)
-def test_no_answer_to_a_stranger_is_more_than_twice_its_request(
+def test_an_unauthenticated_response_is_at_most_twice_the_request(
     method: Method, shape: Shape, address: SocketAddress
 ) -> None:
     request = shape.write(method)
@@ -82,7 +83,7 @@ def test_no_answer_to_a_stranger_is_more_than_twice_its_request(
 
 @pytest.mark.parametrize("method", METHODS[1:])
 @pytest.mark.parametrize("address", [CLIENT, CLIENT6])
-def test_who_has_a_nonce_and_no_password_gets_less_than_they_sent(method: Method, address: SocketAddress) -> None:
+def test_a_response_to_a_wrong_password_is_not_larger_than_the_request(method: Method, address: SocketAddress) -> None:
     relay = relay_with()
     client = Client(relay, address)
     request = client.write(method, key=b"wrong")
@@ -91,24 +92,24 @@ def test_who_has_a_nonce_and_no_password_gets_less_than_they_sent(method: Method
 
 
 UNKNOWN = (opaque(0x7F01), b"")
-BINDINGS = (Shape("nothing"), Shape("an unknown attribute: 420", (UNKNOWN,)))
+BINDINGS = (Shape("no attributes"), Shape("an unknown attribute: 420", (UNKNOWN,)))
 OTHERS = (
-    Shape("nothing: 401"),
+    Shape("no attributes: 401"),
     Shape("a username: signed 401", username="1:"),
     Shape("MESSAGE-INTEGRITY: 401", key=b"wrong"),
     Shape("MESSAGE-INTEGRITY, a username: signed 401", username="1:", key=b"wrong"),
     Shape("an unknown attribute: 420", (UNKNOWN,)),
     Shape("an unknown attribute, a username: signed 420", (UNKNOWN,), username="1:"),
     Shape("MESSAGE-INTEGRITY, a nonce: 400", nonce=b"", key=b"wrong"),
-    Shape("all there is, a wrong nonce: signed 438", username="1:", nonce=b"", realm=True, key=b"wrong"),
+    Shape("all credentials, a wrong nonce: signed 438", username="1:", nonce=b"", realm=True, key=b"wrong"),
 )
 
 
 @pytest.mark.parametrize(
     ("method", "shape"), [*product(METHODS[:1], BINDINGS), *product(METHODS[1:], OTHERS)], ids=lambda each: str(each)[:60]
 )
-def test_sizes_are_those_in_the_docs(method: Method, shape: Shape) -> None:
-    cells = ["Binding" if method is Method.BINDING else "the other four", shape.name]
+def test_the_sizes_match_the_documentation(method: Method, shape: Shape) -> None:
+    cells = ["Binding" if method is Method.BINDING else "authenticated", shape.name]
     for address in (CLIENT, CLIENT6):
         request = shape.write(method)
         (sent,) = of_kind(SendToClient, relay_with().receive(request, address))

@@ -1,4 +1,4 @@
-"""The checks that come before every request but Binding, in their order (docs/protocol.md)."""
+"""The checks before every request except Binding, in their order (docs/protocol.md)."""
 
 from typing import Any
 
@@ -17,12 +17,12 @@ from relay.core.attributes import (
     XOR_PEER_ADDRESS,
     Attribute,
 )
-from relay.core.authentication import MOST_KNOWN, Claim, Claims
+from relay.core.authentication import claimed_user
 from relay.core.commands import BindPort, SendToClient
 from relay.core.counters import DropReason
-from relay.core.credentials import RelaySecret, integrity_key
+from relay.core.credentials import CACHED_KEYS, KeyCache, RelaySecret, UserKey, integrity_key
 from relay.core.stun import Message, MessageClass, Method, decode, encode
-from tests.core.driver import (
+from tests.support.core import (
     CHANNEL,
     CLIENT,
     CLIENT6,
@@ -60,7 +60,7 @@ def assert_challenged(answer: Answer, code: int, client: Client) -> None:
     assert answer.get(REALM) == "firezone"
     nonce = answer.get(NONCE)
     assert nonce is not None
-    # The nonce is one that works.
+    # The nonce is valid.
     credible = encode(
         MessageClass.REQUEST,
         Method.REFRESH,
@@ -85,7 +85,7 @@ def test_a_request_without_message_integrity_gets_401(relay: Relay, client: Clie
 
 
 @pytest.mark.parametrize("method", AUTHENTICATED)
-def test_a_request_without_message_integrity_but_with_a_username_gets_a_signed_401(client: Client, method: Method) -> None:
+def test_an_unsigned_request_with_a_username_gets_a_signed_401(client: Client, method: Method) -> None:
     data = encode(MessageClass.REQUEST, method, b"transaction.", [*BODIES[method], (USERNAME, client.credential.username)])
     answer = answer_in(client.send(data))
     assert answer.message.integrity_holds(client.key)
@@ -100,7 +100,7 @@ def test_a_signed_request_without_nonce_gets_a_signed_401(client: Client, method
 
 
 @pytest.mark.parametrize("missing", [(NONCE, USERNAME), (NONCE, REALM), (NONCE, USERNAME, REALM)])
-def test_a_missing_nonce_is_found_before_a_missing_username_or_realm(
+def test_a_missing_nonce_is_checked_before_a_missing_username_or_realm(
     client: Client, missing: tuple[Attribute[Any], ...]
 ) -> None:
     assert_challenged(answer_in(client.send(client.write(Method.ALLOCATE, UDP, leave_out=missing))), 401, client)
@@ -108,7 +108,7 @@ def test_a_missing_nonce_is_found_before_a_missing_username_or_realm(
 
 @pytest.mark.parametrize("method", AUTHENTICATED)
 @pytest.mark.parametrize("missing", [USERNAME, REALM])
-def test_a_signed_request_with_nonce_but_without_username_or_realm_gets_400(
+def test_a_signed_request_without_username_or_realm_gets_400(
     client: Client, method: Method, missing: Attribute[str]
 ) -> None:
     answer = answer_in(client.send(client.write(method, *BODIES[method], leave_out=(missing,))))
@@ -119,7 +119,7 @@ def test_a_signed_request_with_nonce_but_without_username_or_realm_gets_400(
 
 @pytest.mark.parametrize("nonce", [b"", b"garbage", bytes(16), b"A" * 16, b"\xff" * 16, b"A" * 700])
 @pytest.mark.parametrize("missing", [USERNAME, REALM])
-def test_a_missing_username_or_realm_is_found_before_a_wrong_nonce(
+def test_a_missing_username_or_realm_is_checked_before_a_wrong_nonce(
     client: Client, missing: Attribute[str], nonce: bytes
 ) -> None:
     data = client.write(Method.ALLOCATE, UDP, (NONCE, nonce), leave_out=(NONCE, missing))
@@ -128,7 +128,7 @@ def test_a_missing_username_or_realm_is_found_before_a_wrong_nonce(
 
 @pytest.mark.parametrize("method", AUTHENTICATED)
 @pytest.mark.parametrize("nonce", [b"", b"garbage", bytes(16), b"A" * 16, b"\xff" * 16, b"A" * 700])
-def test_a_nonce_that_is_not_ours_gets_a_signed_438(client: Client, method: Method, nonce: bytes) -> None:
+def test_an_unknown_nonce_gets_a_signed_438(client: Client, method: Method, nonce: bytes) -> None:
     answer = answer_in(client.send(client.write(method, *BODIES[method], (NONCE, nonce), leave_out=(NONCE,))))
     assert answer.message.integrity_holds(client.key)
     assert_challenged(answer, 438, client)
@@ -142,7 +142,7 @@ def test_a_nonce_of_another_address_gets_438(
     assert_challenged(answer, 438, Client(relay, address))
 
 
-def test_a_nonce_is_taken_for_an_hour_and_then_gets_438(relay: Relay, client: Client) -> None:
+def test_a_nonce_is_valid_for_an_hour_and_then_gets_438(relay: Relay, client: Client) -> None:
     client.take_nonce()
     relay.pass_time(3599)
     assert client.refresh(600).code == 437
@@ -152,8 +152,8 @@ def test_a_nonce_is_taken_for_an_hour_and_then_gets_438(relay: Relay, client: Cl
     assert_challenged(answer, 438, client)
 
 
-def test_a_stale_nonce_is_found_before_wrong_credentials(relay: Relay) -> None:
-    # To a Firezone client 401 means that its credentials are lost for good, and 438 that it may try again.
+def test_a_stale_nonce_is_checked_before_wrong_credentials(relay: Relay) -> None:
+    # On 401 a Firezone client discards its credentials; on 438 the client retries.
     client = Client(relay, valid_for=100)
     client.take_nonce()
     relay.pass_time(3600)
@@ -189,7 +189,7 @@ def test_a_malformed_username_gets_an_unsigned_401(client: Client, username: str
 
 
 @pytest.mark.parametrize("username", ["", "salt", "1:2:3"])
-def test_a_wrong_nonce_is_found_before_a_malformed_username(client: Client, username: str) -> None:
+def test_a_wrong_nonce_is_checked_before_a_malformed_username(client: Client, username: str) -> None:
     data = client.write(Method.ALLOCATE, UDP, (USERNAME, username), (NONCE, b"old"), leave_out=(USERNAME, NONCE))
     assert answer_in(client.send(data)).code == 438
 
@@ -206,7 +206,7 @@ def test_a_changed_byte_after_signing_gets_401(client: Client) -> None:
     assert answer_in(client.send(bytes(data))).code == 401
 
 
-def test_one_clients_password_does_not_serve_anothers_username(relay: Relay, client: Client) -> None:
+def test_a_password_is_valid_only_for_its_own_username(relay: Relay, client: Client) -> None:
     other = Client(relay, salt="other")
     answer = answer_in(client.send(client.write(Method.ALLOCATE, UDP, key=other.key)))
     assert answer.code == 401
@@ -214,7 +214,7 @@ def test_one_clients_password_does_not_serve_anothers_username(relay: Relay, cli
 
 
 @pytest.mark.parametrize("method", AUTHENTICATED)
-def test_an_unknown_attribute_gets_420_before_all_else(relay: Relay, client: Client, method: Method) -> None:
+def test_an_unknown_attribute_gets_420_before_any_other_error(relay: Relay, client: Client, method: Method) -> None:
     bare = encode(MessageClass.REQUEST, method, b"transaction.", [(UNKNOWN, b""), (PRIORITY, b"1234"), (UNKNOWN, b"")])
     answer = answer_in(relay.receive(bare, CLIENT))
     assert answer.code == 420
@@ -233,7 +233,7 @@ def test_an_unknown_attribute_of_binding_gets_420(relay: Relay) -> None:
     assert answer.get(UNKNOWN_ATTRIBUTES) == (0x7F01,)
 
 
-def test_an_unknown_attribute_that_may_be_ignored_is_ignored(relay: Relay) -> None:
+def test_an_unknown_comprehension_optional_attribute_is_ignored(relay: Relay) -> None:
     data = encode(MessageClass.REQUEST, Method.BINDING, b"transaction.", [(UNKNOWN_OPTIONAL, b"x")])
     assert answer_in(relay.receive(data, CLIENT)).code is None
 
@@ -246,7 +246,9 @@ def test_an_unknown_attribute_after_message_integrity_is_ignored(client: Client)
 
 
 @pytest.mark.parametrize("address", [CLIENT, CLIENT6])
-def test_binding_tells_anyone_their_address(relay: Relay, address: tuple[str, int] | tuple[str, int, int, int]) -> None:
+def test_a_binding_response_has_the_address_of_the_sender(
+    relay: Relay, address: tuple[str, int] | tuple[str, int, int, int]
+) -> None:
     answer = answer_in(relay.receive(encode(MessageClass.REQUEST, Method.BINDING, b"transaction.", []), address))
     assert answer.code is None
     assert answer.client == address
@@ -256,14 +258,14 @@ def test_binding_tells_anyone_their_address(relay: Relay, address: tuple[str, in
     assert types_of(answer) == {XOR_MAPPED_ADDRESS.type}
 
 
-def test_binding_needs_no_credentials_and_judges_none(client: Client) -> None:
+def test_binding_ignores_credentials(client: Client) -> None:
     answer = answer_in(client.send(client.write(Method.BINDING, key=b"wrong")))
     assert answer.code is None
     assert answer.get(XOR_MAPPED_ADDRESS) == CLIENT
 
 
 @pytest.mark.parametrize("fingerprint", [True, False])
-def test_an_answer_has_a_fingerprint_if_the_request_had_one(relay: Relay, client: Client, fingerprint: bool) -> None:  # noqa: FBT001
+def test_a_response_has_a_fingerprint_like_its_request(relay: Relay, client: Client, fingerprint: bool) -> None:  # noqa: FBT001
     def has(data: bytes) -> bool:
         return answer_in(client.send(data)).message.has_fingerprint
 
@@ -282,7 +284,7 @@ def test_an_answer_has_a_fingerprint_if_the_request_had_one(relay: Relay, client
     assert has(client.write(Method.CREATE_PERMISSION, (XOR_PEER_ADDRESS, PEER), fingerprint=fingerprint)) is fingerprint
 
 
-def test_software_is_told_to_the_authenticated_in_successes_only(client: Client) -> None:
+def test_software_is_only_in_authenticated_success_responses(client: Client) -> None:
     assert not answer_in(client.send(encode(MessageClass.REQUEST, Method.BINDING, bytes(12), []))).message.has(SOFTWARE)
     assert not answer_in(client.send(encode(MessageClass.REQUEST, Method.ALLOCATE, bytes(12), []))).message.has(SOFTWARE)
     assert not answer_in(client.send(client.write(Method.ALLOCATE, key=b"wrong"))).message.has(SOFTWARE)
@@ -295,14 +297,14 @@ def test_software_is_told_to_the_authenticated_in_successes_only(client: Client)
     assert client.bind_channel().get(SOFTWARE) == "relay under test"
 
 
-def test_a_challenge_is_no_larger_than_it_must_be(relay: Relay) -> None:
-    # Header, ERROR-CODE without words, REALM, NONCE: what a spoofed request can have reflected at a victim.
+def test_a_challenge_has_the_minimum_size(relay: Relay) -> None:
+    # Header, ERROR-CODE without a reason phrase, REALM, NONCE: a spoofed request can reflect these bytes at a victim.
     sent = the(SendToClient, relay.receive(encode(MessageClass.REQUEST, Method.ALLOCATE, bytes(12), [UDP]), CLIENT))
     assert len(sent.data) == 20 + (4 + 4) + (4 + 8) + (4 + 16)
 
 
 @pytest.mark.parametrize("method", AUTHENTICATED)
-def test_every_answer_to_the_authenticated_is_signed(relay: Relay, client: Client, method: Method) -> None:
+def test_every_authenticated_response_is_signed(relay: Relay, client: Client, method: Method) -> None:
     allocation = client.allocate()
     assert allocation.answer.message.integrity_holds(client.key)
     good = client.ask(method, *BODIES[method])
@@ -320,26 +322,26 @@ def test_a_malformed_value_of_an_authenticated_request_gets_a_signed_400(client:
     assert answer.message.integrity_holds(client.key)
 
 
-def test_of_all_usernames_that_are_claimed_some_are_kept() -> None:
-    claims = Claims("firezone", RelaySecret("secret"))
+def test_the_keys_of_the_most_recent_usernames_are_cached() -> None:
+    keys = KeyCache("firezone", RelaySecret("secret"))
 
-    def claim_of(number: int) -> Claim | None:
+    def user_of(number: int) -> UserKey | None:
         message = decode(encode(MessageClass.REQUEST, Method.REFRESH, bytes(12), [(USERNAME, f"9999999999:{number}")]))
         assert isinstance(message, Message)
-        return claims.of(message)
+        return claimed_user(message, keys)
 
-    first = claim_of(0)
+    first = user_of(0)
     sizes = set()
-    for number in range(2 * MOST_KNOWN):
-        claim = claim_of(number)
-        assert claim is not None
-        assert claim.username.text == f"9999999999:{number}"
-        sizes.add(claims._of_username.cache_info().currsize)
-    assert max(sizes) == MOST_KNOWN
-    assert claim_of(0) == first != claim_of(1)
+    for number in range(2 * CACHED_KEYS):
+        user = user_of(number)
+        assert user is not None
+        assert user.username.text == f"9999999999:{number}"
+        sizes.add(len(keys))
+    assert max(sizes) == CACHED_KEYS
+    assert user_of(0) == first != user_of(1)
 
 
-def test_strangers_cost_the_relay_no_memory(relay: Relay) -> None:
+def test_unauthenticated_clients_use_no_memory(relay: Relay) -> None:
     for number in range(100):
         request = encode(MessageClass.REQUEST, Method.ALLOCATE, bytes(12), [UDP])
         assert answer_in(relay.receive(request, (f"203.0.113.{number}", 1000))).code == 401

@@ -1,4 +1,4 @@
-"""ChannelBind and the life of a channel (RFC 8656 §12, docs/protocol.md)."""
+"""ChannelBind and the lifetime of a channel (RFC 8656 §12, docs/protocol.md)."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from relay.core.addresses import AllocationId, PeerAddress
 from relay.core.attributes import ADDITIONAL_ADDRESS_FAMILY, CHANNEL_NUMBER, LIFETIME, XOR_PEER_ADDRESS
 from relay.core.peers import PeerPolicy
 from relay.core.stun import Method
-from tests.core.driver import (
+from tests.support.core import (
     CHANNEL,
     CLIENT,
     FORBIDDEN_PEER,
@@ -32,7 +32,7 @@ def allocation(client: Client) -> AllocationId:
 
 
 def relays(client: Client, allocation: AllocationId, number: int = CHANNEL, peer: PeerAddress = PEER) -> bool:
-    """Tell whether a channel relays, which it must do both ways or neither."""
+    """Return whether a channel relays; check both directions."""
     to_peer = client.send_on_channel(b"data", number)
     to_client = client.relay.receive_from_peer(allocation, b"data", peer)
     assert bool(to_peer) is bool(to_client)
@@ -48,7 +48,7 @@ def test_a_channel_number_from_0x4000_to_0x7fff_can_be_bound(client: Client, all
 
 
 @pytest.mark.parametrize("number", [0, 0x3FFF, 0x8000, 0xFFFF])
-def test_any_other_channel_number_gets_400(client: Client, allocation: AllocationId, number: int) -> None:
+def test_a_channel_number_outside_0x4000_to_0x7fff_gets_400(client: Client, allocation: AllocationId, number: int) -> None:
     assert client.bind_channel(number).code == 400
     assert not relays(client, allocation, number)
 
@@ -90,7 +90,7 @@ def test_a_bind_for_another_username_gets_441(relay: Relay, client: Client, allo
     assert not relays(client, allocation)
 
 
-def test_a_peer_of_a_family_that_the_allocation_lacks_gets_443(client: Client, allocation: AllocationId) -> None:
+def test_a_peer_of_a_family_without_a_relayed_address_gets_443(client: Client, allocation: AllocationId) -> None:
     assert client.bind_channel(CHANNEL, PEER6).code == 443
     assert not relays(client, allocation, peer=PEER6)
 
@@ -103,12 +103,12 @@ def test_a_dual_allocation_binds_channels_to_both_families(client: Client) -> No
     assert relays(client, allocation, OTHER_CHANNEL, PEER6)
 
 
-def test_a_refused_peer_gets_403(client: Client, allocation: AllocationId) -> None:
+def test_a_forbidden_peer_gets_403(client: Client, allocation: AllocationId) -> None:
     assert client.bind_channel(CHANNEL, FORBIDDEN_PEER).code == 403
     assert not relays(client, allocation, peer=FORBIDDEN_PEER)
 
 
-def test_the_port_of_a_peer_counts_in_a_bind() -> None:
+def test_a_bind_compares_the_port_of_the_peer() -> None:
     own = "192.0.2.1"
     peers = PeerPolicy(
         relay_addresses=frozenset({own}),
@@ -138,7 +138,7 @@ def test_a_peer_bound_to_another_channel_gets_400(client: Client, allocation: Al
     assert client.send_on_channel(b"data", OTHER_CHANNEL) == []
 
 
-def test_two_channels_cannot_swap_their_peers(client: Client, allocation: AllocationId) -> None:
+def test_two_channels_cannot_swap_peers(client: Client, allocation: AllocationId) -> None:
     client.bind_channel()
     client.bind_channel(OTHER_CHANNEL, OTHER_PEER)
     assert client.bind_channel(CHANNEL, OTHER_PEER).code == 400
@@ -146,14 +146,14 @@ def test_two_channels_cannot_swap_their_peers(client: Client, allocation: Alloca
     assert relays(client, allocation, OTHER_CHANNEL, OTHER_PEER)
 
 
-def test_two_ports_of_one_host_are_two_peers(client: Client, allocation: AllocationId) -> None:
+def test_two_ports_of_a_host_are_two_peers(client: Client, allocation: AllocationId) -> None:
     neighbour = PeerAddress((PEER[0], PEER[1] + 1))
     client.bind_channel()
     assert client.bind_channel(OTHER_CHANNEL, neighbour).code is None
     assert relays(client, allocation, OTHER_CHANNEL, neighbour)
 
 
-def test_two_clients_may_use_one_number_and_one_peer(relay: Relay, client: Client, allocation: AllocationId) -> None:
+def test_two_clients_may_use_the_same_number_and_peer(relay: Relay, client: Client, allocation: AllocationId) -> None:
     other = Client(relay, OTHER_CLIENT, salt="other")
     others = other.allocate().id
     assert client.bind_channel().code is None
@@ -164,7 +164,7 @@ def test_two_clients_may_use_one_number_and_one_peer(relay: Relay, client: Clien
     assert relays(other, others)
 
 
-def test_a_binding_relays_for_600_seconds(relay: Relay, client: Client, allocation: AllocationId) -> None:
+def test_a_channel_relays_for_600_seconds(relay: Relay, client: Client, allocation: AllocationId) -> None:
     client.bind_channel()
     relay.pass_time(599.75)
     assert relays(client, allocation)
@@ -180,7 +180,7 @@ def test_a_binding_relays_for_600_seconds(relay: Relay, client: Client, allocati
     ],
     ids=["client", "peer"],
 )
-def test_an_expired_binding_relays_nothing_even_if_the_wake_up_is_late(
+def test_an_expired_channel_does_not_relay_before_a_late_wake_up(
     relay: Relay,
     client: Client,
     allocation: AllocationId,
@@ -191,7 +191,7 @@ def test_an_expired_binding_relays_nothing_even_if_the_wake_up_is_late(
     assert first(client, allocation) == []
 
 
-def test_binding_the_same_pair_again_refreshes_it(relay: Relay, client: Client, allocation: AllocationId) -> None:
+def test_binding_the_same_pair_again_refreshes_the_channel(relay: Relay, client: Client, allocation: AllocationId) -> None:
     client.bind_channel()
     relay.pass_time(599)
     assert client.bind_channel().code is None
@@ -202,7 +202,7 @@ def test_binding_the_same_pair_again_refreshes_it(relay: Relay, client: Client, 
 
 
 @pytest.mark.parametrize("woken", [True, False])
-def test_for_300_seconds_more_number_and_peer_are_kept_for_each_other(
+def test_an_expired_number_and_peer_are_reserved_for_300_seconds(
     relay: Relay,
     client: Client,
     allocation: AllocationId,
@@ -225,7 +225,7 @@ def test_for_300_seconds_more_number_and_peer_are_kept_for_each_other(
     assert relays(client, allocation, OTHER_CHANNEL, PEER)
 
 
-def test_the_300_seconds_count_from_the_expiry_and_not_from_a_late_wake_up(
+def test_the_300_seconds_count_from_the_expiry_not_from_a_late_wake_up(
     relay: Relay, client: Client, allocation: AllocationId
 ) -> None:
     client.bind_channel()
@@ -238,7 +238,7 @@ def test_the_300_seconds_count_from_the_expiry_and_not_from_a_late_wake_up(
 
 
 @pytest.mark.parametrize("after", [600, 750, 899.75])
-def test_a_channel_relays_again_once_it_is_bound_again_in_its_cool_down(
+def test_a_channel_bound_in_its_grace_period_relays_again(
     relay: Relay, client: Client, allocation: AllocationId, after: float
 ) -> None:
     client.bind_channel()
@@ -254,7 +254,7 @@ def test_a_channel_relays_again_once_it_is_bound_again_in_its_cool_down(
     assert client.bind_channel(CHANNEL, OTHER_PEER).code == 400
 
 
-def test_a_number_and_a_peer_are_free_at_once_after_their_allocation(client: Client, allocation: AllocationId) -> None:
+def test_the_end_of_an_allocation_frees_numbers_and_peers_at_once(client: Client, allocation: AllocationId) -> None:
     client.bind_channel()
     client.refresh(0)
     new = client.allocate().id
@@ -264,7 +264,7 @@ def test_a_number_and_a_peer_are_free_at_once_after_their_allocation(client: Cli
 
 
 @pytest.mark.parametrize("number", [CHANNEL, 0x3FFF])
-def test_no_allocation_is_found_before_anything_wrong_with_the_channel(client: Client, number: int) -> None:
+def test_a_missing_allocation_is_checked_before_the_channel(client: Client, number: int) -> None:
     assert client.bind_channel(number, FORBIDDEN_PEER).code == 437
 
 
@@ -282,14 +282,14 @@ def test_a_channel_ends_with_its_allocation(relay: Relay, client: Client) -> Non
     assert relay.server.poll_timeout() is None
 
 
-def test_a_roaming_clients_channels_end_at_its_old_address(relay: Relay, client: Client, allocation: AllocationId) -> None:
+def test_channels_of_a_roaming_client_end_at_the_old_address(relay: Relay, client: Client, allocation: AllocationId) -> None:
     client.bind_channel()
     Client(relay, OTHER_CLIENT).allocate()
     assert not relays(client, allocation)
-    assert (CLIENT, CHANNEL) not in relay.server.allocations.live_channels
+    assert CLIENT not in relay.server.allocations.live_channels
 
 
-def test_the_earliest_deadline_of_channels_and_allocation_is_the_wake_up(
+def test_the_wake_up_is_the_earliest_deadline_of_channels_and_allocation(
     relay: Relay, client: Client, allocation: AllocationId
 ) -> None:
     assert relay.server.allocations.by_id[allocation].lifetime == 3600

@@ -1,10 +1,10 @@
-"""What is counted, exactly."""
+"""Exact values of the counters."""
 
 from relay.core.attributes import ADDITIONAL_ADDRESS_FAMILY, REQUESTED_ADDRESS_FAMILY
 from relay.core.counters import Counters, DropReason, FreeReason, NonceOutcome
 from relay.core.lifecycle import BindRefusal
 from relay.core.stun import MessageClass, Method, encode
-from tests.core.driver import (
+from tests.support.core import (
     CHANNEL,
     CLIENT,
     OTHER_CHANNEL,
@@ -22,7 +22,7 @@ def freed(relay: Relay) -> dict[FreeReason, int]:
     return {reason: count for reason, count in relay.counters.allocations_freed.items() if count}
 
 
-def test_a_new_relay_has_counted_nothing(relay: Relay) -> None:
+def test_all_counters_of_a_new_relay_are_zero(relay: Relay) -> None:
     assert relay.counters == Counters()
     assert set(relay.counters.drops) == set(DropReason)
     assert set(relay.counters.allocations_freed) == set(FreeReason)
@@ -43,7 +43,7 @@ def test_payload_is_counted_without_headers_and_padding(relay: Relay, client: Cl
     assert (relay.counters.to_client_packets, relay.counters.to_client_bytes) == (3, 9)
 
 
-def test_each_answer_is_counted_by_method_and_code(relay: Relay, client: Client) -> None:
+def test_each_response_is_counted_by_method_and_code(relay: Relay, client: Client) -> None:
     client.take_nonce()
     relay.receive(encode(MessageClass.REQUEST, Method.BINDING, bytes(12), []), CLIENT)
     relay.receive(encode(MessageClass.REQUEST, Method.BINDING, bytes(12), []), CLIENT)
@@ -73,7 +73,7 @@ def test_each_answer_is_counted_by_method_and_code(relay: Relay, client: Client)
     }
 
 
-def test_an_allocate_is_counted_when_it_is_answered(relay: Relay, client: Client) -> None:
+def test_an_allocation_is_counted_at_the_response(relay: Relay, client: Client) -> None:
     bind = client.begin_allocate()
     assert relay.counters.allocations_made == 0
     assert Method.ALLOCATE not in relay.counters.successes
@@ -82,7 +82,7 @@ def test_an_allocate_is_counted_when_it_is_answered(relay: Relay, client: Client
     assert relay.counters.successes[Method.ALLOCATE] == 1
 
 
-def test_a_repeated_answer_is_an_answer_and_no_new_allocation(relay: Relay, client: Client) -> None:
+def test_a_repeated_response_counts_as_a_response_not_as_an_allocation(relay: Relay, client: Client) -> None:
     data = client.write(Method.ALLOCATE, UDP)
     client.send(data)
     client.send(data)
@@ -93,7 +93,7 @@ def test_a_repeated_answer_is_an_answer_and_no_new_allocation(relay: Relay, clie
     assert relay.counters.allocations_made == 1
 
 
-def test_an_allocation_that_never_was_is_freed_and_not_made(relay: Relay, client: Client) -> None:
+def test_a_failed_allocation_is_counted_as_freed_but_not_as_created(relay: Relay, client: Client) -> None:
     bind = client.begin_allocate()
     relay.report_refused(bind.allocation)
     relay.report_refused(bind.allocation)
@@ -105,7 +105,7 @@ def test_an_allocation_that_never_was_is_freed_and_not_made(relay: Relay, client
     assert relay.counters.errors[Method.ALLOCATE, 508] == 1
 
 
-def test_allocations_are_counted_by_how_they_end(relay: Relay, client: Client) -> None:
+def test_ended_allocations_are_counted_by_reason(relay: Relay, client: Client) -> None:
     client.allocate()
     client.refresh(0)
     assert freed(relay) == {FreeReason.DELETED: 1}
@@ -114,6 +114,7 @@ def test_allocations_are_counted_by_how_they_end(relay: Relay, client: Client) -
     failing = roamed.allocate()
     assert freed(relay) == {FreeReason.DELETED: 1, FreeReason.REPLACED: 1}
     relay.report_failed(failing.id)
+    relay.kick(roamed.allocate().id)
     roamed.allocate()
     relay.pass_time(600)
     relay.wake()
@@ -124,13 +125,14 @@ def test_allocations_are_counted_by_how_they_end(relay: Relay, client: Client) -
         FreeReason.DELETED: 1,
         FreeReason.REPLACED: 1,
         FreeReason.FAILED: 1,
+        FreeReason.KICKED: 1,
         FreeReason.EXPIRED: 1,
         FreeReason.REFUSED: 1,
     }
-    assert relay.counters.allocations_made == 4
+    assert relay.counters.allocations_made == 5
 
 
-def test_deleting_one_family_frees_no_allocation(relay: Relay, client: Client) -> None:
+def test_deleting_a_family_counts_no_ended_allocation(relay: Relay, client: Client) -> None:
     client.allocate((ADDITIONAL_ADDRESS_FAMILY, 2))
     assert client.refresh(0, (REQUESTED_ADDRESS_FAMILY, 2)).code is None
     assert freed(relay) == {}
@@ -138,7 +140,7 @@ def test_deleting_one_family_frees_no_allocation(relay: Relay, client: Client) -
     assert freed(relay) == {FreeReason.DELETED: 1}
 
 
-def test_binds_of_channels_are_counted_when_they_succeed(relay: Relay, client: Client) -> None:
+def test_successful_channel_binds_are_counted(relay: Relay, client: Client) -> None:
     client.bind_channel()
     client.allocate()
     client.bind_channel()
@@ -147,14 +149,14 @@ def test_binds_of_channels_are_counted_when_they_succeed(relay: Relay, client: C
     assert relay.counters.channels_bound == 2
 
 
-def test_keep_alives_are_counted_and_are_no_drops(relay: Relay) -> None:
+def test_keepalives_are_counted_and_are_no_drops(relay: Relay) -> None:
     for _ in range(3):
         relay.receive(encode(MessageClass.INDICATION, Method.BINDING, bytes(12), []), CLIENT)
     assert relay.counters.binding_indications == 3
     assert not any(relay.counters.drops.values())
 
 
-def test_what_is_dropped_is_counted_once_and_what_is_answered_is_not(relay: Relay, client: Client) -> None:
+def test_a_drop_is_counted_once_and_a_response_is_no_drop(relay: Relay, client: Client) -> None:
     client.allocate()
     client.bind_channel()
     client.send_on_channel(b"data")
@@ -165,7 +167,7 @@ def test_what_is_dropped_is_counted_once_and_what_is_answered_is_not(relay: Rela
     assert sum(relay.counters.drops.values()) == 1
 
 
-def test_nonces_are_counted_by_what_came_of_them(relay: Relay, client: Client) -> None:
+def test_nonces_are_counted_by_result(relay: Relay, client: Client) -> None:
     client.allocate()
     relay.pass_time(3600)
     client.refresh(600)

@@ -20,9 +20,9 @@ from relay.core.credentials import (
     parse_username,
     password_of,
 )
-from relay.core.instant import Instant
 from relay.core.stun import Method
-from tests.core.driver import START, UDP, Client, Relay, answer_in, the
+from relay.core.timestamp import Timestamp
+from tests.support.core import START, UDP, Client, Relay, answer_in, the
 
 SECRET_TEXT = "4c98bf59c99b3e467ecd7cf9d6b3e5279645fca59be67bc5bb4af3cf653761ab"
 
@@ -38,7 +38,7 @@ SECRET_TEXT = "4c98bf59c99b3e467ecd7cf9d6b3e5279645fca59be67bc5bb4af3cf653761ab"
         ),
     ],
 )
-def test_a_password_is_what_portals_derive(username: str, secret: str, password: str) -> None:
+def test_a_password_is_derived_as_the_portal_does(username: str, secret: str, password: str) -> None:
     parsed = parse_username(username)
     assert parsed is not None
     assert password_of(parsed, RelaySecret(secret)) == password
@@ -46,7 +46,7 @@ def test_a_password_is_what_portals_derive(username: str, secret: str, password:
     assert mint(RelaySecret(secret), int(expiry), salt) == Credential(username, password)
 
 
-def test_the_integrity_key_is_that_of_long_term_credentials() -> None:
+def test_the_integrity_key_is_the_long_term_key() -> None:
     # The example of RFC 5389 §15.4.
     assert integrity_key("user", "realm", "pass").hex() == "8493fbc53ba582fb4c044c456bdc40eb"
 
@@ -63,7 +63,7 @@ def test_the_integrity_key_is_that_of_long_term_credentials() -> None:
         ("9" * 400 + ":salt", int("9" * 400)),
     ],
 )
-def test_a_username_is_an_expiry_and_a_salt(text: str, expiry: int) -> None:
+def test_a_username_consists_of_an_expiry_and_a_salt(text: str, expiry: int) -> None:
     assert parse_username(text) == Username(text, expiry)
 
 
@@ -93,12 +93,12 @@ def test_a_username_is_an_expiry_and_a_salt(text: str, expiry: int) -> None:
         "salt:1",
     ],
 )
-def test_anything_else_is_no_username(text: str) -> None:
+def test_any_other_text_is_no_username(text: str) -> None:
     assert parse_username(text) is None
 
 
 @given(st.text("0123456789:-+ a\u0661\u00b2", max_size=20))
-def test_any_text_is_a_username_or_none(text: str) -> None:
+def test_any_text_is_parsed_as_a_username_or_none(text: str) -> None:
     username = parse_username(text)
     fields = text.split(":")
     well_formed = len(fields) == 2 and fields[0] != "" and set(fields[0]) <= set("0123456789")
@@ -120,9 +120,9 @@ def test_a_username_is_expired_when_its_expiry_is_past(now: float, expired: bool
     assert Username("1000:salt", 1000).is_expired(now) is expired
 
 
-def test_nothing_but_reveal_shows_the_secret() -> None:
+def test_only_expose_shows_the_secret() -> None:
     secret = RelaySecret(SECRET_TEXT)
-    assert secret.reveal() == SECRET_TEXT
+    assert secret.expose() == SECRET_TEXT
     for shown in (repr(secret), str(secret), f"{secret}", f"{[secret]}", repr({"secret": secret})):
         assert SECRET_TEXT not in shown
         assert "RelaySecret(...)" in shown
@@ -130,7 +130,7 @@ def test_nothing_but_reveal_shows_the_secret() -> None:
 
 def test_the_settings_of_a_relay_do_not_show_the_secret() -> None:
     relay = Relay()
-    assert relay.config.secret.reveal() not in repr(relay.config)
+    assert relay.config.secret.expose() not in repr(relay.config)
 
 
 def test_a_traceback_with_locals_does_not_show_the_secret() -> None:
@@ -141,13 +141,13 @@ def test_a_traceback_with_locals_does_not_show_the_secret() -> None:
 
 
 @pytest.mark.parametrize(("expiry", "salt"), [(-1, "salt"), (1, "sa:lt"), (1, ":")])
-def test_no_credential_is_minted_that_would_not_be_taken(expiry: int, salt: str) -> None:
+def test_an_invalid_credential_is_not_created(expiry: int, salt: str) -> None:
     with pytest.raises(ValueError, match="expiry"):
         mint(RelaySecret("s"), expiry, salt)
 
 
 @given(st.integers(0, 10**12), st.text("abc/+=\u00e9 ", max_size=30))
-def test_a_minted_credential_is_taken(expiry: int, salt: str) -> None:
+def test_a_created_credential_is_accepted(expiry: int, salt: str) -> None:
     secret = RelaySecret("s")
     credential = mint(secret, expiry, salt)
     username = parse_username(credential.username)
@@ -157,14 +157,14 @@ def test_a_minted_credential_is_taken(expiry: int, salt: str) -> None:
     assert not credential.password.endswith("=")
 
 
-def test_a_credential_serves_until_its_second_and_its_allocation_until_its_lifetime_ends() -> None:
-    # The expiry is read from the wall clock, which may be set, and all else from a clock that may not.
+def test_an_allocation_outlives_an_expired_credential() -> None:
+    # The expiry uses the adjustable wall clock; all other deadlines use the monotonic clock.
     expiry = 1_800_000_000
     relay = Relay()
 
-    def at(unix: float, monotonic: float) -> Instant:
+    def at(unix: float, monotonic: float) -> Timestamp:
         with freeze_time(datetime.fromtimestamp(unix, UTC)):
-            return Instant(monotonic=monotonic, unix=time.time())
+            return Timestamp(monotonic=monotonic, unix=time.time())
 
     relay.now = at(expiry - 10, 50)
     client = Client(relay, valid_for=10)
@@ -186,22 +186,22 @@ def test_a_credential_serves_until_its_second_and_its_allocation_until_its_lifet
     assert relay.wake() == [FreeAllocation(bind.allocation, FreeReason.EXPIRED)]
 
 
-def test_a_wall_clock_that_is_set_moves_no_deadline() -> None:
+def test_setting_the_wall_clock_moves_no_deadline() -> None:
     relay = Relay()
     client = Client(relay)
     client.allocate()
     client.bind_channel()
-    relay.now = Instant(START.monotonic + 599, START.unix - 10**8)
+    relay.now = Timestamp(START.monotonic + 599, START.unix - 10**8)
     assert relay.wake() == []
     assert len(client.send_on_channel(b"data")) == 1
-    relay.now = Instant(START.monotonic + 599, START.unix + 10**8)
+    relay.now = Timestamp(START.monotonic + 599, START.unix + 10**8)
     assert relay.wake() == []
     assert len(client.send_on_channel(b"data")) == 1
     assert client.refresh(600).code == 401
-    # Set right again, the clock makes the credential valid again.
-    relay.now = Instant(START.monotonic + 599, START.unix)
+    # Once the clock is corrected, the credential is valid again.
+    relay.now = Timestamp(START.monotonic + 599, START.unix)
     assert client.refresh(600).code is None
 
 
-def test_an_expiry_beyond_any_username_is_refused_not_computed() -> None:
+def test_a_too_large_expiry_is_rejected_without_arithmetic() -> None:
     assert parse_username("1" * 5000 + ":salt") is None

@@ -1,4 +1,4 @@
-"""What is relayed, and what is dropped (RFC 8656 §12.4–12.7, docs/protocol.md)."""
+"""Relayed and dropped datagrams (RFC 8656 §12.4–12.7, docs/protocol.md)."""
 
 import pytest
 from hypothesis import given
@@ -8,8 +8,9 @@ from relay.core.addresses import AllocationId, PeerAddress
 from relay.core.attributes import DATA, XOR_PEER_ADDRESS
 from relay.core.commands import SendToClient, SendToPeer
 from relay.core.counters import DropReason
+from relay.core.overload import EARLY_AGE
 from relay.core.stun import MessageClass, Method, encode
-from tests.core.driver import (
+from tests.support.core import (
     CHANNEL,
     CLIENT,
     OTHER_CHANNEL,
@@ -49,7 +50,7 @@ def test_any_payload_is_relayed_unaltered_both_ways(payload: bytes, padding: byt
     allocation = client.allocate().id
     client.bind_channel()
     frame = channel_data(CHANNEL, payload)
-    # Whatever follows the stated length is padding.
+    # All bytes after the stated length are padding.
     assert client.send(frame + padding) == [SendToPeer(allocation, payload, PEER)]
     assert relay.receive_from_peer(allocation, payload, PEER) == [SendToClient(frame, client.address)]
     assert drops(relay) == {}
@@ -85,6 +86,10 @@ def test_data_on_an_unbound_channel_is_dropped(relay: Relay, client: Client, all
     assert client.send_on_channel(b"data", 0x7FFF) == []
     assert relay.receive(channel_data(CHANNEL, b"data"), OTHER_CLIENT) == []
     assert relay.receive(channel_data(CHANNEL, b"data"), (CLIENT[0], CLIENT[1] + 1)) == []
+    assert drops(relay) == {DropReason.UNBOUND_CHANNEL: 2}
+    # Data of a client with an allocation waits for a ChannelBind: test_early.py.
+    relay.pass_time(EARLY_AGE)
+    assert relay.wake() == []
     assert drops(relay) == {DropReason.UNBOUND_CHANNEL: 4}
 
 
@@ -96,9 +101,7 @@ def test_data_from_a_peer_without_channel_is_dropped(relay: Relay, client: Clien
     assert drops(relay) == {DropReason.UNBOUND_PEER: 5}
 
 
-def test_data_still_on_its_way_from_a_freed_allocation_is_dropped(
-    relay: Relay, client: Client, allocation: AllocationId
-) -> None:
+def test_late_data_from_a_freed_allocation_is_dropped(relay: Relay, client: Client, allocation: AllocationId) -> None:
     client.refresh(0)
     new = client.allocate().id
     client.bind_channel()
@@ -157,12 +160,12 @@ def test_send_and_data_indications_are_dropped(
 
 
 @pytest.mark.parametrize("method", [Method.ALLOCATE, Method.REFRESH, Method.CHANNEL_BIND, 0x002, 0x0FF])
-def test_an_indication_of_any_other_method_is_dropped(relay: Relay, method: int) -> None:
+def test_an_indication_of_a_request_method_is_dropped(relay: Relay, method: int) -> None:
     assert relay.receive(bare(method), CLIENT) == []
     assert drops(relay) == {DropReason.INDICATION: 1}
 
 
-def test_an_indication_of_binding_is_a_keep_alive(relay: Relay) -> None:
+def test_a_binding_indication_is_a_keep_alive(relay: Relay) -> None:
     assert relay.receive(bare(Method.BINDING), CLIENT) == []
     assert drops(relay) == {}
     assert relay.counters.binding_indications == 1
@@ -189,20 +192,20 @@ def test_a_request_from_port_zero_is_dropped(relay: Relay, method: Method) -> No
 
 
 @pytest.mark.parametrize("first", [b"\0", b"\x40", b"\x10", b"\xff"])
-def test_nothing_from_port_zero_is_answered(relay: Relay, first: bytes) -> None:
+def test_no_datagram_from_port_zero_gets_a_response(relay: Relay, first: bytes) -> None:
     assert relay.receive(first + bytes(20), (CLIENT[0], 0)) == []
     assert sum(drops(relay).values()) == 1
 
 
-def test_commands_are_drained_once(relay: Relay, client: Client, allocation: AllocationId) -> None:
-    assert len(client.send_on_channel(b"data")) == 1
+def test_commands_are_drained_once(relay: Relay, client: Client) -> None:
+    binding = bare(Method.BINDING, MessageClass.REQUEST)
+    for _ in range(2):
+        assert relay.server.handle_client_datagram((binding, client.address, 0, 0), relay.now) is None
+    assert len(relay.server.drain()) == 2
     assert relay.server.drain() == []
-    relay.server.handle_client_arrival((channel_data(CHANNEL, b"1"), client.address, 0, 0), relay.now)
-    relay.server.handle_client_arrival((channel_data(CHANNEL, b"2"), client.address, 0, 0), relay.now)
-    assert relay.server.drain() == [SendToPeer(allocation, b"1", PEER), SendToPeer(allocation, b"2", PEER)]
 
 
-def test_what_is_due_comes_before_what_arrives(relay: Relay, client: Client, allocation: AllocationId) -> None:
+def test_past_deadlines_are_handled_before_a_datagram(relay: Relay, client: Client, allocation: AllocationId) -> None:
     relay.pass_time(600)
     freed, sent = client.send(bare(Method.BINDING, MessageClass.REQUEST))
     assert not isinstance(freed, SendToClient)
@@ -211,8 +214,8 @@ def test_what_is_due_comes_before_what_arrives(relay: Relay, client: Client, all
 
 
 @pytest.mark.parametrize(("length", "drops"), [(1500, 0), (1504, 1)])
-def test_a_stun_message_that_no_path_carries_is_dropped_unread(relay: Relay, length: int, drops: int) -> None:
-    """RFC 8489 §6.1; a datagram of 64 KiB could name thousands of peers to be judged."""
+def test_an_oversized_stun_message_is_dropped_unread(relay: Relay, length: int, drops: int) -> None:
+    """RFC 8489 §6.1. A datagram of 64 KiB could contain thousands of peer addresses to check."""
     padding = (opaque(0x8FFF), bytes(length - 24))
     data = encode(MessageClass.REQUEST, Method.BINDING, bytes(12), [padding])
     assert len(data) == length

@@ -1,8 +1,12 @@
+import heapq
+import math
 from random import Random
+from unittest.mock import patch
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relay.core import deadlines as deadlines_module
 from relay.core.deadlines import Deadlines
 
 keys = st.integers(0, 9)
@@ -15,10 +19,15 @@ steps = st.lists(
 )
 
 
-@given(steps)
-def test_deadlines_do_as_a_dict_would(steps: list[tuple[str, int, float]]) -> None:
+@given(steps, st.sampled_from([1, 2, 1024]))
+def test_deadlines_behave_like_a_dict(steps: list[tuple[str, int, float]], most_popped: int) -> None:
+    with patch.object(deadlines_module, "_MOST_POPPED", most_popped):
+        compare_with_dict(steps)
+
+
+def compare_with_dict(steps: list[tuple[str, int, float]]) -> None:
     deadlines: Deadlines[int] = Deadlines()
-    # Keys in the order in which they were set.
+    # Keys in insertion order.
     model: dict[int, float] = {}
     for what, key, at in steps:
         if what == "set":
@@ -32,21 +41,33 @@ def test_deadlines_do_as_a_dict_would(steps: list[tuple[str, int, float]]) -> No
             due = sorted(((moment, each) for each, moment in model.items() if moment <= at), key=lambda pair: pair[0])
             assert list(deadlines.pop_due(at)) == due
             model = {each: moment for each, moment in model.items() if moment > at}
-        assert deadlines.earliest() == min(model.values(), default=None)
+        assert deadlines.earliest == min(model.values(), default=math.inf)
         assert len(deadlines) == len(model)
         assert all(deadlines.get(key) == model.get(key) for key in range(10))
 
 
-def test_nothing_is_due_before_its_moment() -> None:
+def test_thousands_of_entries_that_go_stale_together_are_not_removed_one_by_one() -> None:
+    deadlines: Deadlines[int] = Deadlines()
+    for at in (600.0, 900.0):
+        for key in range(1, 10_000):
+            deadlines.set(key, at)
+        deadlines.set(0, 500.0)
+    with patch.object(heapq, "heappop", wraps=heapq.heappop) as heappop:
+        deadlines.discard(0)
+    assert heappop.call_count <= 1024
+    assert (deadlines.earliest, deadlines.entries) == (900.0, 9999)
+
+
+def test_no_key_is_due_before_its_deadline() -> None:
     deadlines: Deadlines[str] = Deadlines()
     deadlines.set("a", 10)
     assert list(deadlines.pop_due(9.999)) == []
     assert list(deadlines.pop_due(10)) == [(10, "a")]
     assert list(deadlines.pop_due(10)) == []
-    assert deadlines.earliest() is None
+    assert deadlines.earliest == math.inf
 
 
-def test_deadlines_of_one_moment_come_out_in_the_order_in_which_they_were_set() -> None:
+def test_equal_deadlines_are_popped_in_insertion_order() -> None:
     deadlines: Deadlines[str] = Deadlines()
     for key in "dacb":
         deadlines.set(key, 1)
@@ -54,7 +75,7 @@ def test_deadlines_of_one_moment_come_out_in_the_order_in_which_they_were_set() 
     assert [key for _, key in deadlines.pop_due(1)] == ["a", "c", "b", "d"]
 
 
-def test_what_is_set_and_discarded_while_deadlines_are_popped_counts() -> None:
+def test_deadlines_can_be_set_and_discarded_while_popping() -> None:
     deadlines: Deadlines[str] = Deadlines()
     for moment, key in enumerate("abcd"):
         deadlines.set(key, moment)
@@ -67,10 +88,10 @@ def test_what_is_set_and_discarded_while_deadlines_are_popped_counts() -> None:
             deadlines.set("e", 2.5)
             deadlines.set("a", 10)
     assert popped == [(0, "a"), (2.5, "e"), (3, "d"), (10, "a")]
-    assert deadlines.earliest() == 50
+    assert deadlines.earliest == 50
 
 
-def test_keys_need_no_order() -> None:
+def test_keys_need_not_be_comparable() -> None:
     deadlines: Deadlines[object] = Deadlines()
     keys = [object(), None, "text", (1, None), (1, 2)]
     for key in keys:
@@ -78,7 +99,7 @@ def test_keys_need_no_order() -> None:
     assert [key for _, key in deadlines.pop_due(1)] == keys
 
 
-def test_the_heap_stays_small_however_often_deadlines_move() -> None:
+def test_the_heap_stays_small_when_deadlines_move_often() -> None:
     random = Random(1)
     deadlines: Deadlines[int] = Deadlines()
     model = {key: float(key) for key in range(100)}
@@ -86,13 +107,13 @@ def test_the_heap_stays_small_however_often_deadlines_move() -> None:
         deadlines.set(key, at)
     for _ in range(20_000):
         key = random.randrange(100)
-        # Always later, so that stale entries never surface by themselves.
+        # Always later, to keep stale entries below the top of the heap.
         model[key] += random.random() + 1000
         deadlines.set(key, model[key])
-        assert len(deadlines._heap) <= 2 * len(deadlines) + 64
-    assert deadlines.earliest() == min(model.values())
+        assert deadlines.entries <= 2 * len(deadlines) + 64
+    assert deadlines.earliest == min(model.values())
     for key in range(99):
         deadlines.discard(key)
-        assert len(deadlines._heap) <= 2 * len(deadlines) + 64
+        assert deadlines.entries <= 2 * len(deadlines) + 64
     assert list(deadlines.pop_due(1e12)) == [(model[99], 99)]
-    assert deadlines._heap == []
+    assert deadlines.entries == 0

@@ -1,4 +1,4 @@
-"""Draining: a server that is about to end makes no allocation any more, and says once when none is left."""
+"""Draining: the server rejects new allocations, and reports once when the last allocation has ended."""
 
 from collections.abc import Callable
 
@@ -8,17 +8,19 @@ from relay.core.addresses import AllocationId
 from relay.core.allocations import AllocationState
 from relay.core.attributes import (
     ADDITIONAL_ADDRESS_FAMILY,
+    ERROR_CODE,
     LIFETIME,
     REQUESTED_ADDRESS_FAMILY,
     REQUESTED_TRANSPORT,
     XOR_MAPPED_ADDRESS,
     XOR_RELAYED_ADDRESS,
+    ErrorValue,
 )
 from relay.core.commands import BindPort, Command, Drained, FreeAllocation, SendToClient, SendToPeer
 from relay.core.counters import FreeReason
 from relay.core.lifecycle import BindRefusal
 from relay.core.stun import Method
-from tests.core.driver import (
+from tests.support.core import (
     CHANNEL,
     CLIENT,
     HOSTS,
@@ -43,6 +45,11 @@ def drain(relay: Relay) -> list[Command]:
     return relay.server.drain()
 
 
+def resume(relay: Relay) -> list[Command]:
+    relay.server.handle_resume(relay.now)
+    return relay.server.drain()
+
+
 def refused(client: Client) -> int | None:
     return client.ask(Method.ALLOCATE, UDP).code
 
@@ -54,7 +61,7 @@ def other(relay: Relay) -> Client:
 
 @pytest.fixture
 def allocated(relay: Relay, client: Client) -> Allocated:
-    """The allocation of the client, on a server that drains."""
+    """The client's allocation on a draining server."""
     allocated = client.allocate()
     assert drain(relay) == []
     return allocated
@@ -65,20 +72,20 @@ def test_an_empty_server_is_drained_at_once(relay: Relay) -> None:
     assert relay.server.poll_timeout() is None
 
 
-def test_a_server_whose_last_allocation_is_gone_is_drained_at_once(relay: Relay, client: Client) -> None:
+def test_a_server_whose_last_allocation_ended_is_drained_at_once(relay: Relay, client: Client) -> None:
     client.allocate()
     client.refresh(0)
     assert drain(relay) == [Drained()]
 
 
-def test_what_has_expired_unseen_is_not_waited_for(relay: Relay, client: Client) -> None:
+def test_a_drain_does_not_wait_for_expired_allocations(relay: Relay, client: Client) -> None:
     allocation = client.allocate()
     relay.pass_time(600)
     assert drain(relay) == [FreeAllocation(allocation.id, FreeReason.EXPIRED), Drained()]
     assert relay.server.poll_timeout() is None
 
 
-def test_without_a_drain_nothing_is_said_of_it(relay: Relay, client: Client) -> None:
+def test_without_a_drain_no_drained_command_is_sent(relay: Relay, client: Client) -> None:
     client.allocate()
     assert of_kind(Drained, client.send(client.write(Method.REFRESH, (LIFETIME, 0)))) == []
     client.allocate()
@@ -92,7 +99,7 @@ def test_a_new_allocation_gets_508(relay: Relay, allocated: Allocated, other: Cl
     assert relay.counters.allocations_made == 1
 
 
-def test_508_goes_on_after_the_server_is_drained(relay: Relay, client: Client) -> None:
+def test_a_drained_server_still_responds_with_508(relay: Relay, client: Client) -> None:
     drain(relay)
     assert refused(client) == 508
     relay.pass_time(10_000)
@@ -100,8 +107,8 @@ def test_508_goes_on_after_the_server_is_drained(relay: Relay, client: Client) -
     assert refused(client) == 508
 
 
-def test_a_drain_takes_no_port_and_no_place() -> None:
-    """508 is said because of the drain: everything is free."""
+def test_a_drain_uses_no_port_and_no_quota() -> None:
+    """The code 508 is due to the drain: all ports are free."""
     relay = relay_with(max_allocations=1, ports=range(50000, 50001))
     first = Client(relay)
     first.allocate()
@@ -111,20 +118,22 @@ def test_a_drain_takes_no_port_and_no_place() -> None:
 
 
 @pytest.mark.parametrize(("attributes", "code"), [((), 400), (((REQUESTED_TRANSPORT, 6),), 442)])
-def test_what_is_wrong_with_a_request_is_found_before_the_drain(
+def test_errors_of_a_request_are_checked_before_the_drain(
     relay: Relay, client: Client, attributes: tuple[AttributeValue, ...], code: int
 ) -> None:
     drain(relay)
     assert client.ask(Method.ALLOCATE, *attributes).code == code
 
 
-def test_strangers_are_challenged_and_told_their_address_as_ever(relay: Relay, allocated: Allocated, other: Client) -> None:
+def test_a_draining_server_still_answers_binding_and_sends_challenges(
+    relay: Relay, allocated: Allocated, other: Client
+) -> None:
     del allocated
     assert Client(relay, OTHER_CLIENT, valid_for=-1, salt="expired").ask(Method.ALLOCATE, UDP).code == 401
     assert other.ask(Method.BINDING).get(XOR_MAPPED_ADDRESS) == OTHER_CLIENT
 
 
-def test_a_repeated_allocate_is_answered_with_what_was_granted(relay: Relay, client: Client) -> None:
+def test_a_retransmitted_allocate_still_gets_its_response(relay: Relay, client: Client) -> None:
     request = client.write(Method.ALLOCATE, UDP)
     bind = the(BindPort, client.send(request))
     first = answer_in(relay.report_bound(bind.allocation))
@@ -134,11 +143,11 @@ def test_a_repeated_allocate_is_answered_with_what_was_granted(relay: Relay, cli
     assert (
         again.get_all(XOR_RELAYED_ADDRESS) == first.get_all(XOR_RELAYED_ADDRESS) == [(next(iter(HOSTS.values())), bind.port)]
     )
-    # Another transaction of the same client: it has an allocation, and that is what it is told.
+    # Another transaction of the same client gets 437, because the client has an allocation.
     assert refused(client) == 437
 
 
-def test_an_allocation_goes_on_in_every_way(relay: Relay, client: Client) -> None:
+def test_an_existing_allocation_keeps_working(relay: Relay, client: Client) -> None:
     allocation = client.allocate()
     client.bind_channel(CHANNEL, PEER)
     drain(relay)
@@ -166,18 +175,22 @@ def fail(relay: Relay, _: Client, allocated: Allocated) -> list[Command]:
     return relay.report_failed(allocated.id)
 
 
+def kick(relay: Relay, _: Client, allocated: Allocated) -> list[Command]:
+    return relay.kick(allocated.id)
+
+
 def expire_unseen(relay: Relay, client: Client, _: Allocated) -> list[Command]:
-    """A datagram comes before the wake-up."""
+    """A datagram arrives before the wake-up."""
     relay.pass_time(600)
     return client.send_on_channel(b"late")
 
 
-ENDS = [(delete, FreeReason.DELETED), (expire, FreeReason.EXPIRED), (fail, FreeReason.FAILED)]
+ENDS = [(delete, FreeReason.DELETED), (expire, FreeReason.EXPIRED), (fail, FreeReason.FAILED), (kick, FreeReason.KICKED)]
 End = Callable[[Relay, Client, Allocated], list[Command]]
 
 
 @pytest.mark.parametrize(("end", "reason"), [*ENDS, (expire_unseen, FreeReason.EXPIRED)])
-def test_the_end_of_the_last_allocation_is_told_once(
+def test_the_end_of_the_last_allocation_is_reported_once(
     relay: Relay, client: Client, allocated: Allocated, end: End, reason: FreeReason
 ) -> None:
     commands = end(relay, client, allocated)
@@ -191,7 +204,7 @@ def test_the_end_of_the_last_allocation_is_told_once(
 
 
 @pytest.mark.parametrize(("end", "reason"), ENDS)
-def test_the_end_of_an_allocation_that_is_not_the_last_is_not_told(
+def test_the_end_of_an_earlier_allocation_is_not_reported(
     relay: Relay, client: Client, other: Client, end: End, reason: FreeReason
 ) -> None:
     first, second = client.allocate(), other.allocate((LIFETIME, 3600))
@@ -202,7 +215,7 @@ def test_the_end_of_an_allocation_that_is_not_the_last_is_not_told(
     assert of_kind(Drained, delete(relay, other, second)) == [Drained()]
 
 
-def test_two_that_expire_at_the_same_moment_are_told_once(relay: Relay, client: Client, other: Client) -> None:
+def test_two_simultaneous_expiries_are_reported_once(relay: Relay, client: Client, other: Client) -> None:
     first, second = client.allocate(), other.allocate()
     drain(relay)
     relay.pass_time(600)
@@ -211,7 +224,7 @@ def test_two_that_expire_at_the_same_moment_are_told_once(relay: Relay, client: 
     assert last == Drained()
 
 
-def test_a_family_that_is_deleted_is_not_the_end(relay: Relay, client: Client) -> None:
+def test_deleting_a_family_does_not_end_the_drain(relay: Relay, client: Client) -> None:
     client.allocate((ADDITIONAL_ADDRESS_FAMILY, 2))
     drain(relay)
     half = client.send(client.write(Method.REFRESH, (LIFETIME, 0), (REQUESTED_ADDRESS_FAMILY, 1)))
@@ -221,23 +234,23 @@ def test_a_family_that_is_deleted_is_not_the_end(relay: Relay, client: Client) -
 
 
 @pytest.mark.parametrize("times", [2, 5])
-def test_a_drain_is_wished_for_once(relay: Relay, client: Client, times: int) -> None:
+def test_a_second_drain_is_ignored(relay: Relay, client: Client, times: int) -> None:
     allocated = client.allocate()
     assert [drain(relay) for _ in range(times)] == [[]] * times
     assert of_kind(Drained, delete(relay, client, allocated)) == [Drained()]
     assert drain(relay) == []
 
 
-def test_a_drained_server_is_not_drained_again(relay: Relay) -> None:
+def test_a_drained_server_is_reported_once(relay: Relay) -> None:
     assert drain(relay) == [Drained()]
     assert drain(relay) == []
 
 
-def test_an_allocation_whose_sockets_are_not_bound_yet_is_waited_for_and_granted(relay: Relay, client: Client) -> None:
+def test_a_drain_waits_for_and_grants_a_pending_allocation(relay: Relay, client: Client) -> None:
     request = client.write(Method.ALLOCATE, UDP)
     bind = the(BindPort, client.send(request))
     assert drain(relay) == []
-    # Neither refused nor begun anew: the answer is under way.
+    # Neither rejected nor restarted: the response is pending.
     assert client.send(request) == []
     assert answer_in(relay.report_bound(bind.allocation)).code is None
     assert client.bind_channel().code is None
@@ -247,7 +260,7 @@ def test_an_allocation_whose_sockets_are_not_bound_yet_is_waited_for_and_granted
     assert answer_in([answer]).code is None
 
 
-def test_a_port_that_is_refused_while_draining_is_followed_by_another(relay: Relay, client: Client) -> None:
+def test_a_port_in_use_while_draining_is_replaced(relay: Relay, client: Client) -> None:
     bind = client.begin_allocate()
     drain(relay)
     retried = the(BindPort, relay.report_refused(bind.allocation))
@@ -269,7 +282,7 @@ def fail_binding(relay: Relay, allocation: AllocationId) -> list[Command]:
 
 
 @pytest.mark.parametrize("end", [refuse_machine, never_report, fail_binding])
-def test_an_allocation_that_comes_to_nothing_is_refused_and_was_the_last(
+def test_a_failed_pending_allocation_gets_508_and_ends_the_drain(
     relay: Relay, client: Client, end: Callable[[Relay, AllocationId], list[Command]]
 ) -> None:
     bind = client.begin_allocate()
@@ -281,7 +294,7 @@ def test_an_allocation_that_comes_to_nothing_is_refused_and_was_the_last(
     assert relay.server.poll_timeout() is None
 
 
-def test_an_allocation_without_any_port_left_is_the_last_too() -> None:
+def test_a_pending_allocation_without_a_free_port_ends_the_drain() -> None:
     relay = relay_with(ports=range(50000, 50001))
     bind = Client(relay).begin_allocate()
     drain(relay)
@@ -290,7 +303,7 @@ def test_an_allocation_without_any_port_left_is_the_last_too() -> None:
     assert of_kind(Drained, commands) == [Drained()]
 
 
-def test_a_client_that_moves_gets_508_and_keeps_what_it_had(relay: Relay, client: Client, allocated: Allocated) -> None:
+def test_a_roaming_client_gets_508_and_keeps_its_allocation(relay: Relay, client: Client, allocated: Allocated) -> None:
     client.bind_channel()
     moved = Client(relay, OTHER_CLIENT)
     assert moved.credential == client.credential
@@ -308,3 +321,41 @@ def test_a_drain_moves_no_expiry(relay: Relay, client: Client) -> None:
     relay.pass_time(100)
     drain(relay)
     assert relay.server.poll_timeout() == ends
+
+
+def test_after_a_cancelled_drain_clients_allocate_again(relay: Relay, allocated: Allocated, other: Client) -> None:
+    assert refused(other) == 508
+    assert resume(relay) == []
+    assert other.allocate().id != allocated.id
+    assert of_kind(Drained, delete(relay, other, allocated)) == []
+
+
+def test_a_drain_can_be_repeated_after_it_was_cancelled(relay: Relay, client: Client) -> None:
+    for _ in range(2):
+        assert drain(relay) == [Drained()]
+        assert resume(relay) == []
+        allocated = client.allocate()
+        assert drain(relay) == []
+        assert of_kind(Drained, delete(relay, client, allocated)) == [Drained()]
+        assert resume(relay) == []
+
+
+def test_without_a_drain_nothing_is_cancelled(relay: Relay, client: Client) -> None:
+    allocated = client.allocate()
+    assert resume(relay) == []
+    assert of_kind(Drained, delete(relay, client, allocated)) == []
+
+
+def test_a_cancelled_drain_handles_passed_deadlines_first(relay: Relay, allocated: Allocated) -> None:
+    relay.pass_time(600)
+    assert resume(relay) == [FreeAllocation(allocated.id, FreeReason.EXPIRED), Drained()]
+
+
+@pytest.mark.parametrize("limit", ["draining", "ports"])
+def test_the_phrase_of_a_508_names_its_cause(limit: str) -> None:
+    relay = relay_with(ports=range(50000, 50001))
+    Client(relay).allocate()
+    if limit == "draining":
+        drain(relay)
+    answer = Client(relay, OTHER_CLIENT, salt="other").ask(Method.ALLOCATE, UDP)
+    assert answer.get(ERROR_CODE) == ErrorValue(508, f"Insufficient capacity: {limit}")

@@ -1,4 +1,4 @@
-"""What the core tells of: each thing that happens once, in its place, to whoever watches for it, and never a username."""
+"""Events of the core: each event once and in order, only for watched kinds, and without usernames."""
 
 from typing import Any
 
@@ -19,9 +19,9 @@ from relay.core.attributes import (
     XOR_PEER_ADDRESS,
     Attribute,
 )
-from relay.core.authentication import ErrorCode, Reason
 from relay.core.commands import FreeAllocation, SendToClient
 from relay.core.counters import FreeReason
+from relay.core.errors import ErrorCode, Reason
 from relay.core.events import (
     CORE_EVENTS,
     AllocationCreated,
@@ -41,7 +41,7 @@ from relay.core.events import (
 from relay.core.lifecycle import BindRefusal
 from relay.core.peers import PeerRule
 from relay.core.stun import MessageClass, Method, encode
-from tests.core.driver import (
+from tests.support.core import (
     CHANNEL,
     CLIENT,
     CONFIG,
@@ -85,7 +85,7 @@ def client(relay: Relay) -> Client:
     return client
 
 
-def test_nothing_is_told_unless_someone_watches() -> None:
+def test_no_event_is_recorded_without_a_watcher() -> None:
     relay = Relay()
     client = Client(relay)
     client.allocate()
@@ -95,7 +95,7 @@ def test_nothing_is_told_unless_someone_watches() -> None:
     assert relay.events == []
 
 
-def test_only_the_events_that_are_watched_for_are_told() -> None:
+def test_only_watched_events_are_recorded() -> None:
     relay = Relay()
     relay.watch(AllocationFreed)
     client = Client(relay)
@@ -108,7 +108,7 @@ def test_only_the_events_that_are_watched_for_are_told() -> None:
     assert relay.events == []
 
 
-def test_an_allocation_is_told_of_when_it_is_answered_with_all_its_relayed_addresses(relay: Relay, client: Client) -> None:
+def test_an_allocation_event_at_the_response_has_all_relayed_addresses(relay: Relay, client: Client) -> None:
     bind = client.begin_allocate(BOTH)
     assert relay.take_events() == []
     relay.report_bound(bind.allocation)
@@ -116,21 +116,21 @@ def test_an_allocation_is_told_of_when_it_is_answered_with_all_its_relayed_addre
     assert relay.take_events() == [AllocationCreated(FIRST, HERE, relayed, (), LIFETIME)]
 
 
-def test_a_family_that_is_not_served_is_told_of() -> None:
+def test_an_unsupported_family_is_an_event() -> None:
     relay = watching(relay_with(public_hosts={Family.IPV4: HOSTS[Family.IPV4]}))
     allocated = Client(relay).allocate(BOTH)
     relayed = ((HOSTS[Family.IPV4], allocated.port),)
     assert relay.take_events() == [AllocationCreated(FIRST, HERE, relayed, (Family.IPV6,), LIFETIME)]
 
 
-def test_a_refresh_tells_of_the_lifetime_that_was_granted(relay: Relay, client: Client) -> None:
+def test_a_refresh_event_has_the_granted_lifetime(relay: Relay, client: Client) -> None:
     client.allocate()
     relay.take_events()
     client.refresh(100_000)
     assert relay.take_events() == [AllocationRefreshed(FIRST, HERE, 3600)]
 
 
-def test_each_way_in_which_an_allocation_ends_is_told_once_with_its_reason(relay: Relay, client: Client) -> None:
+def test_each_end_of_an_allocation_is_a_single_event_with_its_reason(relay: Relay, client: Client) -> None:
     def ended() -> list[tuple[object, ...]]:
         return [event[:3] for event in relay.take_events() if isinstance(event, AllocationFreed)]
 
@@ -151,7 +151,7 @@ def test_each_way_in_which_an_allocation_ends_is_told_once_with_its_reason(relay
     assert ended() == [(third.id, ClientAddress(OTHER_CLIENT), FreeReason.FAILED)]
 
 
-def test_the_end_of_an_allocation_is_told_with_what_was_relayed_for_it(relay: Relay, client: Client) -> None:
+def test_the_end_of_an_allocation_has_its_traffic_counts(relay: Relay, client: Client) -> None:
     allocation = client.allocate().id
     client.bind_channel()
     client.bind_channel(OTHER_CHANNEL, OTHER_PEER)
@@ -164,22 +164,20 @@ def test_the_end_of_an_allocation_is_told_with_what_was_relayed_for_it(relay: Re
     assert relay.take_events() == [AllocationFreed(FIRST, HERE, FreeReason.DELETED, START.monotonic, 11, 8)]
 
 
-def test_an_allocation_that_never_was_is_not_told_to_have_ended(relay: Relay, client: Client) -> None:
+def test_a_failed_allocation_has_no_end_event(relay: Relay, client: Client) -> None:
     client.begin_allocate()
     client.refresh(0)
     assert relay.take_events() == []
 
 
-def test_deleting_one_of_two_relayed_addresses_is_told_of_and_ends_nothing(relay: Relay, client: Client) -> None:
+def test_deleting_one_of_two_relayed_addresses_is_no_end_event(relay: Relay, client: Client) -> None:
     client.allocate(BOTH)
     relay.take_events()
     client.refresh(0, (REQUESTED_ADDRESS_FAMILY, Family.IPV6))
     assert relay.take_events() == [RelayedAddressDeleted(FIRST, HERE, Family.IPV6)]
 
 
-def test_a_channel_is_bound_refreshed_and_expires_and_is_bound_again_from_its_cool_down(
-    relay: Relay, client: Client
-) -> None:
+def test_a_bind_in_the_grace_period_is_a_new_bind_event(relay: Relay, client: Client) -> None:
     client.allocate()
     relay.take_events()
     names = (FIRST, HERE, ChannelNumber(CHANNEL), PEER)
@@ -195,7 +193,7 @@ def test_a_channel_is_bound_refreshed_and_expires_and_is_bound_again_from_its_co
     assert relay.take_events() == [ChannelBound(*names)]
 
 
-def test_a_channel_that_can_not_be_bound_is_not_told_to_be(relay: Relay, client: Client) -> None:
+def test_a_failed_channel_bind_is_no_event(relay: Relay, client: Client) -> None:
     client.allocate()
     client.bind_channel()
     relay.take_events()
@@ -203,7 +201,7 @@ def test_a_channel_that_can_not_be_bound_is_not_told_to_be(relay: Relay, client:
     assert relay.take_events() == [RequestRefused(HERE, Method.CHANNEL_BIND, ErrorCode.BAD_REQUEST, Reason.PEER_TAKEN)]
 
 
-def test_a_peer_that_is_refused_is_named(relay: Relay, client: Client) -> None:
+def test_a_forbidden_peer_event_has_the_peer(relay: Relay, client: Client) -> None:
     client.allocate()
     relay.take_events()
     assert client.bind_channel(CHANNEL, FORBIDDEN_PEER).code == 403
@@ -212,7 +210,7 @@ def test_a_peer_that_is_refused_is_named(relay: Relay, client: Client) -> None:
     assert relay.take_events() == [PeerRefused(FIRST, HERE, Method.CREATE_PERMISSION, FORBIDDEN_PEER, PeerRule.NEVER_A_PEER)]
 
 
-def test_each_limit_is_told_of_with_the_error_that_its_client_got() -> None:
+def test_each_limit_event_has_the_error_code_of_the_response() -> None:
     relay = watching(relay_with(ports=range(50000, 50002), max_allocations=1))
     Client(relay).allocate()
     other = Client(relay, OTHER_CLIENT, salt="other")
@@ -242,7 +240,7 @@ def test_each_limit_is_told_of_with_the_error_that_its_client_got() -> None:
     ]
 
 
-def test_an_allocation_that_has_all_its_channels_is_told_of() -> None:
+def test_an_allocation_at_its_channel_limit_is_an_event() -> None:
     relay = watching(relay_with(max_channels=1))
     client = Client(relay)
     client.allocate()
@@ -253,7 +251,7 @@ def test_an_allocation_that_has_all_its_channels_is_told_of() -> None:
 
 
 @pytest.mark.parametrize("refusal", BindRefusal)
-def test_a_machine_without_sockets_is_told_of_as_a_limit(refusal: BindRefusal) -> None:
+def test_a_machine_out_of_sockets_is_a_limit_event(refusal: BindRefusal) -> None:
     relay = watching(relay_with(ports=range(50000, 50001)))
     bind = Client(relay).begin_allocate()
     (answer,) = (each for each in relay.report_refused(bind.allocation, refusal) if isinstance(each, SendToClient))
@@ -261,7 +259,7 @@ def test_a_machine_without_sockets_is_told_of_as_a_limit(refusal: BindRefusal) -
     assert relay.take_events() == [LimitReached(HERE, Limit.SOCKETS, ErrorCode.INSUFFICIENT_CAPACITY)]
 
 
-def test_answers_are_told_one_by_one_the_expected_errors_among_them() -> None:
+def test_each_response_is_an_event_including_expected_errors() -> None:
     relay = watching(answers=True)
     client = Client(relay)
     client.send(encode(MessageClass.REQUEST, Method.BINDING, bytes(12), []))
@@ -277,8 +275,8 @@ def test_answers_are_told_one_by_one_the_expected_errors_among_them() -> None:
     ]
 
 
-def test_strangers_can_not_make_it_tell_of_refused_requests(relay: Relay, client: Client) -> None:
-    """What one has to prove nothing for would be told at the pace of whoever sends it."""
+def test_unauthenticated_clients_cause_no_rejection_events(relay: Relay, client: Client) -> None:
+    """Otherwise unauthenticated clients would control the rate of events."""
     client.allocate()
     relay.take_events()
     unproven = client.write(Method.CHANNEL_BIND, key=b"wrong")
@@ -289,7 +287,7 @@ def test_strangers_can_not_make_it_tell_of_refused_requests(relay: Relay, client
     assert relay.take_events() == []
 
 
-def test_a_client_that_asks_for_what_can_not_be_had_is_told_of(relay: Relay, client: Client) -> None:
+def test_an_authenticated_rejected_request_is_an_event(relay: Relay, client: Client) -> None:
     client.ask(Method.ALLOCATE, (REQUESTED_TRANSPORT, 6))
     client.allocate()
     relay.take_events()
@@ -324,7 +322,7 @@ def test_a_client_that_asks_for_what_can_not_be_had_is_told_of(relay: Relay, cli
         ),
     ],
 )
-def test_why_an_allocation_is_refused_is_told(
+def test_a_rejected_allocate_event_has_the_reason(
     relay: Relay, client: Client, method: Method, attributes: list[AttributeValue], code: ErrorCode, reason: Reason
 ) -> None:
     assert client.ask(method, *attributes).code == code
@@ -343,7 +341,7 @@ def test_why_an_allocation_is_refused_is_told(
         (Method.CHANNEL_BIND, [(CHANNEL_NUMBER, OTHER_CHANNEL), (XOR_PEER_ADDRESS, PEER)], Reason.PEER_TAKEN),
     ],
 )
-def test_why_a_peer_or_a_channel_is_refused_is_told(
+def test_a_rejected_channel_bind_event_has_the_reason(
     relay: Relay, client: Client, method: Method, attributes: list[AttributeValue], reason: Reason
 ) -> None:
     client.allocate()
@@ -363,9 +361,9 @@ def test_why_a_peer_or_a_channel_is_refused_is_told(
         ({"username": f"{int(START.unix) - 1}:salt"}, ErrorCode.UNAUTHENTICATED, Reason.CREDENTIAL_EXPIRED),
         ({"nonce": b"somebody else's"}, ErrorCode.STALE_NONCE, None),
     ],
-    ids=str,
+    ids=["no nonce", "no realm", "wrong key", "malformed username", "expired", "foreign nonce"],
 )
-def test_who_watches_answers_sees_why_a_client_could_not_prove_itself(
+def test_a_response_event_has_the_reason_of_an_authentication_failure(
     changes: dict[str, Any], code: ErrorCode, reason: Reason | None
 ) -> None:
     relay = Relay()
@@ -379,7 +377,7 @@ def test_who_watches_answers_sees_why_a_client_could_not_prove_itself(
     assert relay.take_events() == [Answered(HERE, Method.REFRESH, code, reason)]
 
 
-def test_watching_changes_nothing_that_is_done() -> None:
+def test_watching_does_not_change_responses() -> None:
     def bytes_of(relay: Relay) -> list[object]:
         client = Client(relay)
         done: list[object] = [client.allocate(), client.bind_channel(), client.bind_channel(OTHER_CHANNEL, FORBIDDEN_PEER)]
@@ -389,7 +387,7 @@ def test_watching_changes_nothing_that_is_done() -> None:
     assert bytes_of(watching(Relay(CONFIG), answers=True)) == bytes_of(Relay(CONFIG))
 
 
-def test_no_event_bears_a_username(relay: Relay, client: Client) -> None:
+def test_no_event_contains_a_username(relay: Relay, client: Client) -> None:
     relay = watching(answers=True)
     client = Client(relay)
     client.allocate()

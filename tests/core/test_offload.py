@@ -1,4 +1,4 @@
-"""What the core has the kernel relay: told before the client is, and for as long as the sockets would relay it."""
+"""The core's commands for offload: sent before the response to the client, with the deadlines of the sockets."""
 
 from collections.abc import Iterable
 
@@ -25,7 +25,7 @@ from relay.core.commands import (
 from relay.core.counters import FreeReason
 from relay.core.lifecycle import BindRefusal
 from relay.core.stun import Method
-from tests.core.driver import (
+from tests.support.core import (
     CHANNEL,
     CLIENT,
     OTHER_CHANNEL,
@@ -57,7 +57,7 @@ def client(relay: Relay) -> Client:
 
 
 def told(commands: Iterable[Command]) -> list[Command]:
-    """What the kernel is told, and the marks of where other things happen: their order is what counts."""
+    """The kernel's commands, and marks of other commands to check the order."""
     kept = (*OFFLOAD_COMMANDS, SendToClient, FreeAllocation, BindPort)
     return [
         SendToClient(b"", each.client) if isinstance(each, SendToClient) else each
@@ -89,7 +89,7 @@ def removed(allocated: Allocated, number: int = CHANNEL, peer: PeerAddress = PEE
     return RemoveChannel(ADDRESS, ChannelNumber(number), allocated.port, peer)
 
 
-def test_without_a_kernel_that_relays_none_of_it_comes() -> None:
+def test_without_offload_no_kernel_commands_are_sent() -> None:
     relay = relay_with()
     client = Client(relay)
     begun = client.begin_allocate(DUAL)
@@ -103,7 +103,7 @@ def test_without_a_kernel_that_relays_none_of_it_comes() -> None:
     assert relay.counters.channels_bound == 3
 
 
-def test_an_allocation_without_channels_tells_the_kernel_nothing(relay: Relay, client: Client) -> None:
+def test_an_allocation_without_channels_sends_no_kernel_commands(relay: Relay, client: Client) -> None:
     data = client.write(Method.ALLOCATE, UDP, DUAL)
     begun = the(BindPort, client.send(data))
     assert told(relay.report_bound(begun.allocation)) == [ANSWER]
@@ -113,21 +113,21 @@ def test_an_allocation_without_channels_tells_the_kernel_nothing(relay: Relay, c
     assert [type(each) for each in told(refresh(client, 0))] == [FreeAllocation, SendToClient]
 
 
-def test_a_bound_channel_is_installed_before_its_client_is_told(relay: Relay, client: Client) -> None:
+def test_a_channel_is_installed_before_the_response_to_its_bind(relay: Relay, client: Client) -> None:
     allocated = client.allocate((LIFETIME, 601))
     relay.pass_time(1)
     until = relay.now.monotonic + 600
     assert told(bind(client)) == [installed(allocated, until), ANSWER]
 
 
-def test_a_refreshed_channel_comes_again_with_its_new_end(relay: Relay, client: Client) -> None:
+def test_a_refreshed_channel_is_installed_with_its_new_expiry(relay: Relay, client: Client) -> None:
     allocated = client.allocate((LIFETIME, 3600))
     bind(client)
     relay.pass_time(300)
     assert told(bind(client)) == [installed(allocated, relay.now.monotonic + 600), ANSWER]
 
 
-def test_a_channel_is_installed_for_no_longer_than_its_allocation_is_sure_to_last(relay: Relay, client: Client) -> None:
+def test_a_channel_is_installed_at_most_until_its_allocation_expires(relay: Relay, client: Client) -> None:
     allocated = client.allocate()
     end = relay.now.monotonic + 600
     relay.pass_time(1)
@@ -136,19 +136,19 @@ def test_a_channel_is_installed_for_no_longer_than_its_allocation_is_sure_to_las
     assert told(bind(client)) == [installed(allocated, end), ANSWER]
 
 
-def test_channels_that_were_cut_short_go_on_once_their_allocation_does(relay: Relay, client: Client) -> None:
+def test_truncated_channels_are_extended_with_their_allocation(relay: Relay, client: Client) -> None:
     allocated = client.allocate()
     bind(client)
     relay.pass_time(1)
     bind(client, OTHER_CHANNEL, OTHER_PEER)
     until = relay.now.monotonic + 600
     relay.pass_time(100)
-    # Only the one that would have lasted longer, and only the first time.
+    # Only the truncated channel, and only the first time.
     assert told(refresh(client, 600)) == [installed(allocated, until, OTHER_CHANNEL, OTHER_PEER), ANSWER]
     assert told(refresh(client, 3600)) == [ANSWER]
 
 
-def test_a_channel_that_was_cut_short_and_then_refreshed_is_told_of_once(relay: Relay, client: Client) -> None:
+def test_a_refreshed_truncated_channel_is_installed_once(relay: Relay, client: Client) -> None:
     allocated = client.allocate()
     for _ in range(3):
         relay.pass_time(100)
@@ -159,9 +159,7 @@ def test_a_channel_that_was_cut_short_and_then_refreshed_is_told_of_once(relay: 
 
 
 @pytest.mark.parametrize("lifetime", [None, 1, 600])
-def test_a_refresh_that_brings_the_end_nearer_cuts_no_channel_short(
-    relay: Relay, client: Client, lifetime: int | None
-) -> None:
+def test_a_refresh_with_an_earlier_expiry_truncates_no_channel(relay: Relay, client: Client, lifetime: int | None) -> None:
     allocated = client.allocate((LIFETIME, 3600))
     bound = bind(client)
     assert told(bound) == [installed(allocated, relay.now.monotonic + 600), ANSWER]
@@ -171,15 +169,13 @@ def test_a_refresh_that_brings_the_end_nearer_cuts_no_channel_short(
 
 
 @pytest.mark.parametrize(("number", "peer"), [(CHANNEL, OTHER_PEER), (OTHER_CHANNEL, PEER), (0x3FFF, OTHER_PEER)])
-def test_a_channel_that_is_refused_tells_the_kernel_nothing(client: Client, number: int, peer: PeerAddress) -> None:
+def test_a_rejected_channel_bind_sends_no_kernel_commands(client: Client, number: int, peer: PeerAddress) -> None:
     client.allocate()
     bind(client)
     assert told(bind(client, number, peer)) == [ANSWER]
 
 
-def test_a_channel_that_expires_is_removed_and_comes_back_if_it_is_refreshed_in_its_cool_down(
-    relay: Relay, client: Client
-) -> None:
+def test_an_expired_channel_is_removed_and_reinstalled_by_a_refresh(relay: Relay, client: Client) -> None:
     allocated = client.allocate()
     refresh(client, 3600)
     bind(client)
@@ -189,7 +185,7 @@ def test_a_channel_that_expires_is_removed_and_comes_back_if_it_is_refreshed_in_
     assert told(bind(client)) == [installed(allocated, relay.now.monotonic + 600), ANSWER]
 
 
-def test_a_channel_that_is_refreshed_too_late_and_unseen_is_removed_first(relay: Relay, client: Client) -> None:
+def test_a_channel_refreshed_after_an_unnoticed_expiry_is_removed_first(relay: Relay, client: Client) -> None:
     allocated = client.allocate()
     refresh(client, 3600)
     bind(client)
@@ -197,7 +193,7 @@ def test_a_channel_that_is_refreshed_too_late_and_unseen_is_removed_first(relay:
     assert told(bind(client)) == [removed(allocated), installed(allocated, relay.now.monotonic + 600), ANSWER]
 
 
-def test_the_end_of_a_cool_down_tells_the_kernel_nothing(relay: Relay, client: Client) -> None:
+def test_the_end_of_a_grace_period_sends_no_kernel_commands(relay: Relay, client: Client) -> None:
     allocated = client.allocate()
     refresh(client, 3600)
     bind(client)
@@ -210,7 +206,7 @@ def test_the_end_of_a_cool_down_tells_the_kernel_nothing(relay: Relay, client: C
     assert told(bind(client, OTHER_CHANNEL)) == [installed(allocated, until, OTHER_CHANNEL), ANSWER]
 
 
-def test_a_deleted_allocations_live_channels_are_removed_before_its_client_is_told(relay: Relay, client: Client) -> None:
+def test_channels_of_a_deleted_allocation_are_removed_before_the_response(relay: Relay, client: Client) -> None:
     allocated = client.allocate(DUAL)
     refresh(client, 3600)
     bind(client)
@@ -223,7 +219,7 @@ def test_a_deleted_allocations_live_channels_are_removed_before_its_client_is_to
     ]
 
 
-def test_the_channels_of_an_allocation_that_expires_are_removed(relay: Relay, client: Client) -> None:
+def test_channels_of_an_expired_allocation_are_removed(relay: Relay, client: Client) -> None:
     allocated = client.allocate()
     relay.pass_time(1)
     bind(client)
@@ -231,13 +227,13 @@ def test_the_channels_of_an_allocation_that_expires_are_removed(relay: Relay, cl
     assert for_kernel(relay.wake()) == [removed(allocated)]
 
 
-def test_the_channels_of_an_allocation_whose_sockets_fail_are_removed(relay: Relay, client: Client) -> None:
+def test_channels_of_an_allocation_with_failed_sockets_are_removed(relay: Relay, client: Client) -> None:
     allocated = client.allocate()
     bind(client)
     assert for_kernel(relay.report_failed(allocated.id)) == [removed(allocated)]
 
 
-def test_a_client_that_moves_has_its_old_channels_removed_before_a_port_is_bound(relay: Relay, client: Client) -> None:
+def test_channels_of_a_roaming_client_are_removed_before_a_port_is_bound(relay: Relay, client: Client) -> None:
     allocated = client.allocate()
     bind(client)
     moved = Client(relay, OTHER_CLIENT)
@@ -246,7 +242,7 @@ def test_a_client_that_moves_has_its_old_channels_removed_before_a_port_is_bound
     assert [type(each) for each in begun[1:]] == [FreeAllocation, BindPort]
 
 
-def test_a_deleted_family_takes_its_channels_along_and_no_others(client: Client) -> None:
+def test_deleting_a_family_removes_only_its_channels(client: Client) -> None:
     allocated = client.allocate(DUAL)
     bind(client)
     bind(client, OTHER_CHANNEL, PEER6)
@@ -257,7 +253,7 @@ def test_a_deleted_family_takes_its_channels_along_and_no_others(client: Client)
     assert for_kernel(refresh(client, 0)) == [removed(allocated)]
 
 
-def test_a_channel_that_was_cut_short_and_deleted_with_its_family_does_not_come_back(relay: Relay, client: Client) -> None:
+def test_a_truncated_channel_of_a_deleted_family_is_not_reinstalled(relay: Relay, client: Client) -> None:
     client.allocate(DUAL)
     relay.pass_time(1)
     bind(client, OTHER_CHANNEL, PEER6)
@@ -265,7 +261,7 @@ def test_a_channel_that_was_cut_short_and_deleted_with_its_family_does_not_come_
     assert told(refresh(client, 600)) == [ANSWER]
 
 
-def test_a_channel_is_installed_for_the_port_that_was_bound_at_last(relay: Relay, client: Client) -> None:
+def test_a_channel_is_installed_for_the_finally_bound_port(relay: Relay, client: Client) -> None:
     begun = client.begin_allocate()
     port = the(BindPort, relay.report_refused(begun.allocation)).port
     relay.report_bound(begun.allocation)
@@ -274,7 +270,7 @@ def test_a_channel_is_installed_for_the_port_that_was_bound_at_last(relay: Relay
 
 
 @pytest.mark.parametrize("end", ["refused", "failed", "late", "deleted"])
-def test_an_allocation_that_never_was_tells_the_kernel_nothing(relay: Relay, client: Client, end: str) -> None:
+def test_a_failed_allocation_sends_no_kernel_commands(relay: Relay, client: Client, end: str) -> None:
     begun = client.begin_allocate()
     match end:
         case "refused":
@@ -290,8 +286,8 @@ def test_an_allocation_that_never_was_tells_the_kernel_nothing(relay: Relay, cli
     assert for_kernel(relay.report_bound(begun.allocation)) == []
 
 
-def test_what_ends_at_once_is_told_in_the_order_in_which_it_ends(relay: Relay, client: Client) -> None:
-    """The sockets relay by the same deadlines, so none may be late for the kernel."""
+def test_simultaneous_ends_are_sent_in_the_order_of_their_deadlines(relay: Relay, client: Client) -> None:
+    """The sockets use the same deadlines, and no removal may be late."""
     allocated = client.allocate()
     bind(client)
     relay.pass_time(1)

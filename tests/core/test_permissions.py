@@ -5,10 +5,10 @@ import pytest
 from relay.core.addresses import PeerAddress
 from relay.core.attributes import ADDITIONAL_ADDRESS_FAMILY, XOR_PEER_ADDRESS
 from relay.core.stun import Method
-from tests.core.driver import FORBIDDEN_PEER, OTHER_PEER, PEER, PEER6, AttributeValue, Client, Relay, opaque, peer_at
+from tests.support.core import FORBIDDEN_PEER, OTHER_PEER, PEER, PEER6, AttributeValue, Client, Relay, opaque, peer_at
 
 
-def test_a_permission_is_granted_and_lets_nothing_through(relay: Relay, client: Client) -> None:
+def test_a_permission_is_granted_without_effect(relay: Relay, client: Client) -> None:
     allocation = client.allocate()
     answer = client.create_permission(PEER, OTHER_PEER)
     assert answer.code is None
@@ -16,7 +16,7 @@ def test_a_permission_is_granted_and_lets_nothing_through(relay: Relay, client: 
     assert relay.receive_from_peer(allocation.id, b"data", PEER) == []
 
 
-def test_the_port_of_a_peer_means_nothing(client: Client) -> None:
+def test_the_port_of_a_peer_is_ignored(client: Client) -> None:
     client.allocate()
     assert client.create_permission(PeerAddress((PEER[0], 0))).code is None
 
@@ -46,7 +46,7 @@ def test_a_permission_for_a_malformed_peer_gets_400(client: Client, value: bytes
     assert client.ask(Method.CREATE_PERMISSION, *peers).code == 400
 
 
-def test_a_permission_for_a_family_that_the_allocation_lacks_gets_443(client: Client) -> None:
+def test_a_permission_for_a_family_without_a_relayed_address_gets_443(client: Client) -> None:
     client.allocate()
     assert client.create_permission(PEER6).code == 443
     assert client.create_permission(PEER, PEER6).code == 443
@@ -58,16 +58,16 @@ def test_a_dual_allocation_has_permissions_for_both_families(client: Client) -> 
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "169.254.169.254", "0.0.0.0", "224.0.0.1", "255.255.255.255"])
-def test_a_permission_for_a_refused_peer_gets_403(client: Client, host: str) -> None:
+def test_a_permission_for_a_forbidden_peer_gets_403(client: Client, host: str) -> None:
     client.allocate()
     assert client.create_permission(peer_at(host, 5000)).code == 403
 
 
-def test_one_refused_peer_among_others_gets_403(client: Client) -> None:
+def test_a_forbidden_peer_among_permitted_peers_gets_403(client: Client) -> None:
     client.allocate()
     assert client.create_permission(PEER, FORBIDDEN_PEER).code == 403
 
 
-def test_a_family_that_lacks_is_found_before_a_refused_peer(client: Client) -> None:
+def test_a_missing_family_is_checked_before_a_forbidden_peer(client: Client) -> None:
     client.allocate()
     assert client.create_permission(peer_at("::1", 5000)).code == 443

@@ -14,7 +14,7 @@ from relay.core.ports import PortPool
     st.lists(st.sampled_from(["draw", "draw even", "give back"]), max_size=80),
     st.integers(),
 )
-def test_a_port_is_in_the_pool_or_out_of_it_and_never_both(first: int, size: int, steps: list[str], seed: int) -> None:
+def test_a_port_is_either_free_or_taken(first: int, size: int, steps: list[str], seed: int) -> None:
     random = Random(seed)
     ports = set(range(first, first + size))
     pool = PortPool(ports)
@@ -41,7 +41,7 @@ def test_a_port_is_in_the_pool_or_out_of_it_and_never_both(first: int, size: int
 
 
 @pytest.mark.parametrize("even", [True, False])
-def test_every_port_is_as_likely_as_any_other(even: bool) -> None:  # noqa: FBT001
+def test_all_ports_are_equally_likely(even: bool) -> None:  # noqa: FBT001
     random = Random(1)
     pool = PortPool(range(50000, 50010))
     drawn = dict.fromkeys(range(50000, 50010, 2 if even else 1), 0)
@@ -50,11 +50,11 @@ def test_every_port_is_as_likely_as_any_other(even: bool) -> None:  # noqa: FBT0
         assert port is not None
         drawn[port] += 1
         pool.give_back(port)
-    # Six standard deviations of a fair draw are less than 190.
+    # Six standard deviations of a uniform draw are less than 190.
     assert all(abs(count - 1000) < 190 for count in drawn.values())
 
 
-def test_one_seed_draws_the_same_ports() -> None:
+def test_the_same_seed_draws_the_same_ports() -> None:
     def draws(seed: int) -> list[int | None]:
         random, pool = Random(seed), PortPool(range(49152, 65536))
         return [pool.draw(random, even=False) for _ in range(20)]

@@ -6,8 +6,9 @@ from relay.core.addresses import Family, PeerAddress
 from relay.core.attributes import ADDITIONAL_ADDRESS_FAMILY, LIFETIME, REQUESTED_ADDRESS_FAMILY, XOR_RELAYED_ADDRESS
 from relay.core.commands import BindPort, FreeAllocation, SendToClient, SendToPeer
 from relay.core.counters import FreeReason
+from relay.core.overload import EARLY_AGE
 from relay.core.stun import Method
-from tests.core.driver import (
+from tests.support.core import (
     CHANNEL,
     CLIENT,
     HOSTS,
@@ -46,7 +47,7 @@ def test_a_refresh_grants_between_600_and_3600_seconds_from_now(
     assert relay.wake() == [FreeAllocation(allocation.id, FreeReason.EXPIRED)]
 
 
-def test_a_refresh_without_lifetime_grants_the_default(relay: Relay, client: Client) -> None:
+def test_a_refresh_without_lifetime_grants_the_default_lifetime(relay: Relay, client: Client) -> None:
     client.allocate((LIFETIME, 3600))
     answer = client.ask(Method.REFRESH)
     assert answer.get(LIFETIME) == 600
@@ -74,7 +75,7 @@ def test_a_refresh_with_another_username_gets_441(relay: Relay, client: Client) 
     assert relay.server.poll_timeout() == ends
 
 
-def test_lifetime_zero_deletes(relay: Relay, client: Client) -> None:
+def test_a_refresh_with_lifetime_zero_deletes_the_allocation(relay: Relay, client: Client) -> None:
     allocation = client.allocate()
     client.bind_channel()
     freed, sent = client.send(client.write(Method.REFRESH, (LIFETIME, 0)))
@@ -94,8 +95,8 @@ def test_a_retransmitted_delete_gets_437(client: Client) -> None:
     assert answer_in(client.send(data)).code == 437
 
 
-def test_other_valid_credentials_from_the_same_address_delete(relay: Relay, client: Client) -> None:
-    # What a Firezone client does that got new credentials and kept its address.
+def test_different_valid_credentials_from_the_same_address_delete(relay: Relay, client: Client) -> None:
+    # A Firezone client does this after new credentials at the same address.
     old = client.allocate()
     renewed = Client(relay, salt="renewed")
     assert renewed.ask(Method.ALLOCATE, UDP).code == 437
@@ -107,13 +108,13 @@ def test_other_valid_credentials_from_the_same_address_delete(relay: Relay, clie
     assert renewed.refresh(600).code is None
 
 
-def test_credentials_delete_nothing_from_another_address(relay: Relay, client: Client) -> None:
+def test_a_delete_from_another_address_has_no_effect(relay: Relay, client: Client) -> None:
     client.allocate()
     assert Client(relay, OTHER_CLIENT).refresh(0).code == 437
     assert client.refresh(600).code is None
 
 
-def test_invalid_credentials_delete_nothing(relay: Relay, client: Client) -> None:
+def test_a_delete_with_invalid_credentials_has_no_effect(relay: Relay, client: Client) -> None:
     client.allocate()
     assert Client(relay, valid_for=-1, salt="expired").refresh(0).code == 401
     assert answer_in(client.send(client.write(Method.REFRESH, (LIFETIME, 0), key=b"wrong"))).code == 401
@@ -122,7 +123,7 @@ def test_invalid_credentials_delete_nothing(relay: Relay, client: Client) -> Non
 
 @pytest.mark.parametrize("lifetime", [0, 600])
 @pytest.mark.parametrize(("had", "named"), [(OF_IPV4, OF_IPV6), (OF_IPV6, OF_IPV4), (DUAL, (REQUESTED_ADDRESS_FAMILY, 3))])
-def test_a_family_that_the_allocation_lacks_gets_443(
+def test_a_family_without_a_relayed_address_gets_443(
     client: Client, had: AttributeValue, named: AttributeValue, lifetime: int
 ) -> None:
     client.allocate(had)
@@ -131,14 +132,14 @@ def test_a_family_that_the_allocation_lacks_gets_443(
 
 
 @pytest.mark.parametrize("family", [OF_IPV4, OF_IPV6])
-def test_a_family_that_the_allocation_has_may_be_named(client: Client, family: AttributeValue) -> None:
+def test_a_family_with_a_relayed_address_may_be_requested(client: Client, family: AttributeValue) -> None:
     client.allocate(family)
     assert client.refresh(1000, family).get(LIFETIME) == 1000
     assert client.refresh(0, family).code is None
     assert client.refresh(600).code == 437
 
 
-def test_another_username_is_found_before_another_family(relay: Relay, client: Client) -> None:
+def test_a_wrong_username_is_checked_before_a_wrong_family(relay: Relay, client: Client) -> None:
     client.allocate()
     assert Client(relay, salt="other").refresh(600, OF_IPV6).code == 441
 
@@ -146,7 +147,7 @@ def test_another_username_is_found_before_another_family(relay: Relay, client: C
 @pytest.mark.parametrize(
     ("deleted", "left", "gone", "kept"), [(OF_IPV4, OF_IPV6, PEER, PEER6), (OF_IPV6, OF_IPV4, PEER6, PEER)]
 )
-def test_one_family_of_a_dual_allocation_can_be_deleted(
+def test_a_family_of_a_dual_allocation_can_be_deleted(
     relay: Relay,
     client: Client,
     deleted: AttributeValue,
@@ -168,9 +169,12 @@ def test_one_family_of_a_dual_allocation_can_be_deleted(
     assert client.create_permission(gone).code == 443
     assert client.refresh(600, deleted).code == 443
     assert client.refresh(600, left).code is None
-    # Deleting the other one, too, ends the allocation.
+    # Deleting the second family ends the allocation.
     assert client.refresh(0, left).code is None
     assert client.refresh(600).code == 437
+    # The packet on the channel without a relayed address waits for a ChannelBind.
+    relay.pass_time(EARLY_AGE)
+    assert relay.wake() == []
     assert relay.server.poll_timeout() is None
 
 
@@ -192,7 +196,7 @@ def test_a_family_deleted_while_sockets_are_bound_is_not_granted(relay: Relay, c
     assert answer.get_all(XOR_RELAYED_ADDRESS) == [(HOSTS[Family.IPV6], retried.port, 0, 0)]
 
 
-def test_a_refresh_moves_no_channels_expiry(relay: Relay, client: Client) -> None:
+def test_a_refresh_does_not_move_the_expiry_of_channels(relay: Relay, client: Client) -> None:
     client.allocate()
     client.bind_channel()
     relay.pass_time(599)

@@ -27,7 +27,7 @@ from relay.core.attributes import (
 )
 from relay.core.credentials import integrity_key
 from relay.core.stun import Malformed, Message, MessageClass, Method, decode, encode
-from tests.core.driver import AttributeValue
+from tests.support.core import AttributeValue
 
 # RFC 5769 §2.1–2.4. Their padding is 0x20.
 SHORT_TERM_KEY = b"VOkJxbRl1RmTxUk/WvJxBt"
@@ -64,11 +64,11 @@ def decoded(data: bytes) -> Message:
 
 
 def with_length(data: bytes) -> bytes:
-    """Make the length field of a message true again after its attributes have changed."""
+    """Correct a message's length field after changes of its attributes."""
     return data[:2] + (len(data) - 20).to_bytes(2, "big") + data[4:]
 
 
-def test_the_short_term_request_of_rfc_5769_is_read() -> None:
+def test_the_short_term_request_of_rfc_5769_is_parsed() -> None:
     message = decoded(SHORT_TERM_REQUEST)
     assert message.message_class is MessageClass.REQUEST
     assert message.method == Method.BINDING
@@ -89,7 +89,7 @@ def test_the_short_term_request_of_rfc_5769_is_read() -> None:
         (IPV6_RESPONSE, ("2001:db8:1234:5678:11:2233:4455:6677", 32853, 0, 0)),
     ],
 )
-def test_the_responses_of_rfc_5769_are_read(data: bytes, address: SocketAddress) -> None:
+def test_the_responses_of_rfc_5769_are_parsed(data: bytes, address: SocketAddress) -> None:
     message = decoded(data)
     assert message.message_class is MessageClass.SUCCESS
     assert message.method == Method.BINDING
@@ -101,7 +101,7 @@ def test_the_responses_of_rfc_5769_are_read(data: bytes, address: SocketAddress)
     assert not message.integrity_holds(b"another key")
 
 
-def test_the_long_term_request_of_rfc_5769_is_read() -> None:
+def test_the_long_term_request_of_rfc_5769_is_parsed() -> None:
     message = decoded(LONG_TERM_REQUEST)
     assert message.get(USERNAME) == LONG_TERM_USERNAME
     assert message.get(REALM) == "example.org"
@@ -114,7 +114,7 @@ def test_the_long_term_request_of_rfc_5769_is_read() -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 16, 63, 64, 65, 200])
-def test_messages_are_signed_with_hmac_sha1_however_long_the_key_is(length: int) -> None:
+def test_messages_are_signed_with_hmac_sha1_for_any_key_length(length: int) -> None:
     key = bytes(range(length))
     signed = encode(MessageClass.REQUEST, Method.REFRESH, bytes(12), [(LIFETIME, 600)], key=key)
     for _ in range(2):
@@ -123,8 +123,8 @@ def test_messages_are_signed_with_hmac_sha1_however_long_the_key_is(length: int)
         assert not decoded(signed).integrity_holds(key + b"1")
 
 
-def test_the_long_term_request_of_rfc_5769_is_written() -> None:
-    # The only vector padded with zeros, and thus the only one that can come out byte for byte.
+def test_the_long_term_request_of_rfc_5769_is_serialized() -> None:
+    # The only vector padded with zeros, hence the only vector reproduced byte for byte.
     written = encode(
         MessageClass.REQUEST,
         Method.BINDING,
@@ -136,7 +136,7 @@ def test_the_long_term_request_of_rfc_5769_is_written() -> None:
 
 
 @pytest.mark.parametrize("vector", [IPV4_RESPONSE, IPV6_RESPONSE])
-def test_the_responses_of_rfc_5769_are_written_but_for_their_padding(vector: bytes) -> None:
+def test_the_responses_of_rfc_5769_are_serialized_except_padding(vector: bytes) -> None:
     message = decoded(vector)
     attributes: list[AttributeValue] = [
         (SOFTWARE, "test vector"),
@@ -144,15 +144,15 @@ def test_the_responses_of_rfc_5769_are_written_but_for_their_padding(vector: byt
     ]
     written = encode(message.message_class, message.method, message.transaction_id, attributes)
     assert message.integrity_at is not None
-    # The one byte of padding is at 35; the length field does not count integrity and fingerprint yet.
+    # The padding byte is at 35; the length field does not yet include integrity and fingerprint.
     assert vector[35:36] == b" "
     assert written[:2] == vector[:2]
     assert written[4:] == vector[4:35] + b"\0" + vector[36 : message.integrity_at]
 
 
-def test_fingerprint_is_the_crc_of_what_precedes_it() -> None:
+def test_fingerprint_is_the_crc_of_the_preceding_bytes() -> None:
     message = encode(MessageClass.REQUEST, Method.BINDING, TRANSACTION, [], fingerprint=True)
-    # The polynomial division of ITU-T V.42, without the library that the code under test uses.
+    # The polynomial division of ITU-T V.42, independent of the library in the tested code.
     crc = 0xFFFFFFFF
     for byte in message[:20]:
         crc ^= byte
@@ -165,7 +165,7 @@ hosts = st.ip_addresses().map(str)
 addresses = st.builds(socket_address, hosts, st.integers(0, 0xFFFF))
 codes = st.integers(0, 799)
 u8 = st.integers(0, 0xFF)
-# One to four bytes a character. Hypothesis's own alphabet takes seconds to build the first time.
+# One to four bytes per character. Hypothesis needs seconds to build its own alphabet.
 text = st.text("a0: \0\u00e9\u20ac\U0001f600", max_size=40)
 VALUES: dict[Attribute[Any], st.SearchStrategy[Any]] = {
     table.MAPPED_ADDRESS: st.binary(max_size=40),
@@ -210,11 +210,11 @@ messages = st.fixed_dictionaries(
 )
 
 
-def test_every_row_of_the_table_is_tried_in_round_trips() -> None:
+def test_round_trips_cover_every_attribute_of_the_table() -> None:
     assert set(ROWS) - set(VALUES) == {MESSAGE_INTEGRITY, FINGERPRINT}
 
 
-def test_the_types_are_those_of_the_registry() -> None:
+def test_the_attribute_types_match_the_iana_registry() -> None:
     # RFC 8489 §18.3, RFC 8656 §18.
     assert {row.name: row.type for row in ROWS} == {
         "MAPPED-ADDRESS": 0x0001,
@@ -243,7 +243,7 @@ def test_the_types_are_those_of_the_registry() -> None:
 
 
 @given(messages)
-def test_what_is_written_is_read_back(parts: dict[str, Any]) -> None:
+def test_a_serialized_message_is_parsed_back(parts: dict[str, Any]) -> None:
     data = encode(**parts)
     message = decoded(data)
     assert message.message_class is parts["message_class"]
@@ -259,7 +259,7 @@ def test_what_is_written_is_read_back(parts: dict[str, Any]) -> None:
 
 
 @given(messages, st.data())
-def test_any_mutation_of_a_message_is_read_or_refused(parts: dict[str, Any], data: st.DataObject) -> None:
+def test_any_mutation_of_a_message_is_parsed_or_rejected(parts: dict[str, Any], data: st.DataObject) -> None:
     mutable = bytearray(encode(**parts))
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(mutable)))
@@ -283,7 +283,7 @@ def test_any_mutation_of_a_message_is_read_or_refused(parts: dict[str, Any], dat
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_are_read_or_refused(data: bytes) -> None:
+def test_any_bytes_are_parsed_or_rejected(data: bytes) -> None:
     assert isinstance(decode(data), Message | Malformed)
     body = data[: len(data) // 4 * 4]
     framed = b"\0\1" + len(body).to_bytes(2, "big") + b"\x21\x12\xa4\x42" + TRANSACTION + body
@@ -296,7 +296,7 @@ def test_any_bytes_are_read_or_refused(data: bytes) -> None:
 
 
 @given(st.sampled_from(ROWS), st.binary(max_size=40))
-def test_any_value_of_any_attribute_is_read_or_refused_by_name(row: Attribute[Any], value: bytes) -> None:
+def test_any_attribute_value_is_parsed_or_rejected_by_name(row: Attribute[Any], value: bytes) -> None:
     try:
         read = row.unpack(value, TRANSACTION)
     except MalformedAttributeError:
@@ -305,7 +305,7 @@ def test_any_value_of_any_attribute_is_read_or_refused_by_name(row: Attribute[An
 
 
 @given(messages, st.data())
-def test_no_changed_byte_escapes_the_fingerprint(parts: dict[str, Any], data: st.DataObject) -> None:
+def test_the_fingerprint_detects_every_changed_byte(parts: dict[str, Any], data: st.DataObject) -> None:
     message = encode(**(parts | {"fingerprint": True}))
     at = data.draw(st.integers(0, len(message) - 1))
     changed = bytearray(message)
@@ -315,7 +315,7 @@ def test_no_changed_byte_escapes_the_fingerprint(parts: dict[str, Any], data: st
 
 
 @given(messages, st.data())
-def test_no_changed_byte_escapes_message_integrity(parts: dict[str, Any], data: st.DataObject) -> None:
+def test_message_integrity_detects_every_changed_byte(parts: dict[str, Any], data: st.DataObject) -> None:
     message = encode(**(parts | {"key": KEY, "fingerprint": False}))
     at = data.draw(st.integers(0, len(message) - 1))
     changed = bytearray(message)
@@ -328,11 +328,11 @@ HEADER = b"\0\1\0\0\x21\x12\xa4\x42" + TRANSACTION
 GOOD = encode(MessageClass.REQUEST, Method.ALLOCATE, TRANSACTION, [(LIFETIME, 600)], fingerprint=True)
 
 
-def test_a_message_without_attributes_is_read() -> None:
+def test_a_message_without_attributes_is_parsed() -> None:
     assert decoded(HEADER).attributes == ()
 
 
-def test_64_attributes_are_read() -> None:
+def test_a_message_with_64_attributes_is_parsed() -> None:
     assert decoded(with_length(HEADER + b"\0\x0d\0\0" * 64)).attributes == ((0x0D, b""),) * 64
 
 
@@ -362,19 +362,19 @@ def test_64_attributes_are_read() -> None:
         (with_length(GOOD + GOOD[-8:]), Malformed.FINGERPRINT),
     ],
 )
-def test_what_is_wrong_with_a_message_is_told(data: bytes, reason: Malformed) -> None:
+def test_a_malformed_message_is_rejected_with_a_reason(data: bytes, reason: Malformed) -> None:
     assert decode(data) is reason
 
 
 @pytest.mark.parametrize("after", [b"\0\x1a\0\0", b"\x80\x22\0\4text", b"\xff\xff\0\0"])
-def test_a_fingerprint_that_something_follows_is_refused_though_its_crc_is_right(after: bytes) -> None:
-    # RFC 8489 §14.7. The CRC covers the header, and so the length of what follows too.
+def test_a_correct_fingerprint_before_the_end_is_rejected(after: bytes) -> None:
+    # RFC 8489 §14.7. The CRC covers the header with its length field.
     covered = HEADER[:2] + (8 + len(after)).to_bytes(2, "big") + HEADER[4:]
     crc = (zlib.crc32(covered) ^ 0x5354554E).to_bytes(4, "big")
     assert decode(covered + b"\x80\x28\0\4" + crc + after) is Malformed.FINGERPRINT
 
 
-def test_what_follows_message_integrity_is_ignored() -> None:
+def test_attributes_after_message_integrity_are_ignored() -> None:
     signed = encode(MessageClass.REQUEST, Method.REFRESH, TRANSACTION, [(LIFETIME, 1)], key=KEY)
     appended = encode(MessageClass.REQUEST, Method.REFRESH, TRANSACTION, [(SOFTWARE, "late"), (USERNAME, "late")])[20:]
     second_integrity = signed[-24:]
@@ -386,25 +386,25 @@ def test_what_follows_message_integrity_is_ignored() -> None:
     assert decode(with_length(signed + b"\0\x0d\0\x08" + bytes(4))) is Malformed.ATTRIBUTE
 
 
-def test_fingerprint_counts_after_message_integrity() -> None:
+def test_a_fingerprint_after_message_integrity_is_checked() -> None:
     message = decoded(encode(MessageClass.REQUEST, Method.REFRESH, TRANSACTION, [], key=KEY, fingerprint=True))
     assert message.has_fingerprint
     assert message.integrity_holds(KEY)
 
 
 @pytest.mark.parametrize("length", [0, 19, 21, 32])
-def test_message_integrity_of_another_length_never_holds(length: int) -> None:
+def test_message_integrity_of_a_wrong_length_is_never_valid(length: int) -> None:
     signed = encode(MessageClass.REQUEST, Method.REFRESH, TRANSACTION, [], key=KEY)
     mac = (signed[24:] + bytes(12))[:length]
     data = with_length(signed[:20] + b"\0\x08" + length.to_bytes(2, "big") + mac + bytes(-length % 4))
     assert not decoded(data).integrity_holds(KEY)
 
 
-def test_a_message_without_message_integrity_has_none_that_holds() -> None:
+def test_a_missing_message_integrity_is_never_valid() -> None:
     assert not decoded(HEADER).integrity_holds(b"")
 
 
-def test_the_first_of_a_repeated_attribute_counts() -> None:
+def test_the_first_value_of_a_repeated_attribute_counts() -> None:
     peers = [socket_address("192.0.2.7", 1), socket_address("2001:db8::7", 2)]
     attributes = [(XOR_PEER_ADDRESS, peer) for peer in peers]
     message = decoded(encode(MessageClass.REQUEST, Method.CHANNEL_BIND, TRANSACTION, attributes))
@@ -412,7 +412,7 @@ def test_the_first_of_a_repeated_attribute_counts() -> None:
     assert list(message.get_all(XOR_PEER_ADDRESS)) == peers
 
 
-def test_unknown_attributes_are_those_that_must_be_understood_each_once() -> None:
+def test_unknown_attributes_lists_each_comprehension_required_type_once() -> None:
     body = b"".join(type_.to_bytes(2, "big") + b"\0\0" for type_ in (0x7FFF, 0x0024, 0x8003, 0x7FFF, 0x001A, 0xFFFF))
     assert decoded(with_length(HEADER + body)).unknown_attributes() == (0x7FFF, 0x0024)
 
@@ -443,7 +443,7 @@ def test_unknown_attributes_are_those_that_must_be_understood_each_once() -> Non
         (REALM, b"\xc3"),
     ],
 )
-def test_a_value_of_the_wrong_form_is_refused(row: Attribute[Any], value: bytes) -> None:
+def test_a_value_of_the_wrong_format_is_rejected(row: Attribute[Any], value: bytes) -> None:
     with pytest.raises(MalformedAttributeError):
         row.unpack(value, TRANSACTION)
 
@@ -470,14 +470,14 @@ def test_a_username_may_have_508_bytes() -> None:
     assert USERNAME.unpack(b"a" * 508, TRANSACTION) == "a" * 508
 
 
-def test_a_malformed_value_raises_only_when_asked_for() -> None:
+def test_a_malformed_value_raises_only_when_read() -> None:
     message = decoded(with_length(HEADER + b"\0\x0d\0\1" + bytes(4)))
     assert message.has(LIFETIME)
     with pytest.raises(MalformedAttributeError):
         message.get(LIFETIME)
 
 
-def test_payload_in_an_attribute_is_not_altered() -> None:
+def test_a_data_attribute_is_not_modified() -> None:
     payload = Random(1).randbytes(1201)
     message = decoded(encode(MessageClass.INDICATION, Method.SEND, TRANSACTION, [(DATA, payload)]))
     assert message.get(DATA) == payload

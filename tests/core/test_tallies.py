@@ -1,4 +1,4 @@
-"""What is counted for each channel and by size, against what left: whatever came together, and whatever ended in between."""
+"""Counters of channels and packet sizes equal the sent packets, with batches and with channels that end in between."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -17,11 +17,12 @@ from relay.core.attributes import (
     REQUESTED_ADDRESS_FAMILY,
     XOR_PEER_ADDRESS,
 )
-from relay.core.commands import Command, SendToClient, SendToPeer
+from relay.core.commands import Command, SendToClient, SendToPeer, cut
 from relay.core.counters import SIZE_STEPS, histogram
+from relay.core.data import Datagram
 from relay.core.stun import Message, Method, decode
-from relay.core.trains import Arrival, cut
-from tests.core.driver import CHANNEL, OTHER_CHANNEL, OTHER_CLIENT, OTHER_PEER, PEER, PEER6, Client, Relay, channel_data
+from relay.net.grouping import grouped
+from tests.support.core import CHANNEL, OTHER_CHANNEL, OTHER_CLIENT, OTHER_PEER, PEER, PEER6, Client, Relay, channel_data
 
 STEP = 128
 V6_CHANNEL = 0x4002
@@ -33,7 +34,7 @@ CHANGES = st.sampled_from(["delete IPv6", "delete IPv6", "delete", "refresh", "b
 
 
 class Tally(NamedTuple):
-    """Packets and bytes to peers, and to clients."""
+    """Packets and bytes to peers and to clients."""
 
     to_peer_packets: int
     to_peer_bytes: int
@@ -50,11 +51,11 @@ def total(tallies: Iterable[Tally]) -> Tally:
 
 
 Burst: TypeAlias = tuple[int, list[int], bool]
-"""A channel, the sizes of payloads, and whether they come as one train."""
+"""A channel, the sizes of payloads, and whether the payloads arrive as a GRO batch."""
 
 
 class World:
-    """Two clients with allocations of both families and three channels each; it hears all that leaves."""
+    """Two clients with allocations of both families and three channels each. Records all sent packets."""
 
     def __init__(self) -> None:
         self.relay = Relay()
@@ -77,24 +78,14 @@ class World:
                 case SendToClient(data, client, segment) if not isinstance(decode(data), Message):
                     self.to_client += [(self.ids[client], len(each) - 4) for each in cut(data, segment)]
 
-    def from_client(self, batch: list[Arrival]) -> None:
-        short = self.relay.server.forward_to_peer(batch, self.relay.now.monotonic) if batch else None
-        if short is None:
-            self.relay.server.handle_client_arrivals(batch, self.relay.now)
-            self.hear(self.relay.server.drain())
-        else:
-            self.hear([SendToPeer(*short)])
+    def from_client(self, batch: list[Datagram]) -> None:
+        self.hear(self.relay.receive_batch(grouped(batch)))
 
-    def from_peers(self, allocation: AllocationId, batch: list[Arrival]) -> None:
-        short = self.relay.server.forward_to_client(batch, self.relay.now.monotonic, allocation) if batch else None
-        if short is None:
-            self.relay.server.handle_peer_arrivals(allocation, batch, self.relay.now)
-            self.hear(self.relay.server.drain())
-        else:
-            self.hear([SendToClient(*short)])
+    def from_peers(self, allocation: AllocationId, batch: list[Datagram]) -> None:
+        self.hear(self.relay.receive_batch_from_peers(allocation, grouped(batch)))
 
-    def change(self, client: Client, what: str) -> Arrival:
-        """Write a request that changes what is relayed."""
+    def change(self, client: Client, what: str) -> Datagram:
+        """Return a request that changes the relayed channels."""
         match what:
             case "delete IPv6":
                 data = client.write(Method.REFRESH, (LIFETIME, 0), (REQUESTED_ADDRESS_FAMILY, 2))
@@ -122,8 +113,8 @@ class World:
         assert (counters.to_peer_bytes, counters.to_client_bytes) == total(tallies)[1::2]
 
 
-def arrivals_of(burst: Burst, client: Client | None) -> list[Arrival]:
-    """Write a burst as it comes from a client, or else from a peer; a train has the sizes that one can have."""
+def datagrams_of(burst: Burst, client: Client | None) -> list[Datagram]:
+    """Return a burst of a client, or without a client of a peer. A GRO batch gets valid sizes."""
     number, sizes, is_train = burst
     source = PEERS[number] if client is None else client.address
     if is_train:
@@ -138,37 +129,37 @@ BURSTS = st.tuples(NUMBERS, st.lists(SIZES, min_size=1, max_size=3).map(sorted).
 
 
 @given(st.data())
-def test_channels_and_those_that_are_gone_sum_up_to_all_that_left(data: st.DataObject) -> None:
+def test_current_and_former_channels_sum_to_all_sent_packets(data: st.DataObject) -> None:
     world = World()
     for _ in range(data.draw(st.integers(1, 4))):
         who = data.draw(st.integers(0, 1))
         client = world.clients[who]
-        from_client: list[Arrival] = []
+        from_client: list[Datagram] = []
         for burst in data.draw(st.lists(BURSTS, max_size=4)):
-            # Twice: a run can be interrupted.
-            from_client += arrivals_of(burst, client) * data.draw(st.integers(1, 2))
+            # A repeated burst may be interrupted by a change.
+            from_client += datagrams_of(burst, client) * data.draw(st.integers(1, 2))
             if data.draw(st.integers(0, 3)) == 0:
                 from_client.append(world.change(client, data.draw(CHANGES)))
         world.from_client(from_client)
-        from_peers = [each for burst in data.draw(st.lists(BURSTS, max_size=4)) for each in arrivals_of(burst, None)]
+        from_peers = [each for burst in data.draw(st.lists(BURSTS, max_size=4)) for each in datagrams_of(burst, None)]
         world.from_peers(world.allocations[who].id, from_peers)
         world.relay.pass_time(data.draw(st.sampled_from([0, 0, 0, 600, 900])))
         world.check()
 
 
-def test_what_is_relayed_before_a_family_is_deleted_in_the_same_batch_is_counted_for_its_allocation() -> None:
+def test_data_before_a_family_is_deleted_in_a_batch_is_counted() -> None:
     world = World()
     client = world.clients[0]
-    burst = arrivals_of((V6_CHANNEL, [1200, 1200, 5], False), client)
+    burst = datagrams_of((V6_CHANNEL, [1200, 1200, 5], False), client)
     world.from_client([*burst, world.change(client, "delete IPv6"), *burst])
     assert tally_of(world.allocations[0]) == (3, 2405, 0, 0)
     world.check()
 
 
 @pytest.mark.parametrize(("size", "step"), [(0, 0), (127, 0), (128, 1), (1919, 14), (1920, 15), (65_500, 15)])
-def test_sizes_are_of_the_payload_in_steps_of_128_bytes_the_last_of_which_is_open(size: int, step: int) -> None:
+def test_payload_sizes_are_counted_in_steps_of_128_bytes(size: int, step: int) -> None:
     world = World()
-    world.from_client(arrivals_of((CHANNEL, [size], False), world.clients[0]))
-    world.from_peers(world.allocations[0].id, arrivals_of((CHANNEL, [size], False), None))
+    world.from_client(datagrams_of((CHANNEL, [size], False), world.clients[0]))
+    world.from_peers(world.allocations[0].id, datagrams_of((CHANNEL, [size], False), None))
     for sizes in (world.relay.counters.to_peer_sizes, world.relay.counters.to_client_sizes):
         assert [at for at, count in enumerate(histogram(sizes)) if count] == [step]

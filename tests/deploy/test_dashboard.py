@@ -1,4 +1,4 @@
-"""The dashboard and the alerts ask for what there is: each query is compared with what a relay that relays tells."""
+"""Dashboard and alerts use existing metrics: each query is compared with a scrape of a running relay."""
 
 import http.client
 import json
@@ -13,11 +13,11 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from relay.ops.metrics.metric import Kind
+from relay.ops.metrics.metric import MetricKind
 from relay.ops.metrics.prometheus import name_of
 from relay.ops.metrics.table import TABLE
-from tests.interop.conftest import Program
-from tests.turn_client import TurnClient, udp_socket
+from tests.support.program import Program
+from tests.support.turn_client import TurnClient, udp_socket
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DASHBOARD: dict[str, Any] = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
@@ -27,17 +27,17 @@ RULES: list[dict[str, Any]] = [
 PANELS: list[dict[str, Any]] = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 
 OF_PROMETHEUS = {"instance", "job"}
-"""Labels that it puts to whatever it scrapes."""
+"""Labels added by Prometheus to each series."""
 
 Series: TypeAlias = Mapping[str, list[dict[str, str]]]
-"""The labels of each series, by the name of the metric."""
+"""Labels of each series, by metric name."""
 
 
 class Query(NamedTuple):
     where: str
     text: str
     shown: str
-    """What has ``{{label}}`` for labels of its result."""
+    """The text with ``{{label}}`` for labels of the result."""
 
 
 def panel_queries() -> Iterator[Query]:
@@ -58,7 +58,7 @@ QUERIES = [*panel_queries(), *rule_queries()]
 
 @pytest.fixture(scope="module")
 def series() -> Iterator[Series]:
-    """What a relay tells that has a client, which has sent and received."""
+    """Scrape a relay with a client that has sent and received."""
     program = Program("--allow-peer", "127.0.0.0/8")
     try:
         program.wait_until_ready()
@@ -89,7 +89,7 @@ def scrape(program: Program) -> Series:
 
 
 def nodes(query: promql.Expr) -> list[promql.Expr]:
-    """Give all parts of a query, the whole first."""
+    """Return all nodes of a query, the root first."""
     found: list[promql.Expr] = []
     promql.walk(query, found.append)
     return found
@@ -110,16 +110,19 @@ def matches(matcher: promql.Matcher, value: str) -> bool:
 
 
 def labels_of(query: promql.Expr, series: Series) -> set[str]:
-    """Give the labels that every series has of all that a query, or a part of one, selects."""
+    """Return the labels common to all series selected by an expression."""
     named = [set[str]().union(*series[selector.name or ""]) for selector in selectors(query)]
     return OF_PROMETHEUS | (set.intersection(*named) if named else set())
 
 
 @pytest.mark.parametrize("query", QUERIES, ids=lambda query: f"{query.where}: {query.text}"[:80])
-def test_a_query_asks_for_what_a_relay_tells(query: Query, series: Series) -> None:
+def test_a_query_selects_exported_metrics(query: Query, series: Series) -> None:
     parsed = promql.parse(query.text)
     assert selectors(parsed)
     for selector in selectors(parsed):
+        if selector.name == "up":
+            # Made by Prometheus for each target.
+            continue
         assert selector.name in series
         left = series[selector.name or ""]
         for matcher in selector.matchers.matchers:
@@ -129,23 +132,23 @@ def test_a_query_asks_for_what_a_relay_tells(query: Query, series: Series) -> No
     grouped = [node for node in nodes(parsed) if isinstance(node, promql.AggregateExpr)]
     for node in grouped:
         assert node.modifier is None or set(node.modifier.labels) <= labels_of(node.expr, series)
-    # What is shown of the result is what the outermost aggregation has kept.
+    # The legend may use only labels kept by the outermost aggregation.
     kept = labels_of(parsed, series) if not grouped else set(grouped[0].modifier.labels if grouped[0].modifier else ())
     assert set(re.findall(r"\{\{(\w+)\}\}", query.shown)) <= kept
 
 
 @pytest.mark.parametrize("metric", TABLE, ids=lambda metric: metric.name)
-def test_every_metric_is_on_the_dashboard_as_what_it_is(metric: Any) -> None:  # noqa: ANN401 - a Metric
-    suffix = {Kind.COUNTER: "_total", Kind.GAUGE: "", Kind.HISTOGRAM: "_bucket"}[metric.kind]
+def test_every_metric_is_on_the_dashboard_according_to_its_type(metric: Any) -> None:  # noqa: ANN401 - a Metric
+    suffix = {MetricKind.COUNTER: "_total", MetricKind.GAUGE: "", MetricKind.HISTOGRAM: "_bucket"}[metric.kind]
     name = name_of(metric) + suffix
     asked = [query for query in panel_queries() if re.search(rf"\b{name}\b", query.text)]
     assert asked
     for query in asked:
-        # A counter by itself says nothing: it starts anew with the process.
-        assert metric.kind is Kind.GAUGE or re.search(r"(rate|increase)\(", query.text)
+        # The raw value of a counter is useless: a restart resets the counter.
+        assert metric.kind is MetricKind.GAUGE or re.search(r"(rate|increase)\(", query.text)
 
 
-def test_grafana_can_tell_panels_and_data_sources_apart() -> None:
+def test_panel_ids_and_data_sources_are_unique() -> None:
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(set(ids)) == len(ids)
     assert {variable["name"] for variable in DASHBOARD["templating"]["list"]} == {"datasource", "instance"}
@@ -155,7 +158,7 @@ def test_grafana_can_tell_panels_and_data_sources_apart() -> None:
         assert len(set(refs)) == len(refs)
 
 
-def test_no_panel_lies_on_another() -> None:
+def test_panels_do_not_overlap() -> None:
     taken: set[tuple[int, int]] = set()
     for panel in DASHBOARD["panels"]:
         at = panel["gridPos"]
@@ -165,14 +168,14 @@ def test_no_panel_lies_on_another() -> None:
         taken |= cells
 
 
-def test_the_relays_to_choose_from_are_those_that_tell_their_version(series: Series) -> None:
+def test_the_relay_variable_lists_relays_with_a_version(series: Series) -> None:
     (variable,) = [each for each in DASHBOARD["templating"]["list"] if each["name"] == "instance"]
     assert variable["definition"] == "label_values(relay_info, instance)"
     assert "relay_info" in series
 
 
-def test_every_alert_says_how_bad_it_is_and_of_which_relay() -> None:
+def test_every_alert_has_a_severity_and_an_instance() -> None:
     assert len({rule["alert"] for rule in RULES}) == len(RULES)
     for rule in RULES:
         assert rule["labels"]["severity"] in {"info", "warning", "critical"}
-        assert "$labels.instance" in rule["annotations"]["summary"]
+        assert "$labels.instance" in rule["annotations"]["summary"] or rule["expr"].startswith("absent(")

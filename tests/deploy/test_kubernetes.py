@@ -1,4 +1,4 @@
-"""The manifests: Kubernetes' own schemas take them, and what they say fits the relay."""
+"""The manifests match Kubernetes' schemas and the relay."""
 
 import re
 import shutil
@@ -12,19 +12,20 @@ import pytest
 import yaml
 from kubernetes_validate import ValidationError
 
-from relay.actors.departure import LEAVE_TIMEOUT, STOP_TIMEOUT
-from relay.actors.pages import LIVE_PATIENCE
 from relay.cli import cli
-from relay.config import SERVICE_PORT
+from relay.config import LIVE_TIMEOUT, SERVICE_PORT
+from relay.system.shutdown import LEAVE_TIMEOUT, STOP_TIMEOUT
 
 TOP = Path(__file__).parents[2]
 KUBERNETES = TOP / "deploy" / "kubernetes"
 
 VERSIONS = ("1.28", "1.37")
-"""The oldest that providers still run, and the newest whose schemas there are."""
+"""The oldest version that providers run, and the newest version with published schemas."""
 
 BYTES_PER_ALLOCATION = 45_000
-FILES = sorted(each for each in KUBERNETES.rglob("*.yaml") if each.name != "kustomization.yaml")
+OF_TOOLS = {"kustomization.yaml", "podmonitor.yaml"}
+"""Kinds that are not those of Kubernetes itself."""
+FILES = sorted(each for each in KUBERNETES.rglob("*.yaml") if each.name not in OF_TOOLS)
 
 Manifest: TypeAlias = dict[str, Any]
 
@@ -34,10 +35,10 @@ needs_kubectl = pytest.mark.skipif(
 
 
 def check(manifest: Manifest) -> None:
-    """Find what a cluster would refuse, unknown fields included, without one.
+    """Validate a manifest without a cluster, including unknown fields.
 
     Raises:
-        ValidationError: a cluster would.
+        ValidationError: a cluster would reject the manifest.
     """
     for version in VERSIONS:
         kubernetes_validate.validate(manifest, version, strict=True)
@@ -63,15 +64,15 @@ def container(pod: Manifest) -> Manifest:
 
 
 def settings(container: Manifest) -> dict[str, str]:
-    """Give its environment; what Kubernetes fills in is left out."""
+    """Return the environment without values filled in by Kubernetes."""
     return {each["name"]: each["value"] for each in container["env"] if "value" in each}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(KUBERNETES)))
-def test_kubernetes_takes_each_manifest(path: Path) -> None:
+def test_each_manifest_is_valid(path: Path) -> None:
     for manifest in yaml.safe_load_all(path.read_text()):
         if path.parent.name != "relay":
-            # A change to another: what is required is in that one.
+            # A patch: the base contains the required fields.
             manifest["spec"] |= {"selector": {}}
             for each in manifest["spec"]["template"]["spec"]["containers"]:
                 each.setdefault("image", "firezone-relay")
@@ -101,44 +102,59 @@ def broken_number(manifest: Manifest) -> None:
 
 
 @pytest.mark.parametrize("breaks", [broken_type, broken_name, broken_place, broken_lack, broken_number])
-def test_a_broken_manifest_would_be_found(daemonset: Manifest, breaks: Callable[[Manifest], None]) -> None:
+def test_an_invalid_manifest_is_detected(daemonset: Manifest, breaks: Callable[[Manifest], None]) -> None:
     breaks(daemonset)
     with pytest.raises(ValidationError):
         check(daemonset)
 
 
+def check_monitor(monitor: Manifest, template: Manifest) -> None:
+    """Check that a PodMonitor selects the pods, and a port that has the metrics address."""
+    assert monitor["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    (container,) = template["spec"]["containers"]
+    (endpoint,) = monitor["podMetricsEndpoints"]
+    (port,) = [each["containerPort"] for each in container["ports"] if each["name"] == endpoint["port"]]
+    assert settings(container)["METRICS_ADDR"] == f"$(POD_IP):{port}"
+    names = [each["name"] for each in container["env"]]
+    assert names.index("POD_IP") < names.index("METRICS_ADDR"), "Kubernetes expands earlier variables only"
+
+
 @needs_kubectl
-@pytest.mark.parametrize("components", [[], ["offload"], ["discovery"], ["offload", "discovery"]])
-def test_what_kustomize_makes_of_them_is_taken_as_well(tmp_path: Path, components: list[str]) -> None:
+@pytest.mark.parametrize("components", [[], ["offload"], ["discovery"], ["offload", "discovery", "metrics"]])
+def test_the_output_of_kustomize_is_valid(tmp_path: Path, components: list[str]) -> None:
     made = shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
     top = yaml.safe_load((made / "kustomization.yaml").read_text())
     (made / "kustomization.yaml").write_text(yaml.safe_dump(top | {"components": components}))
     done = subprocess.run(["kubectl", "kustomize", str(made)], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     manifests = {each["kind"]: each for each in yaml.safe_load_all(done.stdout)}
+    monitors = [manifests.pop("PodMonitor")] if "metrics" in components else []
     assert set(manifests) == {"Namespace", "PriorityClass", "DaemonSet"}
     for each in manifests.values():
         check(each)
+    for monitor in monitors:
+        check_monitor(monitor["spec"], manifests["DaemonSet"]["spec"]["template"])
     (container,) = manifests["DaemonSet"]["spec"]["template"]["spec"]["containers"]
     assert container["image"].startswith("registry.example.com/firezone-relay:")
     assert "FIREZONE_TOKEN" in settings(container)
     assert ("EBPF_OFFLOADING" in settings(container)) == ("offload" in components)
-    # Asked of the cloud, the public address is not given: a given one would win.
+    # With discovery no public address is set, because a set address would take precedence.
     discovers = "discovery" in components
     names = {each["name"] for each in container["env"]}
     assert ("LISTEN_ADDRESS_DISCOVERY_METHOD" in names, "PUBLIC_IP4_ADDR" in names) == (discovers, not discovers)
 
 
-def test_its_settings_are_taken_by_the_program(container: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_program_accepts_the_settings(container: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     for each in container["env"]:
         value = each.get("value") or {"status.hostIP": "192.0.2.7"}.get(each["valueFrom"]["fieldRef"]["fieldPath"], "node-1")
         monkeypatch.setenv(each["name"], value)
     with cli.make_context("firezone-relay", []) as context:
         assert str(context.params["public_ip4"]) == "192.0.2.7"
         assert context.params["name"] == "node-1"
+        assert context.params["api_url"].is_tls
 
 
-def test_the_cloud_that_is_asked_is_one_that_the_program_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cloud_for_discovery_is_a_supported_cloud(monkeypatch: pytest.MonkeyPatch) -> None:
     patch = yaml.safe_load((KUBERNETES / "discovery" / "daemonset.yaml").read_text())
     (container,) = patch["spec"]["template"]["spec"]["containers"]
     method = settings(container)["LISTEN_ADDRESS_DISCOVERY_METHOD"]
@@ -147,18 +163,18 @@ def test_the_cloud_that_is_asked_is_one_that_the_program_knows(monkeypatch: pyte
         assert context.params["discovery"] == method
 
 
-def test_a_relay_that_drains_is_waited_for(pod: Manifest, container: Manifest) -> None:
+def test_the_grace_period_covers_the_drain(pod: Manifest, container: Manifest) -> None:
     drain = int(settings(container)["DRAIN_TIMEOUT"].removesuffix("s"))
     assert pod["terminationGracePeriodSeconds"] >= drain + STOP_TIMEOUT
 
 
-def test_a_relay_that_hangs_is_given_time_to_say_so_and_none_to_drain(pod: Manifest, container: Manifest) -> None:
+def test_a_hanging_relay_gets_time_to_dump_and_none_to_drain(pod: Manifest, container: Manifest) -> None:
     probe = container["livenessProbe"]
-    assert LIVE_PATIENCE < probe["timeoutSeconds"] < probe["periodSeconds"]
+    assert LIVE_TIMEOUT < probe["timeoutSeconds"] < probe["periodSeconds"]
     assert LEAVE_TIMEOUT <= probe["terminationGracePeriodSeconds"] < pod["terminationGracePeriodSeconds"] / 10
 
 
-def test_the_token_is_a_file_where_the_relay_looks(pod: Manifest, container: Manifest) -> None:
+def test_the_token_is_mounted_at_the_configured_path(pod: Manifest, container: Manifest) -> None:
     path = Path(settings(container)["FIREZONE_TOKEN"])
     (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
     assert mount["name"] == volume["name"]
@@ -168,18 +184,18 @@ def test_the_token_is_a_file_where_the_relay_looks(pod: Manifest, container: Man
     assert not volume["secret"]["defaultMode"] & 0o007
 
 
-def test_probes_ask_pages_that_the_relay_has_where_it_has_them(container: Manifest) -> None:
+def test_probes_use_existing_health_pages(container: Manifest) -> None:
     host, _, port = settings(container)["HEALTH_CHECK_ADDR"].rpartition(":")
     ports = {each["name"]: each["containerPort"] for each in container["ports"]}
     probes = {kind: container[f"{kind}Probe"]["httpGet"] for kind in ("startup", "liveness", "readiness")}
     assert {(each["host"], ports[each["port"]]) for each in probes.values()} == {(host, int(port))}
-    # A portal that is away must not restart relays: they serve their clients without it.
+    # A lost portal must not restart relays, which keep serving their clients.
     paths = {"startup": "/livez", "liveness": "/livez", "readiness": "/readyz"}
     assert {kind: each["path"] for kind, each in probes.items()} == paths
     assert ports["turn"] == SERVICE_PORT
 
 
-def test_it_may_do_what_the_image_needs_and_nothing_else(pod: Manifest, container: Manifest) -> None:
+def test_the_container_has_minimal_privileges(pod: Manifest, container: Manifest) -> None:
     user = re.search(r"(?m)^USER (\d+):(\d+)$", (TOP / "Dockerfile").read_text())
     assert user is not None
     context = pod["securityContext"]
@@ -195,7 +211,7 @@ def test_it_may_do_what_the_image_needs_and_nothing_else(pod: Manifest, containe
     assert pod["automountServiceAccountToken"] is False
 
 
-def test_relaying_in_the_kernel_takes_three_capabilities_and_root_to_have_them() -> None:
+def test_the_offload_needs_three_capabilities_and_root() -> None:
     patch = yaml.safe_load((KUBERNETES / "offload" / "daemonset.yaml").read_text())["spec"]["template"]["spec"]
     (container,) = patch["containers"]
     assert container["securityContext"] == {"capabilities": {"add": ["BPF", "NET_ADMIN", "PERFMON"]}}
@@ -203,12 +219,12 @@ def test_relaying_in_the_kernel_takes_three_capabilities_and_root_to_have_them()
     assert settings(container).keys() == {"EBPF_OFFLOADING", "ALLOW_ROOT"}
 
 
-def test_memory_is_enough_for_all_allocations(container: Manifest) -> None:
+def test_the_memory_limit_fits_all_allocations(container: Manifest) -> None:
     resources = container["resources"]
     gibibytes = int(resources["limits"]["memory"].removesuffix("Gi"))
     assert gibibytes << 30 > 16_384 * BYTES_PER_ALLOCATION * 2
     assert "cpu" not in resources["limits"]
 
 
-def test_one_relay_at_a_time_is_replaced_since_two_can_not_have_the_same_ports(daemonset: Manifest) -> None:
+def test_relays_on_a_node_are_replaced_one_at_a_time(daemonset: Manifest) -> None:
     assert daemonset["spec"]["updateStrategy"]["rollingUpdate"] == {"maxUnavailable": 1, "maxSurge": 0}

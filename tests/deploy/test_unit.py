@@ -1,4 +1,4 @@
-"""The systemd unit: systemd understands it, and its numbers are those that the relay needs."""
+"""The systemd unit is valid, and its limits fit the relay."""
 
 import re
 import shutil
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from relay.actors.departure import STOP_TIMEOUT
-from relay.cli import BAD_USE
+from relay.cli import EXIT_USAGE
 from relay.config import Config
 from relay.ops.kernel_settings import Machine, findings
 from relay.ops.machine import OTHER_DESCRIPTORS
+from relay.system.shutdown import STOP_TIMEOUT
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 UNIT = DEPLOY / "firezone-relay.service"
@@ -25,7 +25,7 @@ LARGEST = Config(public_ip4=IPv4Address("192.0.2.1"), public_ip6=IPv6Address("20
 
 
 def settings(text: str) -> dict[str, list[str]]:
-    """Read a unit: a key can be there more than once, and configparser does not know that."""
+    """Parse a unit. configparser does not support repeated keys."""
     found = defaultdict(list)
     for line in text.splitlines():
         if "=" in line and not line.startswith(("#", ";")):
@@ -46,14 +46,14 @@ def one(unit: dict[str, list[str]], key: str) -> str:
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 @pytest.mark.parametrize("offload", [False, True])
-def test_systemd_has_nothing_to_say_about_it(tmp_path: Path, *, offload: bool) -> None:
+def test_systemd_analyze_reports_no_problem(tmp_path: Path, *, offload: bool) -> None:
     copy = tmp_path / UNIT.name
     if offload:
         drop_in = tmp_path / f"{UNIT.name}.d" / "offload.conf"
         drop_in.parent.mkdir()
         drop_in.write_text(OFFLOAD.read_text())
-    # The program is not installed where the unit has it.
-    copy.write_text(re.sub(r"(?m)^ExecStart=.*", f"ExecStart={sys.executable}", UNIT.read_text()))
+    # The program is not installed at the unit's path.
+    copy.write_text(re.sub(r"(?m)^(Exec(Start|Reload))=.*", rf"\1={sys.executable}", UNIT.read_text()))
     done = subprocess.run(
         ["systemd-analyze", "verify", "--recursive-errors=no", str(copy)],
         capture_output=True,
@@ -64,48 +64,48 @@ def test_systemd_has_nothing_to_say_about_it(tmp_path: Path, *, offload: bool) -
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_there_are_descriptors_for_all_allocations_on_both_families(unit: dict[str, list[str]]) -> None:
+def test_the_descriptor_limit_fits_all_allocations(unit: dict[str, list[str]]) -> None:
     needed = LARGEST.capacity * len(LARGEST.public_hosts) + OTHER_DESCRIPTORS
     assert needed <= int(one(unit, "LimitNOFILE"))
 
 
-def test_there_are_threads_for_all_allocations_and_some_that_are_just_ending(unit: dict[str, list[str]]) -> None:
+def test_the_thread_limit_fits_all_allocations_and_some_ending_threads(unit: dict[str, list[str]]) -> None:
     assert LARGEST.capacity + 1000 <= int(one(unit, "TasksMax"))
 
 
-def test_a_stop_without_a_drain_is_waited_for_even_if_nobody_asks(unit: dict[str, list[str]]) -> None:
+def test_the_stop_timeout_covers_a_stop_without_a_drain(unit: dict[str, list[str]]) -> None:
     assert int(one(unit, "TimeoutStopSec").removesuffix("s")) >= STOP_TIMEOUT
 
 
-def test_bad_use_is_not_tried_again(unit: dict[str, list[str]]) -> None:
-    assert str(BAD_USE) in one(unit, "RestartPreventExitStatus").split()
+def test_a_usage_error_is_not_retried(unit: dict[str, list[str]]) -> None:
+    assert str(EXIT_USAGE) in one(unit, "RestartPreventExitStatus").split()
 
 
-def test_the_token_is_looked_for_where_systemd_puts_it(unit: dict[str, list[str]]) -> None:
+def test_the_token_is_read_from_the_systemd_credential(unit: dict[str, list[str]]) -> None:
     name, _, path = one(unit, "LoadCredential").partition(":")
     assert f"FIREZONE_TOKEN=%d/{name}" in unit["Environment"]
     assert path.startswith("/")
 
 
-def test_the_log_is_kept_and_what_is_printed_is_not(unit: dict[str, list[str]]) -> None:
-    # Unset, standard error goes where standard output goes.
+def test_the_log_goes_to_the_journal_and_standard_output_does_not(unit: dict[str, list[str]]) -> None:
+    # The default for standard error is the target of standard output.
     assert (one(unit, "StandardOutput"), one(unit, "StandardError")) == ("null", "journal")
 
 
-def test_the_kernel_is_told_what_the_relay_would_say_on_a_fresh_machine() -> None:
+def test_the_sysctl_file_fixes_all_warnings_of_a_default_machine() -> None:
     sysctl = settings((DEPLOY / "firezone-relay.sysctl.conf").read_text())
     fresh = Machine(receive_buffer=212_992, local_ports=range(32768, 61000))
     asked = dict(found.mend.removeprefix("sysctl -w ").split("=") for found in findings(LARGEST, fresh))
     assert {key: one(sysctl, key) for key in sysctl} == asked
 
 
-def test_the_relay_sees_the_settings_that_it_warns_of(unit: dict[str, list[str]]) -> None:
-    """With ``ProcSubset=pid`` there is no /proc/sys, and all would look well."""
+def test_the_relay_can_read_the_kernel_settings(unit: dict[str, list[str]]) -> None:
+    """``ProcSubset=pid`` hides /proc/sys, and the relay would not warn."""
     assert "ProcSubset" not in unit
     assert one(unit, "ProtectKernelTunables") == "yes"
 
 
-def test_what_it_may_do_to_relay_in_the_kernel_is_what_the_relay_asks_for() -> None:
+def test_the_offload_capabilities_match_the_relays_requirements() -> None:
     drop_in = settings(OFFLOAD.read_text())
     (bounding,), (ambient,) = drop_in["CapabilityBoundingSet"], drop_in["AmbientCapabilities"]
     assert set(bounding.split()) == set(ambient.split()) == {"CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"}

@@ -1,4 +1,4 @@
-"""Public addresses that were not given come from the cloud that the machine runs in, or one line says why not."""
+"""Missing public addresses come from the cloud's metadata service, or one line gives the reason."""
 
 import contextlib
 import itertools
@@ -6,22 +6,21 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, IPv6Address
+from typing import Any
 
 import pytest
 
-from relay.config import BadUseError, DiscoveryMethod
-from relay.discovery import metadata
-from relay.discovery.discover import Addresses, discover
-from relay.discovery.metadata import LONGEST, Metadata
-from tests.discovery.stand_in import Asked, Cloud, Said, aws, azure, gce, standing_in
+from relay.config import DiscoveryMethod, Endpoint, UsageError
+from relay.discovery import MAX_RESPONSE, PublicAddresses, discover
+from tests.support.clouds import Asked, Cloud, Said, aws, azure, gce, standing_in
 
 GCE, AWS, AZURE = DiscoveryMethod
-CLOUDS: list[tuple[DiscoveryMethod, Callable[[], Cloud], Addresses]] = [
-    (GCE, gce, Addresses(IPv4Address("34.76.12.9"), IPv6Address("2600:1900:4010:9c::1"))),
-    (AWS, aws, Addresses(IPv4Address("54.93.12.9"), IPv6Address("2a05:d014:9c::1"))),
-    (AZURE, azure, Addresses(IPv4Address("20.50.12.9"), IPv6Address("2603:1020:9c::1"))),
+CLOUDS: list[tuple[DiscoveryMethod, Callable[[], Cloud], PublicAddresses]] = [
+    (GCE, gce, PublicAddresses(IPv4Address("34.76.12.9"), IPv6Address("2600:1900:4010:9c::1"))),
+    (AWS, aws, PublicAddresses(IPv4Address("54.93.12.9"), IPv6Address("2a05:d014:9c::1"))),
+    (AZURE, azure, PublicAddresses(IPv4Address("20.50.12.9"), IPv6Address("2603:1020:9c::1"))),
 ]
-GIVEN = Addresses(IPv4Address("198.51.100.7"), IPv6Address("2001:db8::7"))
+GIVEN = PublicAddresses(IPv4Address("198.51.100.7"), IPv6Address("2001:db8::7"))
 
 
 def found(
@@ -31,18 +30,19 @@ def found(
     ip4: bool = False,
     ip6: bool = False,
     has_ip6: bool = True,
-    seconds: float = 20,
-) -> Addresses:
-    """Give what is found by asking somewhere, with some addresses given."""
-    metadata = Metadata(method.value, at, seconds)
-    given = (GIVEN.public_ip4 if ip4 else None, GIVEN.public_ip6 if ip6 else None)
-    return discover(method, *given, metadata=metadata, has_ip6=lambda: has_ip6)
+    **patience: Any,  # noqa: ANN401 - of any type
+) -> PublicAddresses:
+    """Return the addresses found with a server, with some addresses given, and constants of the module by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ({"AT": Endpoint(*at), "SECONDS": 20, "has_ip6": lambda: has_ip6} | patience).items():
+            patch.setattr(f"relay.discovery.{name}", value)
+        return discover(method, GIVEN.public_ip4 if ip4 else None, GIVEN.public_ip6 if ip6 else None)
 
 
-def refusal(method: DiscoveryMethod, at: tuple[str, int], seconds: float = 20) -> str:
-    """Give the one line that says why nothing is found."""
-    with pytest.raises(BadUseError) as caught:
-        found(method, at, seconds=seconds)
+def refusal(method: DiscoveryMethod, at: tuple[str, int], **patience: Any) -> str:  # noqa: ANN401 - of any type
+    """Return the one-line error of a failed discovery."""
+    with pytest.raises(UsageError) as caught:
+        found(method, at, **patience)
     line = str(caught.value)
     assert line.isprintable()
     assert line.startswith(f"no public address by {method.value}: ")
@@ -53,7 +53,7 @@ def refusal(method: DiscoveryMethod, at: tuple[str, int], seconds: float = 20) -
 
 @contextlib.contextmanager
 def saying(*pieces: bytes, every: float = 0) -> Iterator[tuple[str, int]]:
-    """Say something to whoever connects, whatever they ask; the last of it again and again if there is a pause."""
+    """Serve fixed bytes to each connection; with a pause, repeat the last piece endlessly."""
     stop = threading.Event()
 
     def serve(listening: socket.socket) -> None:
@@ -79,28 +79,30 @@ def saying(*pieces: bytes, every: float = 0) -> Iterator[tuple[str, int]]:
 
 
 @pytest.mark.parametrize(("method", "cloud", "addresses"), CLOUDS)
-def test_both_addresses_are_found(method: DiscoveryMethod, cloud: Callable[[], Cloud], addresses: Addresses) -> None:
+def test_both_addresses_are_found(method: DiscoveryMethod, cloud: Callable[[], Cloud], addresses: PublicAddresses) -> None:
     with standing_in(cloud()) as server:
         assert found(method, server.at) == addresses
 
 
 @pytest.mark.parametrize(("method", "cloud", "addresses"), CLOUDS)
-def test_what_was_given_stays(method: DiscoveryMethod, cloud: Callable[[], Cloud], addresses: Addresses) -> None:
+def test_configured_addresses_are_kept(
+    method: DiscoveryMethod, cloud: Callable[[], Cloud], addresses: PublicAddresses
+) -> None:
     with standing_in(cloud()) as server:
         assert found(method, server.at, ip4=True) == (GIVEN.public_ip4, addresses.public_ip6)
         assert found(method, server.at, ip6=True) == (addresses.public_ip4, GIVEN.public_ip6)
 
 
 @pytest.mark.parametrize("method", DiscoveryMethod)
-def test_nobody_is_asked_for_what_is_given(method: DiscoveryMethod) -> None:
+def test_no_request_is_sent_for_configured_addresses(method: DiscoveryMethod) -> None:
     with standing_in(gce()) as server:
         assert found(method, server.at, ip4=True, ip6=True) == GIVEN
         assert server.asked == []
 
 
 @pytest.mark.parametrize(("method", "cloud", "addresses"), CLOUDS)
-def test_a_machine_without_ipv6_gets_no_such_address(
-    method: DiscoveryMethod, cloud: Callable[[], Cloud], addresses: Addresses
+def test_a_machine_without_ipv6_gets_no_ipv6_address(
+    method: DiscoveryMethod, cloud: Callable[[], Cloud], addresses: PublicAddresses
 ) -> None:
     with standing_in(cloud()) as server:
         assert found(method, server.at, has_ip6=False) == (addresses.public_ip4, None)
@@ -123,7 +125,7 @@ def test_a_machine_without_ipv6_gets_no_such_address(
         (AZURE, azure(standard=("10.0.0.9", "20.50.12.9")), "20.50.12.9", None),
     ],
 )
-def test_one_address_is_enough_and_internal_ones_are_none(
+def test_a_single_address_suffices_and_internal_addresses_are_ignored(
     method: DiscoveryMethod, cloud: Cloud, ip4: str | None, ip6: str | None
 ) -> None:
     with standing_in(cloud) as server:
@@ -141,7 +143,7 @@ def test_one_address_is_enough_and_internal_ones_are_none(
         (AZURE, azure(standard=("10.0.0.9",))),
     ],
 )
-def test_a_machine_without_a_public_address_is_told_so(method: DiscoveryMethod, cloud: Cloud) -> None:
+def test_a_machine_without_a_public_address_is_an_error(method: DiscoveryMethod, cloud: Cloud) -> None:
     with standing_in(cloud) as server:
         assert "this machine has none there: assign it one" in refusal(method, server.at)
 
@@ -149,7 +151,7 @@ def test_a_machine_without_a_public_address_is_told_so(method: DiscoveryMethod, 
 @pytest.mark.parametrize(
     ("method", "cloud"), [(asked, cloud()) for asked in DiscoveryMethod for is_, cloud, _ in CLOUDS if asked is not is_]
 )
-def test_another_cloud_is_none_of_this_kind(method: DiscoveryMethod, cloud: Cloud) -> None:
+def test_the_metadata_service_of_another_cloud_is_an_error(method: DiscoveryMethod, cloud: Cloud) -> None:
     with standing_in(cloud) as server:
         assert "is this machine there?" in refusal(method, server.at)
 
@@ -157,17 +159,15 @@ def test_another_cloud_is_none_of_this_kind(method: DiscoveryMethod, cloud: Clou
 @pytest.mark.parametrize(
     ("method", "cloud", "shown"),
     [
-        (GCE, gce(ip4="relay.example"), "'relay.example' is no address"),
-        (GCE, gce(ip4="2600:1900::1"), "'2600:1900::1' is no address"),
+        (GCE, gce(ip4="relay.example"), "'relay.example' is not an address"),
         (GCE, gce(ip4="\x1b[31m" + "x" * 99), "\\x1b[31m"),
-        (GCE, gce(ip6="34.76.12.9"), "'34.76.12.9' is no address"),
-        (AWS, aws(ip4="<html>"), "'<html>' is no address"),
-        (AWS, aws(token="a token of two\nlines"), "is no token"),
-        (AWS, aws(token=""), "'' is no token"),
-        (AZURE, azure(basic=("nothing",)), "'nothing' is no address"),
+        (AWS, aws(ip4="<html>"), "'<html>' is not an address"),
+        (AWS, aws(token="a token of two\nlines"), "is not a token"),
+        (AWS, aws(token=""), "'' is not a token"),
+        (AZURE, azure(basic=("nothing",)), "'nothing' is not an address"),
     ],
 )
-def test_an_answer_that_is_no_address_is_shown(method: DiscoveryMethod, cloud: Cloud, shown: str) -> None:
+def test_an_invalid_address_is_shown_in_the_error(method: DiscoveryMethod, cloud: Cloud, shown: str) -> None:
     with standing_in(cloud) as server:
         assert shown in refusal(method, server.at)
 
@@ -178,11 +178,11 @@ def test_an_answer_that_is_no_address_is_shown(method: DiscoveryMethod, cloud: C
     [
         (Said(302, "", (("Location", "http://127.0.0.1:1/"), ("Metadata-Flavor", "Google"))), "answers 302"),
         (Said(403, "off", (("Metadata-Flavor", "Google"),)), "answers 403"),
-        (Said(200, "[" * 10000, (("Metadata-Flavor", "Google"),)), "is no"),
-        (Said(200, "{", (("Metadata-Flavor", "Google"),)), "is no"),
+        (Said(200, "[" * 10000, (("Metadata-Flavor", "Google"),)), "is not"),
+        (Said(200, "{", (("Metadata-Flavor", "Google"),)), "is not"),
     ],
 )
-def test_what_is_no_answer_is_not_followed(method: DiscoveryMethod, said: Said, shown: str) -> None:
+def test_redirects_and_invalid_responses_are_errors(method: DiscoveryMethod, said: Said, shown: str) -> None:
     with standing_in(lambda _: said) as server:
         assert shown in refusal(method, server.at)
         assert {asked.target for asked in server.asked} <= {server.asked[0].target, "/latest/meta-data/public-ipv4"}
@@ -190,8 +190,8 @@ def test_what_is_no_answer_is_not_followed(method: DiscoveryMethod, said: Said, 
 
 @pytest.mark.parametrize(("method", "cloud", "addresses"), CLOUDS)
 @pytest.mark.parametrize("status", [410, 429, 500, 503])
-def test_what_passes_is_asked_again(
-    method: DiscoveryMethod, cloud: Callable[[], Cloud], addresses: Addresses, status: int
+def test_transient_errors_are_retried(
+    method: DiscoveryMethod, cloud: Callable[[], Cloud], addresses: PublicAddresses, status: int
 ) -> None:
     well, answers = cloud(), itertools.count()
 
@@ -199,33 +199,45 @@ def test_what_passes_is_asked_again(
         return well(asked) if next(answers) else Said(status)
 
     with standing_in(first_ill) as server:
-        assert found(method, server.at) == addresses
+        assert found(method, server.at, FIRST_PAUSE=0.01) == addresses
         assert server.asked[0] == server.asked[1]
 
 
-@pytest.fixture
-def twice(monkeypatch: pytest.MonkeyPatch) -> float:
-    """Give seconds in which there is time to ask a second time, also on a machine that has other work, and not a third."""
-    monkeypatch.setattr(metadata, "_FIRST_PAUSE", 0.5)
-    return 1.4
+class Sleeper:
+    """A fake sleep, with a time limit for two attempts."""
+
+    seconds = 15
+    first_pause = 10
+
+    def __init__(self) -> None:
+        self.pauses: list[float] = []
+
+    def refusal(self, method: DiscoveryMethod, at: tuple[str, int]) -> str:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("time.sleep", self.pauses.append)
+            return refusal(method, at, SECONDS=self.seconds, FIRST_PAUSE=self.first_pause)
 
 
 @pytest.mark.parametrize("method", DiscoveryMethod)
-def test_what_does_not_pass_is_said_once_time_is_up(method: DiscoveryMethod, twice: float) -> None:
+def test_lasting_errors_are_reported_after_the_time_limit(method: DiscoveryMethod) -> None:
+    sleeper = Sleeper()
     with standing_in(lambda _: Said(503)) as server:
-        line = refusal(method, server.at, seconds=twice)
-        assert f"no answer within {twice} s (503 Service Unavailable)" in line or "gave no token" in line
+        line = sleeper.refusal(method, server.at)
+        assert "no answer within 15 s (503 Service Unavailable)" in line or "gave no token" in line
         assert len(server.asked) == 2
+    assert sleeper.pauses == [10]
 
 
 @pytest.mark.parametrize("method", DiscoveryMethod)
-def test_nobody_there_is_said(method: DiscoveryMethod, twice: float) -> None:
+def test_a_refused_connection_is_reported(method: DiscoveryMethod) -> None:
+    sleeper = Sleeper()
     with socket.socket() as taken:
-        # Bound, and not listened at: nobody else gets it, and whoever connects is refused.
+        # Bound without a listener: connections are refused.
         taken.bind(("127.0.0.1", 0))
-        line = refusal(method, taken.getsockname(), seconds=twice)
-    why = f"127.0.0.1 gave no answer within {twice} s (Connection refused): is this machine there?"
+        line = sleeper.refusal(method, taken.getsockname())
+    why = "127.0.0.1 gave no answer within 15 s (Connection refused): is this machine there?"
     assert why in line or "hop limit" in line
+    assert sleeper.pauses == [10]
 
 
 OK = b"HTTP/1.1 200 OK\r\nMetadata-Flavor: Google\r\n"
@@ -239,23 +251,21 @@ OK = b"HTTP/1.1 200 OK\r\nMetadata-Flavor: Google\r\n"
         ([b"SSH-2.0-OpenSSH_9.2p1\r\n"], 0),
         ([b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nab"], 0),
         ([b"\0" * 1000], 0),
-        ([OK + b"X: " + b"y" * 2 * LONGEST + b"\r\n\r\n"], 0),
-        ([OK + b"\r\n" + b"1" * 4 * LONGEST], 0),
+        ([OK + b"X: " + b"y" * 2 * MAX_RESPONSE + b"\r\n\r\n"], 0),
+        ([OK + b"\r\n" + b"1" * 4 * MAX_RESPONSE], 0),
         ([b"HTTP/1.1 100 Continue\r\n\r\n"], 0.01),
         ([OK + b"X: ", b"y"], 0.01),
         ([OK + b"\r\n", b"1"], 0.01),
         ([b"", b""], 0.01),
     ],
 )
-def test_who_says_nonsense_or_too_much_or_trickles_is_left(
-    method: DiscoveryMethod, pieces: list[bytes], every: float
-) -> None:
+def test_garbage_long_and_slow_responses_are_bounded(method: DiscoveryMethod, pieces: list[bytes], every: float) -> None:
     with saying(*pieces, every=every) as at:
-        line = refusal(method, at, seconds=0.5)
-    assert "no answer within 0.5 s" in line or "gave no token" in line
+        line = refusal(method, at, SECONDS=0.1)
+    assert "no answer within 0.1 s" in line or "gave no token" in line
 
 
-def test_no_proxy_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_proxy_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     with standing_in(gce()) as server:

@@ -1,4 +1,4 @@
-"""Links between pages lead somewhere."""
+"""Links between pages have a target."""
 
 import re
 from collections import Counter
@@ -31,7 +31,7 @@ def links(page: Path) -> Iterator[str]:
 
 @cache
 def anchors(page: Path) -> frozenset[str]:
-    """Give what GitHub makes of headings: lower case, hyphens for spaces, no punctuation, a number if it is there twice."""
+    """Return GitHub's anchors of headings: lower case, hyphens for spaces, no punctuation, a number for duplicates."""
     found: Counter[str] = Counter()
     names = set()
     for heading, inline in zip(tokens(page), tokens(page)[1:], strict=False):
@@ -44,7 +44,7 @@ def anchors(page: Path) -> frozenset[str]:
 
 
 def fault(page: Path, link: str) -> str | None:
-    """Say what is wrong with a link."""
+    """Return the problem of a link."""
     parts = urlsplit(link)
     if parts.scheme:
         return None if parts.scheme in {"http", "https"} else f"{link}: {parts.scheme} is no scheme to link to"
@@ -57,13 +57,13 @@ def fault(page: Path, link: str) -> str | None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(TOP)))
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_a_target(page: Path) -> None:
     assert [found for link in links(page) if (found := fault(page, link))] == []
 
 
-def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
+def test_a_broken_link_is_detected(tmp_path: Path) -> None:
     page = TOP / "docs" / "portal.md"
-    assert fault(page, "architecture.md#the-way-of-a-packet") is None
+    assert fault(page, "architecture.md#the-path-of-a-packet") is None
     assert fault(page, "#in-short") is None
     assert fault(page, "../README.md") is None
     assert fault(page, "https://example.com/nowhere#at-all") is None

@@ -1,4 +1,4 @@
-"""docs/logs.md has every event that the source has, at its level and target, and each of them fits the schema."""
+"""docs/logs.md lists every event of the source with level and target, and each event matches the schema."""
 
 import re
 from collections.abc import Iterator
@@ -6,13 +6,12 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-import structlog
 
 from relay.config import LogFormat
-from relay.ops.logs.filter import Level
+from relay.logger import Level, Logger
 from relay.ops.logs.log import events_to
-from tests.docs.log_events import Logged, events
-from tests.log_lines import SCHEMA, START, KeptLog, valid
+from tests.support.log_events import Logged, events
+from tests.support.log_lines import SCHEMA, START, KeptLog, valid
 
 PAGE = Path(__file__).parents[2] / "docs" / "logs.md"
 EVENTS = sorted(events())
@@ -27,15 +26,15 @@ def documented() -> Iterator[Logged]:
                 yield Logged(target, level, row["event"])
 
 
-def test_the_source_has_the_events_that_this_looks_for() -> None:
-    """What finds no event would find no event missing."""
+def test_the_search_finds_events_in_the_source() -> None:
+    """Check the search itself: without events, none would be missing."""
     assert len(EVENTS) > 50
     assert Logged("relay.core.allocations", "info", "allocation created") in EVENTS
     assert Logged("relay.actors.portal", "warn", "no connection to the portal") in EVENTS
     assert Logged("relay.ops.logs", "warn", "repeated events left out") in EVENTS
 
 
-def test_the_page_has_every_event_at_its_level_and_target_and_no_other() -> None:
+def test_the_page_has_exactly_the_events_of_the_source() -> None:
     of_the_page = list(documented())
     assert set(EVENTS) - set(of_the_page) == set(), f"add to {PAGE.name}"
     assert set(of_the_page) - set(EVENTS) == set(), f"take from {PAGE.name}"
@@ -49,14 +48,12 @@ def test_events_are_short_and_one_printable_line() -> None:
 
 
 @pytest.mark.parametrize("logged", EVENTS, ids=str)
-def test_every_event_is_a_line_that_fits_the_schema(logged: Logged) -> None:
-    """Those of the core, with all their fields, are seen in tests/ops/test_core_log.py."""
+def test_every_event_matches_the_schema(logged: Logged) -> None:
+    """Check lines of all events; tests/ops/test_core_log.py checks the fields of the core's events."""
     log = KeptLog()
     level = Level.CRITICAL if logged.level == "critical" else Level[logged.level.upper()]
     with events_to(log):
-        getattr(structlog.get_logger(logged.target), "warning" if level is Level.WARN else logged.level)(
-            logged.event, error="x\n\x1b[31m", actor="server"
-        )
+        Logger(logged.target).log(level, logged.event, error="x\n\x1b[31m", actor="server")
     (entry,) = log.take()
     assert (entry["target"], entry["event"], entry["error"]) == (logged.target, logged.event, r"x\n\x1b[31m")
 
@@ -80,14 +77,14 @@ def test_every_event_is_a_line_that_fits_the_schema(logged: Logged) -> None:
     ],
     ids=str,
 )
-def test_the_schema_refuses_what_no_line_may_be(wrong: dict[str, object]) -> None:
+def test_the_schema_rejects_invalid_lines(wrong: dict[str, object]) -> None:
     right = {"timestamp": "2026-11-23T20:25:16.250000Z", "level": "info", "target": "relay", "event": "ready"}
     jsonschema.validate(right, SCHEMA)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(right | wrong, SCHEMA)
 
 
-def test_the_examples_of_the_page_are_what_is_written() -> None:
+def test_the_examples_on_the_page_match_the_output() -> None:
     text = PAGE.read_text()
     log = KeptLog(LogFormat.HUMAN)
     log.passed = 1_795_419_328.038 - START
@@ -97,12 +94,14 @@ def test_the_examples_of_the_page_are_what_is_written() -> None:
         "relayed": ["192.0.2.1:50591"],
         "lifetime": 600,
     }
-    log.write("relay.core.allocations", Level.INFO, "allocation created", fields)
-    log.passed += 13.734
     lost: dict[str, object] = {"reason": "Connection refused", "retry_in": 1.4}
-    log.write("relay.actors.portal", Level.WARN, "no connection to the portal", lost)
+    with events_to(log):
+        Logger("relay.core.allocations").info("allocation created", **fields)
+        log.passed += 13.734
+        Logger("relay.actors.portal").warning("no connection to the portal", **lost)
     for line in log.take_text().splitlines():
         assert f"{line}\n" in text
     json_log = KeptLog()
-    json_log.write("relay.actors.portal", Level.WARN, "no connection to the portal", lost)
+    with events_to(json_log):
+        Logger("relay.actors.portal").warning("no connection to the portal", **lost)
     assert valid(json_log.take_text())["level"] in text

@@ -1,4 +1,4 @@
-"""The page about metrics has all of them, as they are defined."""
+"""The page about metrics matches the definitions of all metrics."""
 
 from docs.metric_table import GROUPS, PAGE, page
 from relay.ops.metrics.table import TABLE

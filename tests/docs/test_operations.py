@@ -1,12 +1,10 @@
-"""What the page about operating says to type works: its firewalls let in what the relay needs, and track none of it."""
+"""The commands of the operations page work: its firewall rules accept relay traffic without tracking."""
 
 import contextlib
 import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +14,9 @@ import yaml
 from relay.config import HIGHEST_PORT, LOWEST_PORT
 from relay.core.addresses import Family
 from relay.ops.metrics.table import TABLE
-from tests.interop.conftest import Program
-from tests.machine import Machine
+from tests.support.machine import Machine, wait_until_up
+from tests.support.process import run
+from tests.support.program import Program
 
 PAGE = Path(__file__).parents[2] / "docs" / "operations.md"
 FIREWALL, UNTRACKED = re.findall(r"```nft\n(.*?)```", PAGE.read_text(), re.DOTALL)
@@ -28,7 +27,7 @@ IPTABLES = [line for line in PAGE.read_text().splitlines() if line.startswith("i
 
 
 def program(name: str) -> str:
-    """Find what is in places that only root looks into."""
+    """Find programs in directories of root's PATH."""
     found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if found is None:
         pytest.skip(f"what the page says is not tried: {name} is NOT INSTALLED")
@@ -37,7 +36,7 @@ def program(name: str) -> str:
 
 @pytest.fixture
 def machines() -> Iterator[tuple[Machine, Machine]]:
-    """A relay's machine and a client's, with a cable in between."""
+    """The machines of a relay and a client, connected by a link."""
     with contextlib.ExitStack() as stack:
         try:
             relay, client = (stack.enter_context(contextlib.closing(Machine())) for _ in range(2))
@@ -46,12 +45,11 @@ def machines() -> Iterator[tuple[Machine, Machine]]:
         relay.run("ip", "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", client.path)
         relay.configure(cable={Family.IPV4: RELAY})
         client.configure(cable={Family.IPV4: CLIENT})
+        wait_until_up(relay, client)
         yield relay, client
 
 
-def test_its_firewall_lets_in_what_a_client_and_its_peer_send_and_none_of_it_is_tracked(
-    machines: tuple[Machine, Machine], tmp_path: Path
-) -> None:
+def test_the_nftables_rules_accept_relay_traffic_untracked(machines: tuple[Machine, Machine], tmp_path: Path) -> None:
     relay, client = machines
     secret = tmp_path / "secret"
     secret.write_text("of the firewall")
@@ -61,9 +59,8 @@ def test_its_firewall_lets_in_what_a_client_and_its_peer_send_and_none_of_it_is_
             return int(COUNT.read_text())
 
     def probe() -> None:
-        command = [sys.executable, "-m", "relay", "probe", RELAY, "--relay-secret-file", str(secret), "--count", "5"]
         with client.entered():
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+            done = run("probe", RELAY, "--relay-secret-file", str(secret), "--count", "5")
         assert done.returncode == 0, done.stdout + done.stderr
         assert "to peer 5/5, to client 5/5" in done.stdout
 
@@ -80,7 +77,7 @@ def test_its_firewall_lets_in_what_a_client_and_its_peer_send_and_none_of_it_is_
         assert tracked() <= before
 
 
-def test_iptables_takes_the_other_form_of_it(machines: tuple[Machine, Machine]) -> None:
+def test_iptables_accepts_the_iptables_rules(machines: tuple[Machine, Machine]) -> None:
     relay, _ = machines
     assert len(IPTABLES) == 8
     for line in IPTABLES:
@@ -88,13 +85,13 @@ def test_iptables_takes_the_other_form_of_it(machines: tuple[Machine, Machine]) 
         relay.run(program("iptables"), *arguments)
 
 
-def test_all_forms_name_the_ports_that_the_relay_has() -> None:
+def test_all_rule_sets_use_the_relays_ports() -> None:
     ranges = re.findall(r"\b3478, ?(\d+)[-:](\d+)", PAGE.read_text())
     assert len(ranges) == 6
     assert set(ranges) == {(str(LOWEST_PORT), str(HIGHEST_PORT))}
 
 
-def test_the_alerts_are_those_that_there_are_and_their_metrics_exist() -> None:
+def test_the_documented_alerts_and_their_metrics_exist() -> None:
     rows = re.findall(r"^\| (Relay[^|]+) \| ([^|]+) \|", PAGE.read_text(), re.MULTILINE)
     rules = yaml.safe_load((PAGE.parents[1] / "deploy" / "prometheus-rules.yml").read_text())
     alerts = {rule["alert"] for group in rules["groups"] for rule in group["rules"] if "alert" in rule}

@@ -1,21 +1,22 @@
-"""A relay that has the kernel relay, on a machine that fails: what is bound goes on, and what is new works afterwards."""
+"""A relay with offload on a failing machine: existing channels keep relaying, and new channels work afterwards."""
 
-import os
 import resource
 import shutil
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 import pytest
 
 from relay.core.addresses import Family
-from tests.conftest import needs_ipv6
-from tests.faults.conftest import PATIENCE
-from tests.interop.test_secrets import Secrets, page, pages_of
-from tests.offload.conftest import needs_bpf, object_file
-from tests.offload.relays import SECRET, Lab, Talk, running, talk
-from tests.offload.topology import PEER, RELAY, row
+from tests.support.failing import PATIENCE
+from tests.support.offload.fixtures import needs_bpf, object_file
+from tests.support.offload.relays import SECRET, Lab, Talk, running, talk
+from tests.support.offload.topology import PEER, RELAY, row
+from tests.support.requirements import needs_ipv6
+from tests.support.secrets import Secrets, page, pages_of
+from tests.support.waiting import wait_until
 
 __all__ = ["object_file"]
 
@@ -35,7 +36,7 @@ table inet fault {
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory, object_file: bytes) -> Iterator[Lab]:
-    """A relay that tells all it has to tell."""
+    """A relay with all log events enabled."""
     del object_file
     with row() as network:
         network.know_all()
@@ -45,18 +46,20 @@ def lab(tmp_path_factory: pytest.TempPathFactory, object_file: bytes) -> Iterato
 
 
 def assert_serves(lab: Lab) -> None:
-    """See a client that is new served, by the kernel in the end."""
+    """Check that a new client is served, and then offloaded."""
     with talk(lab.relay, lab.network) as fresh:
         fresh.both()
         assert fresh.client.refresh(0) is None
 
 
-def test_the_kernel_relays_on_while_the_process_is_stopped(lab: Lab) -> None:
+def test_the_kernel_relays_while_the_process_is_stopped(lab: Lab) -> None:
     process = lab.relay.program.process
     with talk(lab.relay, lab.network) as made:
         process.send_signal(signal.SIGSTOP)
         try:
-            assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+            # Only the parent process, which is not this process, is notified of the stop.
+            threads = list(Path(f"/proc/{process.pid}/task").iterdir())
+            wait_until(lambda: all("State:\tT" in (each / "status").read_text() for each in threads))
             for _ in range(100):
                 made.both(PAYLOAD)
         finally:
@@ -67,7 +70,7 @@ def test_the_kernel_relays_on_while_the_process_is_stopped(lab: Lab) -> None:
 
 
 @pytest.mark.skipif(shutil.which("nft") is None, reason="no firewall to forbid anything: apt-get install nftables")
-def test_a_firewall_that_forbids_all_keeps_new_clients_out_and_the_kernel_does_not_ask_it(lab: Lab) -> None:
+def test_a_dropping_firewall_blocks_new_clients_but_not_xdp(lab: Lab) -> None:
     machine = lab.network.relay
     with talk(lab.relay, lab.network) as made, lab.relay.client(lab.network.client) as late:
         machine.run("nft", "-f", "-", text=NOTHING_LEAVES)
@@ -83,7 +86,7 @@ def test_a_firewall_that_forbids_all_keeps_new_clients_out_and_the_kernel_does_n
     assert_serves(lab)
 
 
-def test_a_process_without_descriptors_keeps_its_channels_in_the_kernel(lab: Lab) -> None:
+def test_a_process_out_of_descriptors_keeps_its_kernel_channels(lab: Lab) -> None:
     pid = lab.relay.program.process.pid
     with talk(lab.relay, lab.network) as made, lab.relay.client(lab.network.client) as late:
         before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
@@ -100,17 +103,17 @@ def test_a_process_without_descriptors_keeps_its_channels_in_the_kernel(lab: Lab
     assert_serves(lab)
 
 
-def test_no_secret_is_shown_by_what_tells_of_the_kernel(lab: Lab) -> None:
+def test_offload_pages_and_dumps_contain_no_secret(lab: Lab) -> None:
     secrets = Secrets()
     secrets.add("secret of the relay", SECRET)
     secrets.add("payload", PAYLOAD)
     with talk(lab.relay, lab.network) as made:
-        secrets.add_credential(made.client._credential)
+        secrets.add_credential(made.client.credential)
         made.both(PAYLOAD)
         shown = ""
         with lab.network.relay.entered():
-            for path in pages_of(lab.relay._control):
-                shown += page(lab.relay._control, "GET", path)
+            for path in pages_of(lab.relay.control):
+                shown += page(lab.relay.control, "GET", path)
         lab.relay.dropped()
     assert RELAY[Family.IPV4] in shown
     assert "xdp_packets" in shown + lab.relay.log

@@ -1,4 +1,4 @@
-"""A network that refuses packets: a firewall, no route, hosts that are not there, packets that are too long."""
+"""A network that rejects packets: a firewall, missing routes, missing hosts, and packets above the MTU."""
 
 import contextlib
 import errno
@@ -11,16 +11,16 @@ from typing import Final, NamedTuple
 import pytest
 
 from relay.core.counters import FreeReason
-from tests.actors.conftest import Relay, RelayMaker
-from tests.conftest import wait_until
-from tests.faults.conftest import CHANNEL, assert_serves, name_of
-from tests.machine import Machine
-from tests.turn_client import TurnClient, udp_socket
+from tests.support.failing import CHANNEL, assert_serves, name_of
+from tests.support.machine import Machine
+from tests.support.system import Relay, RelayMaker
+from tests.support.turn_client import TurnClient, udp_socket
+from tests.support.waiting import wait_until
 
 HOST: Final = "198.18.0.1"
 HOST6: Final = "2001:db8::1"
 LONGEST: Final = 65507
-"""Bytes of payload in the longest datagram of IPv4."""
+"""Bytes of payload in the longest IPv4 datagram."""
 
 RULES: Final = """
 table inet fault {
@@ -47,7 +47,7 @@ route add blackhole 198.18.3.0/24
 
 
 class Refusal(NamedTuple):
-    """Where packets can't be sent to, and what the kernel says of it."""
+    """An unreachable destination, and the error of the kernel."""
 
     peer: tuple[str, int]
     number: int
@@ -68,7 +68,7 @@ REFUSALS: Final = [
 
 @pytest.fixture(scope="module")
 def machine() -> Iterator[Machine]:
-    """One that has a link to nowhere, hardly any routes, and a firewall."""
+    """A machine with an unconnected link, few routes and a firewall."""
     for program in ("ip", "nft"):
         if shutil.which(program) is None:
             pytest.skip(f"no {program} here: apt-get install iproute2 nftables")
@@ -85,7 +85,7 @@ def machine() -> Iterator[Machine]:
 
 @pytest.fixture
 def relay(machine: Machine, make_relay: RelayMaker) -> Iterator[Relay]:
-    """A relay on that machine; so is this thread, and each socket that a test opens."""
+    """A relay on this machine; the thread of the test is in the same network namespace."""
     with machine.entered():
         yield make_relay(
             public_ip4=IPv4Address(HOST),
@@ -103,7 +103,7 @@ def bound(relay: Relay, peer: tuple[str, int]) -> TurnClient:
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=str)
-def test_a_peer_that_can_not_be_sent_to_costs_its_own_packets_and_no_more(relay: Relay, refusal: Refusal) -> None:
+def test_an_unreachable_peer_loses_only_its_own_packets(relay: Relay, refusal: Refusal) -> None:
     client = bound(relay, refusal.peer)
     with udp_socket(HOST) as peer:
         assert client.bind_channel(CHANNEL + 1, peer.getsockname()) is None
@@ -118,13 +118,13 @@ def test_a_peer_that_can_not_be_sent_to_costs_its_own_packets_and_no_more(relay:
 
 
 def icmp_errors() -> int:
-    """How many destinations this machine has told to be unreachable."""
+    """Return the number of ICMP destination-unreachable messages sent."""
     names, values = (line.split() for line in Path("/proc/thread-self/net/snmp").read_text().splitlines() if "Icmp:" in line)
     return int(values[names.index("OutDestUnreachs")])
 
 
-def test_peers_and_clients_that_are_gone_concern_nobody_else(relay: Relay) -> None:
-    """Each packet for them is answered by ICMP. No socket of the relay is connected to anyone, so it isn't told."""
+def test_closed_peers_and_clients_do_not_affect_other_clients(relay: Relay) -> None:
+    """ICMP errors do not reach the relay, because its sockets are unconnected."""
     with udp_socket(HOST) as gone:
         client, orphan = bound(relay, gone.getsockname()), relay.client()
         (relayed,) = orphan.allocate()
@@ -147,8 +147,8 @@ def test_peers_and_clients_that_are_gone_concern_nobody_else(relay: Relay) -> No
     assert_serves(relay, HOST)
 
 
-def test_a_packet_that_is_too_long_with_its_header_is_lost_alone(relay: Relay) -> None:
-    """The longest datagram of a peer has no room for the four bytes that a client's packets begin with."""
+def test_a_packet_too_long_for_its_header_is_dropped_alone(relay: Relay) -> None:
+    """The longest datagram of a peer has no room for the ChannelData header of four bytes."""
     client = relay.client()
     (relayed,) = client.allocate()
     with udp_socket(HOST) as peer:
@@ -160,7 +160,7 @@ def test_a_packet_that_is_too_long_with_its_header_is_lost_alone(relay: Relay) -
     assert_serves(relay, HOST)
 
 
-def test_a_machine_that_loses_its_link_and_gets_it_back_serves_on(relay: Relay, machine: Machine) -> None:
+def test_the_relay_recovers_after_a_link_failure(relay: Relay, machine: Machine) -> None:
     with udp_socket(HOST) as peer:
         client = bound(relay, peer.getsockname())
         machine.run("ip", "link", "set", "far", "down")

@@ -1,11 +1,10 @@
-"""Where the relay writes to: closed, full, or read by nobody."""
+"""Standard streams that are closed, full or without a reader."""
 
 import contextlib
 import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,25 +12,27 @@ from typing import Final
 
 import pytest
 
-from tests.faults.conftest import PATIENCE, Failing, running
-from tests.interop.test_privilege import works
+from tests.support.failing import PATIENCE, Failing, running
+from tests.support.process import COMMAND
+from tests.support.requirements import works
 
 FULL: Final = "/dev/full"
 HOST: Final = "127.82.0.3"
 MOUNTS: Final = ("unshare", "--mount", "sh", "-c", "mount -t tmpfs none /mnt")
 
 SIZE: Final = 65536
-"""Bytes that the small disk has."""
+"""Bytes of the small disk."""
 
 
 def wait_until_served(program: Failing) -> None:
-    """Wait for a relay whose log can't be read."""
-    until = time.monotonic() + PATIENCE
+    """Wait for a relay without a readable log."""
+    until, patience = time.monotonic() + PATIENCE, 0.05
     while True:
         with contextlib.suppress(TimeoutError, ConnectionError), program.client() as client:
-            client.socket.settimeout(1)
+            client.socket.settimeout(patience)
             client.allocate()
             return
+        patience *= 1.5
         assert program.process.poll() is None
         assert time.monotonic() < until
 
@@ -40,7 +41,7 @@ def wait_until_served(program: Failing) -> None:
     "redirections",
     [">&-", "2>&-", f">{FULL} 2>{FULL}", "<&- >&- 2>&-"],
 )
-def test_it_serves_and_ends_well_whatever_its_streams_are(tmp_path: Path, redirections: str) -> None:
+def test_the_relay_runs_and_exits_with_any_standard_streams(tmp_path: Path, redirections: str) -> None:
     by = ("sh", "-c", f'exec "$0" "$@" {redirections}')
     with running(tmp_path, by=by, reads_log=False) as program:
         wait_until_served(program)
@@ -48,15 +49,16 @@ def test_it_serves_and_ends_well_whatever_its_streams_are(tmp_path: Path, redire
             program.process.send_signal(number)
         program.assert_serves()
         if os.geteuid() == 0:
-            # Nobody else may look. What is written by number shall not go to a socket.
+            # Only root may read the links. Output to a descriptor number must not reach a socket.
             streams = [str(Path(f"/proc/{program.process.pid}/fd/{number}").readlink()) for number in range(3)]
             assert not [each for each in streams if each.startswith("socket:")]
         assert program.stop() == 0
 
 
-def test_a_credential_that_nobody_can_be_told_is_bad_use() -> None:
-    command = [sys.executable, "-m", "relay", "--standalone", "--public-ip4-addr", HOST, "--max-allocations", "10"]
-    command += ["--health-address", f"{HOST}:0", "--control-address", f"{HOST}:0"]
+def test_an_unprintable_credential_is_a_usage_error() -> None:
+    command = [*COMMAND, "--standalone", "--public-ip4-addr", HOST, "--max-allocations", "10"]
+    command += ["--health-check-addr", f"{HOST}:0", "--control-endpoint", f"{HOST}:0"]
+    # The interpreter opens its streams at startup.
     shell = ["sh", "-c", f"exec {shlex.join(command)} >&-"]
     done = subprocess.run(shell, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert done.returncode == 2
@@ -65,7 +67,7 @@ def test_a_credential_that_nobody_can_be_told_is_bad_use() -> None:
 
 
 class OnSmallDisk(Failing):
-    """A relay whose log is a file on a disk that has no room for much."""
+    """A relay with its log on a small disk."""
 
     def __init__(self, directory: Path) -> None:
         self._disk = directory / "disk"
@@ -75,7 +77,7 @@ class OnSmallDisk(Failing):
 
     @property
     def disk(self) -> Path:
-        """As it is seen from there."""
+        """Return the path in the mount namespace of the relay."""
         return Path(f"/proc/{self.process.pid}/root{self._disk}")
 
     @property
@@ -100,7 +102,7 @@ def on_small_disk(tmp_path: Path) -> Iterator[OnSmallDisk]:
         started.close()
 
 
-def test_a_full_disk_costs_lines_of_the_log_which_says_how_many_once_there_is_room(on_small_disk: OnSmallDisk) -> None:
+def test_log_lines_lost_on_a_full_disk_are_counted_and_reported(on_small_disk: OnSmallDisk) -> None:
     (on_small_disk.disk / "other").write_bytes(bytes(on_small_disk.room - 4096))
     while on_small_disk.room:
         on_small_disk.process.send_signal(signal.SIGUSR1)
@@ -110,14 +112,14 @@ def test_a_full_disk_costs_lines_of_the_log_which_says_how_many_once_there_is_ro
         on_small_disk.process.send_signal(signal.SIGUSR1)
     on_small_disk.assert_serves()
     (on_small_disk.disk / "other").unlink()
-    assert on_small_disk.counted("log_lines_lost")[""] > 0
+    assert on_small_disk.counted("relay.log.lost")[""] > 0
     torn = [line for line in on_small_disk.log.splitlines() if "lines of the log dropped" in line]
     assert torn
     assert all(line.startswith("20") for line in torn), "lines of their own, after what was cut off"
     assert on_small_disk.stop() == 0
 
 
-def test_a_log_that_is_written_to_a_pipe_which_nobody_has_open_costs_nothing_but_lines(tmp_path: Path) -> None:
+def test_a_log_pipe_without_a_reader_loses_only_lines(tmp_path: Path) -> None:
     with running(tmp_path, reads_log=False) as program:
         assert program.process.stderr is not None
         wait_until_served(program)

@@ -1,4 +1,4 @@
-"""A machine that has no port, descriptor or thread to give: for a while, and to some."""
+"""A machine that runs out of ports, descriptors or threads."""
 
 import contextlib
 import os
@@ -13,24 +13,23 @@ from typing import Final
 
 import pytest
 
-from tests.actors.conftest import RelayMaker
-from tests.actors.test_lifetime import allocate_refused
-from tests.conftest import needs_ipv6, wait_until
-from tests.faults.conftest import Failing, assert_serves, running
-from tests.interop.test_privilege import is_root, needs_nobody
+from tests.support.failing import Failing, assert_serves, running
+from tests.support.requirements import is_root, needs_ipv6, needs_nobody
+from tests.support.system import RelayMaker, allocate_refused
+from tests.support.waiting import wait_until
 
 PORTS: Final = 40
 
 
 GROUPS: Final = (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup"))
-"""Where control groups with a limit of pids are made: version 1, and 2."""
+"""Directories for cgroups with a pids limit: version 1 and version 2."""
 
 
 @contextlib.contextmanager
 def half_taken(host: str) -> Iterator[int]:
-    """Take every second one of some ports in a row, all of which were free; give the first."""
+    """Bind every second port of a free range, and return the first port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # None of those that Linux gives to whoever asks for any.
+    # Outside the ephemeral port range.
     for lowest in range(20000, 30000, PORTS):
         with contextlib.ExitStack() as stack:
             opened = [stack.enter_context(socket.socket(family, socket.SOCK_DGRAM)) for _ in range(PORTS)]
@@ -47,8 +46,8 @@ def half_taken(host: str) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6)])
-def test_clients_get_the_ports_that_other_programs_have_not_taken_and_all_of_them(make_relay: RelayMaker, host: str) -> None:
-    """A port that is taken for one family is none for a client that asks for both."""
+def test_clients_get_all_ports_not_used_by_other_programs(make_relay: RelayMaker, host: str) -> None:
+    """A port in use in one family is unusable for a dual allocation."""
     dual = ":" in host
     with half_taken(host) as lowest:
         more = {} if dual else {"public_ip6": None}
@@ -65,7 +64,7 @@ def test_clients_get_the_ports_that_other_programs_have_not_taken_and_all_of_the
 
 
 @needs_ipv6
-def test_a_client_that_finds_a_descriptor_for_one_family_only_gets_none_and_leaves_none_open(make_relay: RelayMaker) -> None:
+def test_a_dual_allocation_with_one_free_descriptor_leaks_none(make_relay: RelayMaker) -> None:
     relay = make_relay()
     client = relay.client()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -85,7 +84,7 @@ def test_a_client_that_finds_a_descriptor_for_one_family_only_gets_none_and_leav
 
 @pytest.fixture
 def of_somebody() -> Iterator[Failing]:
-    """A relay of a user who has nothing else running, and no rights: limits are not for root."""
+    """A relay of an unprivileged user without other processes. Limits do not apply to root."""
     user = 60000 + os.getpid() % 5000
     directory = Path(tempfile.mkdtemp())
     directory.chmod(0o755)
@@ -98,7 +97,7 @@ def of_somebody() -> Iterator[Failing]:
 
 
 def limit_threads(program: Failing, soft: str) -> None:
-    """Set how many threads its user may have; which is that user's to do, not root's."""
+    """Set the thread limit (RLIMIT_NPROC) of the relay's user."""
     status = Path(f"/proc/{program.process.pid}/status").read_text()
     user = next(line for line in status.splitlines() if line.startswith("Uid:")).split()[1]
     by = ("setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups")
@@ -107,8 +106,8 @@ def limit_threads(program: Failing, soft: str) -> None:
 
 @is_root
 @needs_nobody
-def test_508_without_a_thread_and_service_once_there_is_one(of_somebody: Failing) -> None:
-    """As under a limit of pids: the kernel says EAGAIN to both."""
+def test_508_while_no_thread_can_start(of_somebody: Failing) -> None:
+    """RLIMIT_NPROC and a pids limit both cause EAGAIN."""
     pid, (_, hard) = of_somebody.process.pid, resource.getrlimit(resource.RLIMIT_NPROC)
     with of_somebody.client() as served, of_somebody.client() as refused:
         served.allocate()
@@ -118,14 +117,14 @@ def test_508_without_a_thread_and_service_once_there_is_one(of_somebody: Failing
         assert allocate_refused(refused) == 508
         assert served.refresh(600) is None
         limit_threads(of_somebody, "infinity" if hard == resource.RLIM_INFINITY else str(hard))
-    assert of_somebody.counted("bind_errors") == {"RuntimeError": 2}
+    assert of_somebody.counted("relay.bind_failures") == {"RuntimeError": 2}
     assert of_somebody.log.count("no sockets for allocations") == 1
     of_somebody.assert_serves()
 
 
 @pytest.fixture
 def group() -> Iterator[Path]:
-    """A control group that can limit how many threads there are in it."""
+    """A cgroup with a pids limit."""
     for parent in GROUPS:
         made = parent / f"relay-{os.getpid()}"
         with contextlib.suppress(OSError):
@@ -139,10 +138,8 @@ def group() -> Iterator[Path]:
     pytest.skip("NO CONTROL GROUP with a limit of pids can be made here: run as root")
 
 
-def test_508_at_the_limit_of_a_control_group_and_service_once_it_is_raised(
-    group: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """What `TasksMax=` and `--pids-limit` are."""
+def test_508_until_the_cgroup_pids_limit_is_raised(group: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """`TasksMax=` and `--pids-limit` set this limit."""
     with running(tmp_path_factory.mktemp("relay")) as program, program.client() as served, program.client() as refused:
         served.allocate()
         (group / "cgroup.procs").write_text(str(program.process.pid))
@@ -151,5 +148,5 @@ def test_508_at_the_limit_of_a_control_group_and_service_once_it_is_raised(
         assert allocate_refused(refused) == 508
         assert served.refresh(600) is None
         (group / "pids.max").write_text("max")
-        assert program.counted("bind_errors") == {"RuntimeError": 2}
+        assert program.counted("relay.bind_failures") == {"RuntimeError": 2}
         program.assert_serves()

@@ -1,39 +1,49 @@
-"""System calls that fail, of a kind that no test can have the kernel fail in."""
+"""Injected failures of system calls, for errors impossible to cause in the kernel."""
 
 import errno
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from tests.actors.test_lifetime import allocate_refused
-from tests.conftest import wait_until
-from tests.faults.conftest import BIND, CHANNEL, PATIENCE, RECEIVE, SEND, Failing, name_of, running
-from tests.turn_client import udp_socket
+from tests.support.failing import BIND, CHANNEL, PATIENCE, RECEIVE, SEND, Failing, name_of, running
+from tests.support.system import allocate_refused
+from tests.support.turn_client import udp_socket
+from tests.support.waiting import wait_until
 
 CALLS: Final = 5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def broken(tmp_path_factory: pytest.TempPathFactory, library: Path) -> Iterator[Failing]:
+    """A relay with failing reads. The relay exits after 6 s, while the other tests run."""
+    with running(tmp_path_factory.mktemp("broken"), library) as started, udp_socket("127.0.0.1") as anyone:
+        started.fail(RECEIVE, errno.EIO, -1)
+        anyone.sendto(bytes(20), (started.host, 3478))
+        yield started
 
 
 @pytest.mark.parametrize(
     "number", [errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN, errno.ECONNREFUSED, errno.ENETDOWN], ids=name_of
 )
-def test_a_send_that_fails_loses_its_packet_is_counted_and_nothing_else(failing: Failing, number: int) -> None:
-    before = failing.counted("send_errors")
+def test_a_failed_send_drops_one_packet_and_is_counted(failing: Failing, number: int) -> None:
+    before = failing.counted("relay.send_failures")
     with failing.client() as client, udp_socket("127.0.0.1") as peer:
         client.allocate()
         assert client.bind_channel(CHANNEL, peer.getsockname()) is None
         failing.fail(SEND, number, CALLS)
         for each in range(CALLS + 3):
             client.send(CHANNEL, b"%d" % each)
-            # One by one: packets that wait together leave in one call.
+            # One at a time: queued packets are sent in one call.
             wait_until(lambda count=each + 1: failing.hits(SEND) == min(count, CALLS))  # type: ignore[misc]
         assert [peer.recv(100) for _ in range(3)] == [b"%d" % each for each in range(CALLS, CALLS + 3)]
         assert client.refresh(600) is None
-    assert failing.counted("send_errors") - before == {name_of(number): CALLS}
+    assert failing.counted("relay.send_failures") - before == {name_of(number): CALLS}
     failing.assert_serves()
 
 
-def test_an_answer_that_can_not_be_sent_is_lost_and_given_to_who_asks_again(failing: Failing) -> None:
+def test_a_retransmission_gets_a_response_that_could_not_be_sent(failing: Failing) -> None:
     with failing.client() as client:
         client.allocate()
         failing.fail(SEND, errno.ENOBUFS, 1)
@@ -45,8 +55,8 @@ def test_an_answer_that_can_not_be_sent_is_lost_and_given_to_who_asks_again(fail
     failing.assert_serves()
 
 
-def test_a_send_that_is_interrupted_is_tried_again(failing: Failing) -> None:
-    before = failing.counted("send_errors")
+def test_an_interrupted_send_is_retried(failing: Failing) -> None:
+    before = failing.counted("relay.send_failures")
     with failing.client() as client, udp_socket("127.0.0.1") as peer:
         client.allocate()
         assert client.bind_channel(CHANNEL, peer.getsockname()) is None
@@ -54,35 +64,35 @@ def test_a_send_that_is_interrupted_is_tried_again(failing: Failing) -> None:
         client.send(CHANNEL, b"not lost")
         assert peer.recv(100) == b"not lost"
     assert failing.hits(SEND) == CALLS
-    assert failing.counted("send_errors") == before
+    assert failing.counted("relay.send_failures") == before
 
 
 @pytest.mark.parametrize(
     "number", [errno.ENOBUFS, errno.ENOMEM, errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.EINTR], ids=name_of
 )
-def test_a_read_that_fails_is_counted_and_the_socket_is_read_on(failing: Failing, number: int) -> None:
-    """ECONNREFUSED and EHOSTUNREACH are what an ICMP message makes of the next read of a connected socket."""
-    before = failing.counted("receive_errors")
+def test_a_failed_read_is_counted_and_reading_continues(failing: Failing, number: int) -> None:
+    """An ICMP error causes ECONNREFUSED or EHOSTUNREACH in the next read of a connected socket."""
+    before = failing.counted("relay.receive_failures")
     with failing.client() as client, udp_socket("127.0.0.1") as peer:
         (relayed,) = client.allocate()
         assert client.bind_channel(CHANNEL, peer.getsockname()) is None
         failing.fail(RECEIVE, number, CALLS)
         for each in range(CALLS + 1):
-            # Whoever waits in a read gets this first; the next read fails.
+            # A pending read returns this packet; the next read fails.
             client.send(CHANNEL, b"%d" % each)
             peer.sendto(b"%d" % each, relayed[:2])
         wait_until(lambda: failing.hits(RECEIVE) == CALLS)
         assert [peer.recv(100) for _ in range(CALLS + 1)] == [b"%d" % each for each in range(CALLS + 1)]
         assert [client.receive() for _ in range(CALLS + 1)] == [(CHANNEL, b"%d" % each) for each in range(CALLS + 1)]
-    counted = failing.counted("receive_errors") - before
+    counted = failing.counted("relay.receive_failures") - before
     assert counted == ({} if number == errno.EINTR else {name_of(number): CALLS})
     failing.assert_serves()
 
 
 @pytest.mark.parametrize("number", [errno.ENOBUFS, errno.ENOMEM, errno.EACCES], ids=name_of)
-def test_a_bind_that_fails_costs_the_client_that_asked_for_it_508_and_nobody_else(failing: Failing, number: int) -> None:
-    """No other port is tried: what forbids one forbids them all."""
-    before = failing.counted("bind_errors")
+def test_a_failed_bind_responds_508_to_one_client(failing: Failing, number: int) -> None:
+    """The relay does not try another port, because the error applies to all ports."""
+    before = failing.counted("relay.bind_failures")
     with failing.client() as served, failing.client() as refused:
         served.allocate()
         failing.fail(BIND, number, 1)
@@ -90,12 +100,12 @@ def test_a_bind_that_fails_costs_the_client_that_asked_for_it_508_and_nobody_els
         assert served.refresh(600) is None
         refused.allocate()
     assert failing.hits(BIND) == 1
-    assert failing.counted("bind_errors") - before == {name_of(number): 1}
+    assert failing.counted("relay.bind_failures") - before == {name_of(number): 1}
     failing.assert_serves()
 
 
-def test_reads_that_all_fail_for_a_while_end_nothing(failing: Failing) -> None:
-    """A machine without memory for a moment: who reads waits a little longer each time, and does not give up at once."""
+def test_temporary_read_failures_do_not_end_the_process(failing: Failing) -> None:
+    """If the machine lacks memory for a moment, readers back off and retry."""
     failing.fail(RECEIVE, errno.ENOMEM, -1)
     with udp_socket("127.0.0.1") as anyone:
         anyone.sendto(b"to wake up who reads", (failing.host, 3478))
@@ -105,10 +115,7 @@ def test_reads_that_all_fail_for_a_while_end_nothing(failing: Failing) -> None:
     assert failing.process.poll() is None
 
 
-def test_reads_that_fail_for_good_end_the_process_which_says_so(tmp_path: Path, library: Path) -> None:
-    """What starts it again may put it right; a relay that lives and hears nobody would be worse."""
-    with running(tmp_path, library) as failing, udp_socket("127.0.0.1") as anyone:
-        failing.fail(RECEIVE, errno.EIO, -1)
-        anyone.sendto(bytes(20), (failing.host, 3478))
-        assert failing.wait(30) == 1
-        assert "an actor failed and the relay can't go on" in failing.log
+def test_permanent_read_failures_end_the_process_with_an_error(broken: Failing) -> None:
+    """A restart may fix the cause. A running relay that reads nothing would be worse."""
+    assert broken.wait(30) == 1
+    assert "an actor failed and the relay can't go on" in broken.log

@@ -1,4 +1,4 @@
-"""Runs one target under atheris, in a process of its own: its modules are instrumented as they are imported."""
+"""Run a target under atheris in a separate process, where the target's modules are instrumented during import."""
 
 import importlib
 import sys
@@ -7,12 +7,12 @@ from tests.fuzz.registry import module_of
 
 
 def main() -> None:
-    """Run ``TARGET`` with libFuzzer's options, which follow it."""
-    # By name: it has no types, and tests that are not fuzzed do without it.
+    """Run ``TARGET`` with the following libFuzzer options."""
+    # Imported by name, because atheris has no types and is optional.
     atheris = importlib.import_module("atheris")
     name = sys.argv[1]
     with atheris.instrument_imports(
-        include=["relay.core", "relay.ops.http.messages", "relay.ops.http.guard", "relay.ops.logs.filter"]
+        include=["relay.core", "relay.ops.http.messages", "relay.ops.http.host_check", "relay.ops.logs.filter"]
     ):
         target = importlib.import_module(module_of(name))
     atheris.Setup([sys.argv[0], *sys.argv[2:]], target.run)

@@ -1,4 +1,4 @@
-"""Which lines of some modules a call runs through: for the figures of a campaign, and to keep a corpus small."""
+"""Line coverage of a call in some modules, to report coverage and to minimise a corpus."""
 
 import importlib
 import sys
@@ -9,28 +9,28 @@ from typing import Any, TypeAlias
 
 Line: TypeAlias = tuple[str, int]
 Arc: TypeAlias = tuple[str, int, int]
-"""From a line to the next one in the same function; from 0 where it is entered."""
+"""A step from a line to the next line of the same function; a call starts from 0."""
 
 
 def of(modules: Iterable[str]) -> set[Line]:
-    """Give all lines of functions."""
+    """Return all lines of functions."""
     found: set[Line] = set()
     for name in modules:
         path = str(importlib.import_module(name).__file__)
         module = compile(Path(path).read_text(encoding="utf-8"), path, "exec")
         for code in _functions(module):
-            # The first one is entered with every call and says nothing more than the next.
+            # The first line runs in every call and adds no information to the second.
             found |= {(path, line) for _, _, line in code.co_lines() if line and line != code.co_firstlineno}
     return found
 
 
 def arcs(modules: Iterable[str], call: Callable[[], object]) -> set[Arc]:
-    """Give the steps from line to line in functions of some modules, during a call."""
+    """Return the steps from line to line in functions of some modules during a call."""
     paths = {str(importlib.import_module(name).__file__) for name in modules}
     found: set[Arc] = set()
     last: dict[int, int] = {}
 
-    def trace(frame: FrameType, event: str, _: Any) -> Any:  # noqa: ANN401 - as sys.settrace has it
+    def trace(frame: FrameType, event: str, _: Any) -> Any:  # noqa: ANN401 - the signature of sys.settrace
         path = frame.f_code.co_filename
         if path not in paths or frame.f_code.co_name == "<module>":
             return None
@@ -53,7 +53,7 @@ def arcs(modules: Iterable[str], call: Callable[[], object]) -> set[Arc]:
 def _functions(code: CodeType) -> Iterator[CodeType]:
     for each in code.co_consts:
         if isinstance(each, CodeType):
-            # A class's body runs when its module is imported; CO_OPTIMIZED is what a function has and it has not.
+            # Excludes class bodies, which run at import and lack the flag CO_OPTIMIZED.
             if each.co_flags & 1:
                 yield each
             yield from _functions(each)

@@ -1,4 +1,4 @@
-"""Bytes of a fuzzer, taken for choices: so that what it changes at random is what happens, not whether it is well-formed."""
+"""A fuzzer's bytes as choices: random changes of the bytes change the actions, and all inputs stay well-formed."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -7,7 +7,7 @@ T = TypeVar("T")
 
 
 class Reader:
-    """Gives numbers, choices and bytes, as long as there are any; then zeros."""
+    """Returns numbers, choices and bytes from the input, and zeros after its end."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -37,7 +37,7 @@ class Reader:
         return taken
 
     def blob(self) -> bytes:
-        """Take some bytes, most often few."""
+        """Read some bytes, mostly few."""
         length = self.byte()
         return self.take(length if length < 0xF0 else (length & 0xF) << 7)
 

@@ -1,4 +1,4 @@
-"""What is fuzzed, and where its inputs are."""
+"""The fuzz targets, and the locations of their inputs."""
 
 import hashlib
 import importlib
@@ -12,15 +12,15 @@ CORPUS = Path(__file__).parent / "corpus"
 
 
 class Target(Protocol):
-    """One of them."""
+    """A fuzz target."""
 
     MODULES: Sequence[str]
-    """What it is about: lines of these are counted."""
+    """The tested modules, for the line coverage."""
     SEEDS: Sequence[bytes]
-    """Inputs to begin with."""
+    """Initial inputs."""
 
     def run(self, data: bytes) -> None:
-        """Take one input; raises if anything is otherwise than it must be."""
+        """Run an input; raise if a check fails."""
 
 
 def module_of(name: str) -> str:
@@ -37,10 +37,10 @@ def run_all(target: Target, inputs: Iterable[bytes]) -> None:
 
 
 def corpus(name: str) -> list[Path]:
-    """Give the inputs that are kept."""
+    """Return the files of a target's corpus."""
     return sorted(path for path in (CORPUS / name).iterdir() if path.is_file())
 
 
 def name_of(data: bytes) -> str:
-    """Name an input by what is in it."""
+    """Return a name derived from an input's content."""
     return hashlib.sha256(data).hexdigest()[:16]

@@ -12,8 +12,8 @@ from aiortc import RTCBundlePolicy, RTCConfiguration, RTCIceServer, RTCPeerConne
 from aiortc.rtcconfiguration import RTCIceTransportPolicy
 
 from relay.core.credentials import Credential, RelaySecret, mint
-from tests.interop.conftest import Program, ProgramStarter
-from tests.interop.ice import converse
+from tests.support.ice import converse
+from tests.support.program import Program, ProgramStarter
 
 SECONDS = 90
 
@@ -21,7 +21,7 @@ Address: TypeAlias = tuple[str, int]
 
 
 class Echo(asyncio.DatagramProtocol):
-    """A peer that sends back what it gets."""
+    """An echo peer."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.DatagramTransport, transport)
@@ -31,13 +31,19 @@ class Echo(asyncio.DatagramProtocol):
 
 
 class Collector(asyncio.DatagramProtocol):
-    """What a client gets through its relay."""
+    """Data received through a relay."""
 
     def __init__(self) -> None:
         self.received: asyncio.Queue[tuple[bytes, Address]] = asyncio.Queue()
+        self.is_deleted = asyncio.Event()
+        """Whether the allocation was deleted."""
 
     def datagram_received(self, data: bytes, addr: Address) -> None:
         self.received.put_nowait((data, addr))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        assert exc is None
+        self.is_deleted.set()
 
 
 @pytest.fixture
@@ -62,21 +68,23 @@ def test_an_aioice_endpoint_sends_through_the_relay_and_deletes_its_allocation(p
         for number in range(50):
             transport.sendto(b"packet %d" % number, address)
             assert await client.received.get() == (b"packet %d" % number, address)
-        await transport._TurnTransport__inner_protocol.delete()  # type: ignore[attr-defined]
+        assert program.dump()["relay.active_allocations"] == "1"
         transport.close()
+        await client.is_deleted.wait()
+        assert program.dump()["relay.active_allocations"] == "0"
         peer.close()
 
     asyncio.run(asyncio.wait_for(run(), SECONDS))
 
 
-def test_two_ice_agents_meet_through_one_relay(start_program: ProgramStarter, secret_file: str) -> None:
+def test_two_ice_agents_connect_through_one_relay(start_program: ProgramStarter, secret_file: str) -> None:
     program = start_program("--relay-secret-file", secret_file)
     asyncio.run(asyncio.wait_for(converse(program.host, credentials(2)), SECONDS))
 
 
 @asynccontextmanager
 async def webrtc_peers(program: Program) -> AsyncIterator[tuple[RTCPeerConnection, RTCPeerConnection]]:
-    """Two peers that may use nothing but their relayed candidates."""
+    """Two peers with relayed candidates only."""
     peers = tuple(
         RTCPeerConnection(
             RTCConfiguration(

@@ -1,17 +1,17 @@
-"""The program asks the cloud that it runs in, at the address where each of them is."""
+"""The program reads its public addresses from the metadata services of clouds, at their real address."""
 
 import contextlib
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import HAS_IPV6, needs_ipv6
-from tests.discovery.stand_in import Asked, Cloud, Said, StandIn, aws, azure, gce
-from tests.machine import Machine
+from tests.support.clouds import Asked, Cloud, Said, StandIn, aws, azure, gce
+from tests.support.machine import Machine
+from tests.support.process import Forked
+from tests.support.requirements import HAS_IPV6, needs_ipv6
 
 AT = ("169.254.169.254", 80)
 IP6 = "2600:1900:4010:9c::1"
@@ -19,7 +19,7 @@ IP6 = "2600:1900:4010:9c::1"
 
 @pytest.fixture
 def machine() -> Iterator[Machine]:
-    """A machine in a cloud: what it asks there stays there."""
+    """A network namespace as a cloud machine, so that no request leaves the test."""
     try:
         made = Machine()
     except OSError as error:
@@ -33,41 +33,27 @@ def machine() -> Iterator[Machine]:
 
 
 @contextlib.contextmanager
-def started(
-    machine: Machine, cloud: Cloud, *options: str, **variables: str
-) -> Iterator[tuple[subprocess.Popen[str], StandIn]]:
+def started(machine: Machine, cloud: Cloud, *options: str, **variables: str) -> Iterator[tuple[Forked, StandIn]]:
     """Start a relay in a cloud."""
     with machine.entered():
         service = StandIn(cloud, AT)
     with contextlib.closing(service):
-        process = subprocess.Popen(
-            [
-                *("nsenter", f"--net={machine.path}", sys.executable, "-m", "relay", "--standalone", "--log-format", "json"),
-                *(
-                    "--health-address",
-                    "127.0.0.1:0",
-                    "--control-address",
-                    "127.0.0.1:0",
-                    "--max-allocations",
-                    "100",
-                    *options,
-                ),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env=dict(os.environ) | variables,
-            text=True,
-        )
-        try:
-            yield process, service
-        finally:
-            process.kill()
-            process.communicate()
+        with machine.entered():
+            process = Forked(
+                *("--standalone", "--log-format", "json", "--max-allocations", "100"),
+                *("--health-check-addr", "127.0.0.1:0", "--control-endpoint", "127.0.0.1:0", *options),
+                env=os.environ | variables,
+                stdout=subprocess.DEVNULL,
+            )
+        with process:
+            try:
+                yield process, service
+            finally:
+                process.kill()
 
 
-def addresses(process: subprocess.Popen[str]) -> tuple[list[str], list[str]]:
-    """Wait until it is ready, and give where it listens and what it announces."""
+def addresses(process: Forked) -> tuple[list[str], list[str]]:
+    """Wait for the event "ready". Return the relay's addresses for clients and its relayed addresses."""
     assert process.stderr is not None
     for line in process.stderr:
         said = json.loads(line)
@@ -84,7 +70,7 @@ def addresses(process: subprocess.Popen[str]) -> tuple[list[str], list[str]]:
         ("azure_imds", azure(), "20.50.12.9"),
     ],
 )
-def test_a_relay_in_a_cloud_announces_what_the_cloud_says_and_listens_everywhere(
+def test_a_relay_announces_the_address_of_the_cloud_and_binds_all_addresses(
     machine: Machine, method: str, cloud: Cloud, address: str
 ) -> None:
     options = ("--listen-address-discovery-method", method)
@@ -96,25 +82,27 @@ def test_a_relay_in_a_cloud_announces_what_the_cloud_says_and_listens_everywhere
 
 
 @needs_ipv6
-def test_the_public_ipv6_address_is_bound_since_the_machine_has_it(machine: Machine) -> None:
+def test_the_public_ipv6_address_is_bound_if_the_machine_has_it(machine: Machine) -> None:
     with started(machine, gce(), LISTEN_ADDRESS_DISCOVERY_METHOD="gce_metadata") as (process, _):
         assert addresses(process) == (["0.0.0.0:3478", f"[{IP6}]:3478"], ["34.76.12.9", IP6])
 
 
 @needs_ipv6
-def test_addresses_that_are_given_win(machine: Machine) -> None:
+def test_options_override_discovered_addresses(machine: Machine) -> None:
     options = ("--listen-address-discovery-method", "gce_metadata", "--public-ip4-addr", AT[0])
     with started(machine, gce(), *options, PUBLIC_IP6_ADDR=IP6) as (process, service):
         assert addresses(process)[1] == [AT[0], IP6]
         assert service.asked == []
 
 
-def test_another_cloud_is_bad_use_in_one_line(machine: Machine) -> None:
+def test_the_wrong_cloud_is_a_usage_error(machine: Machine) -> None:
     def nothing(_: Asked) -> Said:
         return Said(404, "<html>Not Found</html>")
 
     with started(machine, nothing, "--listen-address-discovery-method", "azure_imds") as (process, _):
-        _, said = process.communicate(timeout=60)
+        assert process.stderr is not None
+        said = process.stderr.read()
+        process.wait(60)
     assert process.returncode == 2
     (line,) = said.splitlines()
     assert line.startswith("firezone-relay: no public address by azure_imds: 169.254.169.254 answers 404")

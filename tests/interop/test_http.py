@@ -1,6 +1,7 @@
-"""The addresses that operators ask, of a real program, while others ask for trouble."""
+"""The HTTP addresses of the program, under attack."""
 
 import contextlib
+import http.client
 import itertools
 import json
 import re
@@ -11,14 +12,14 @@ import urllib.request
 import psutil
 
 from relay import __version__
-from tests.interop.conftest import ProgramStarter
-from tests.turn_client import TurnClient, udp_socket
+from tests.support.program import ProgramStarter
+from tests.support.turn_client import TurnClient, udp_socket
 
 GET = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
 def trouble(address: tuple[str, int], stop: threading.Event) -> None:
-    """Connect to an HTTP address all the time: with a request, with nonsense, with nothing at all."""
+    """Connect to an HTTP address in a loop, with requests, with garbage and without data."""
     held: list[socket.socket] = []
     for said in itertools.cycle((GET, b"GET / HTTP/1.1\r\nX: ", b"\0\xff" * 5000, b"")):
         if stop.is_set():
@@ -32,7 +33,7 @@ def trouble(address: tuple[str, int], stop: threading.Event) -> None:
         each.close()
 
 
-def test_it_relays_and_is_well_while_its_http_addresses_are_under_attack(start_program: ProgramStarter) -> None:
+def test_packets_are_relayed_during_attacks_on_http_addresses(start_program: ProgramStarter) -> None:
     program = start_program("--allow-peer", "127.0.0.0/8")
     found = re.search(r"control=(\S+):(\d+)", program.log)
     assert found is not None
@@ -62,7 +63,27 @@ def test_it_relays_and_is_well_while_its_http_addresses_are_under_attack(start_p
     assert "Traceback" not in program.log
 
 
-def test_a_control_address_that_others_reach_is_warned_of(start_program: ProgramStarter) -> None:
-    program = start_program("--control-address", "0.0.0.0:0")
+def test_the_metrics_address_has_metrics_and_nothing_else(start_program: ProgramStarter) -> None:
+    program = start_program("--metrics-addr", "127.0.0.1:0")
+    found = re.search(r"\bmetrics=(\S+):(\d+)", program.log)
+    assert found is not None
+
+    def ask(method: str, path: str) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection(found[1], int(found[2]), timeout=30)
+        with contextlib.closing(connection):
+            connection.request(method, path)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+
+    assert (ask("GET", "/metrics")[0], ask("HEAD", "/metrics")) == (200, (200, b""))
+    assert b"relay_ready 1.0" in ask("GET", "/metrics")[1]
+    for path in ("/", "/livez", "/readyz", "/healthz", "/status", "/drain", "/log_filter", "/offload", "/metrics/"):
+        assert (ask("GET", path)[0], ask("POST", path)[0]) == (404, 404)
+    for method in ("POST", "PUT", "DELETE"):
+        assert ask(method, "/metrics")[0] == 405
+
+
+def test_a_public_control_address_is_logged_as_a_warning(start_program: ProgramStarter) -> None:
+    program = start_program("--control-endpoint", "0.0.0.0:0")
     assert "the control address is not loopback" in program.log
     assert "not loopback" not in start_program().log

@@ -1,9 +1,10 @@
-"""Metrics pushed by the program itself to a collector over gRPC, and what a bad one can do to it."""
+"""Metrics pushed by the program to a collector over gRPC, and failures of the collector."""
 
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from opentelemetry.proto.metrics.v1.metrics_pb2 import AGGREGATION_TEMPORALITY_CUMULATIVE, Metric
 
 from relay import __version__
-from relay.ops.metrics.metric import Kind
+from relay.ops.metrics.metric import MetricKind
+from relay.ops.metrics.push import LAST_PUSH_TIMEOUT
 from relay.ops.metrics.table import TABLE
-from tests.collector import Collector, attributes_of
-from tests.interop.conftest import Program, ProgramStarter
-from tests.turn_client import TurnClient, udp_socket
+from tests.support.collector import Collector, attributes_of
+from tests.support.process import COMMAND
+from tests.support.program import Program, ProgramStarter
+from tests.support.turn_client import TurnClient, udp_socket
 
 SOON = {"OTEL_METRIC_EXPORT_INTERVAL": "100"}
 EVIL = "\x1b[31mevil\n{}"
@@ -31,14 +34,14 @@ def collector() -> Iterator[Collector]:
 
 
 def value(metric: Metric, **labels: object) -> float:
-    """Give the value that has these labels, and no others."""
+    """Return the value with exactly these labels."""
     points = metric.gauge.data_points or metric.sum.data_points
     (point,) = [point for point in points if attributes_of(point.attributes) == labels]
     return float(point.as_int if point.HasField("as_int") else point.as_double)
 
 
 def relay_something(program: Program) -> None:
-    """Have it make an allocation, and relay a packet of 1200 bytes each way."""
+    """Allocate, and relay a packet of 1200 bytes each way."""
     with TurnClient((program.host, 3478), program.credential) as client, udp_socket("127.0.0.1") as peer:
         (relayed,) = client.allocate()
         client.bind_channel(0x4000, peer.getsockname())
@@ -48,20 +51,20 @@ def relay_something(program: Program) -> None:
         client.receive()
 
 
-def test_a_collector_gets_what_the_relay_did(start_program: ProgramStarter, collector: Collector) -> None:
+def test_a_collector_receives_the_metrics(start_program: ProgramStarter, collector: Collector) -> None:
     program = start_program("--allow-peer", "127.0.0.0/8", "--otlp-grpc-endpoint", collector.endpoint, variables=SOON)
     relay_something(program)
-    # The one that follows was measured after that.
+    # The next push was measured later.
     collector.wait_for_pushes(len(collector.requests) + 2)
     pushed = collector.metrics()
     assert list(pushed) == [metric.name for metric in TABLE]
     for metric in TABLE:
         assert (pushed[metric.name].unit, pushed[metric.name].description) == (metric.unit, metric.description)
-        kinds = {Kind.COUNTER: "sum", Kind.GAUGE: "gauge", Kind.HISTOGRAM: "histogram"}
+        kinds = {MetricKind.COUNTER: "sum", MetricKind.GAUGE: "gauge", MetricKind.HISTOGRAM: "histogram"}
         assert pushed[metric.name].WhichOneof("data") == kinds[metric.kind]
     assert value(pushed["relay.active_allocations"]) == 1
     assert value(pushed["relay.responses"], response_class="error", message_type="allocate", error_code=401) == value(
-        pushed["relay.responses"], response_class="success", message_type="allocate", error_code=""
+        pushed["relay.responses"], response_class="success", message_type="allocate"
     )
     for direction in ("to_peer", "to_client"):
         labels = {"relay.direction": direction, "relay.datapath": "userspace"}
@@ -99,11 +102,14 @@ def test_the_last_values_are_pushed_at_the_end(start_program: ProgramStarter, co
     )
     collector.wait_for_pushes(1)
     relay_something(program)
+    began = time.monotonic()
     assert program.stop() == 0
-    assert value(collector.metrics()["relay.allocations.made"]) == 1
+    # On a busy machine the push may exceed its limit; then the relay does not wait for it.
+    took_too_long = time.monotonic() - began > LAST_PUSH_TIMEOUT
+    assert value(collector.metrics()["relay.allocations.made"]) == 1 or took_too_long
 
 
-def test_the_variables_of_opentelemetry_are_honoured(start_program: ProgramStarter, tmp_path: Path) -> None:
+def test_opentelemetry_variables_apply(start_program: ProgramStarter, tmp_path: Path) -> None:
     authority = trustme.CA()
     certificate = authority.issue_cert("localhost", "127.0.0.1")
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
@@ -118,14 +124,17 @@ def test_the_variables_of_opentelemetry_are_honoured(start_program: ProgramStart
                 "OTEL_EXPORTER_OTLP_COMPRESSION": "gzip",
                 "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment=test,service.namespace=elsewhere",
                 "OTEL_SERVICE_NAME": "frankfurt-1",
+                "FIREZONE_NAME": "frankfurt-1-a",
             }
         )
         collector.wait_for_pushes(1)
         metadata = collector.metadata[0]
         assert (metadata["authorization"], metadata["x-tenant"]) == ("Bearer letmein", "a")
         resource = collector.resource()
-        assert len(resource.pop("service.instance.id")) == 36
         assert resource == {
+            "service.instance.id": "frankfurt-1-a",
+            "relay.name": "frankfurt-1-a",
+            "relay.public_addresses": [program.host],
             "service.name": "frankfurt-1",
             "service.namespace": "elsewhere",
             "service.version": __version__,
@@ -135,9 +144,9 @@ def test_the_variables_of_opentelemetry_are_honoured(start_program: ProgramStart
     assert "letmein" not in program.log
 
 
-def test_a_collector_that_is_not_there_keeps_nothing_waiting_and_fills_no_log(start_program: ProgramStarter) -> None:
+def test_an_unreachable_collector_delays_nothing_and_is_logged_once(start_program: ProgramStarter) -> None:
     with socket.socket() as taken:
-        # Bound, and not listened at: nobody else gets it, and whoever connects is refused.
+        # Bound without listen: the port is reserved, and connections are refused.
         taken.bind(("127.0.0.1", 0))
         program = start_program(
             "--allow-peer",
@@ -153,7 +162,7 @@ def test_a_collector_that_is_not_there_keeps_nothing_waiting_and_fills_no_log(st
     assert "Traceback" not in program.log
 
 
-def test_a_collector_that_stops_answering_does_not_hold_up_the_end(start_program: ProgramStarter) -> None:
+def test_a_hanging_collector_does_not_delay_the_exit(start_program: ProgramStarter) -> None:
     hangs, held, never = threading.Event(), threading.Event(), threading.Event()
 
     def answer(_: grpc.ServicerContext) -> ExportMetricsServiceResponse:
@@ -170,13 +179,13 @@ def test_a_collector_that_stops_answering_does_not_hold_up_the_end(start_program
             collector.wait_for_pushes(2)
             hangs.set()
             assert held.wait(30)
-            # Ten minutes would be too much.
+            # Ten minutes would be too long.
             assert program.stop() == 0
         finally:
             never.set()
 
 
-def test_what_a_collector_says_gets_into_no_log(start_program: ProgramStarter) -> None:
+def test_messages_of_a_collector_are_not_logged(start_program: ProgramStarter) -> None:
     def refuse(context: grpc.ServicerContext) -> ExportMetricsServiceResponse:
         context.abort(grpc.StatusCode.PERMISSION_DENIED, EVIL)
         raise AssertionError
@@ -191,7 +200,7 @@ def test_what_a_collector_says_gets_into_no_log(start_program: ProgramStarter) -
     assert program.log.count("could not be pushed") == 1
 
 
-def test_what_does_not_even_speak_grpc_is_a_collector_that_fails(start_program: ProgramStarter) -> None:
+def test_a_server_without_grpc_is_a_failed_push(start_program: ProgramStarter) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def babble() -> None:
@@ -219,21 +228,12 @@ def test_what_does_not_even_speak_grpc_is_a_collector_that_fails(start_program: 
     assert "evil" not in program.log
 
 
-def test_whoever_asks_for_pushes_without_the_extra_is_told_what_to_install(tmp_path: Path) -> None:
-    # As it is for whoever has not installed it: what is found first can't be imported.
+def test_pushes_without_the_extra_name_the_package_to_install(tmp_path: Path) -> None:
+    # Simulates a missing extra: the first module found cannot be imported.
     (tmp_path / "opentelemetry.py").write_text("raise ImportError")
     path = f"{tmp_path}:{Path(__file__).parents[2]}"
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "relay",
-            "--standalone",
-            "--public-ip4-addr",
-            "127.81.0.2",
-            "--otlp-grpc-endpoint",
-            "[::1]:4317",
-        ],
+        [*COMMAND, "--standalone", "--public-ip4-addr", "127.81.0.2", "--otlp-grpc-endpoint", "[::1]:4317"],
         env={"PYTHONPATH": path, "ALLOW_ROOT": "1", "HEALTH_CHECK_ADDR": "127.0.0.1:0", "CONTROL_ENDPOINT": "127.0.0.1:0"},
         capture_output=True,
         text=True,
@@ -243,4 +243,27 @@ def test_whoever_asks_for_pushes_without_the_extra_is_told_what_to_install(tmp_p
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if "warning" not in line]
     assert line.startswith("firezone-relay: ")
-    assert "pip install 'firezone-relay[otlp]'" in line
+    assert f"install it in {sys.prefix}" in line
+
+
+def test_an_attribute_has_one_type_in_all_points_of_a_metric(start_program: ProgramStarter, collector: Collector) -> None:
+    start_program(variables=SOON | {"OTLP_GRPC_ENDPOINT": collector.endpoint})
+    collector.wait_for_pushes(1)
+    for metric in collector.metrics().values():
+        types: dict[str, set[type]] = {}
+        for point in (*metric.gauge.data_points, *metric.sum.data_points, *metric.histogram.data_points):
+            for name, each in attributes_of(point.attributes).items():
+                types.setdefault(name, set()).add(type(each))
+        assert all(len(each) == 1 for each in types.values()), metric.name
+
+
+def test_a_relay_without_a_name_is_known_by_its_address_after_a_restart(
+    start_program: ProgramStarter, collector: Collector
+) -> None:
+    hosts = ("127.7.7.7",)
+    for _ in range(2):
+        pushes = len(collector.requests)
+        program = start_program(hosts=hosts, variables=SOON | {"OTLP_GRPC_ENDPOINT": collector.endpoint})
+        collector.wait_for_pushes(pushes + 1)
+        assert collector.resource()["service.instance.id"] == "127.7.7.7"
+        assert program.stop() == 0

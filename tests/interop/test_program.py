@@ -1,8 +1,9 @@
-"""The program as a whole: started, looked at, and ended the ways an operator does."""
+"""The whole program: start, inspect and stop it like an operator."""
 
 import contextlib
 import ctypes
 import json
+import platform
 import random
 import re
 import resource
@@ -22,20 +23,26 @@ from pathlib import Path
 import pytest
 
 from relay import __version__
-from relay.actors.departure import STOP_TIMEOUT
 from relay.core.credentials import RelaySecret, mint
-from tests.conftest import HAS_IPV6, needs_ipv6
-from tests.interop.conftest import Program, ProgramStarter
-from tests.log_lines import valid
-from tests.turn_client import TurnClient, udp_socket
+from relay.system.shutdown import STOP_TIMEOUT
+from tests.support.log_lines import valid
+from tests.support.process import COMMAND, run
+from tests.support.program import Program, ProgramStarter
+from tests.support.requirements import HAS_IPV6, needs_ipv6
+from tests.support.turn_client import TurnClient, udp_socket
+from tests.support.waiting import wait_until
 
 HOST = "127.82.0.1"
+ARGUMENTS = (
+    *("--standalone", "--public-ip4-addr", HOST, "--max-allocations", "10"),
+    *("--health-check-addr", f"{HOST}:0", "--control-endpoint", f"{HOST}:0"),
+)
 ALLOCATIONS = 250
-"""It has a second and a half to close them all; a thousand take a fifth of that, where nothing else is to be done."""
+"""The server actor has 1.5 s to close all allocations. 1,000 allocations take 0.3 s on an idle machine."""
 
 
 def get(url: str) -> tuple[int, dict[str, str]]:
-    """Give the status and the body of a page."""
+    """Return the status and the body of a page."""
     try:
         with urllib.request.urlopen(url, timeout=30) as answer:  # noqa: S310 - an address of this machine
             return answer.status, json.load(answer)
@@ -45,79 +52,85 @@ def get(url: str) -> tuple[int, dict[str, str]]:
 
 
 def drop_sys_resource() -> None:
-    """Take from a process about to run what lets root raise its limits. Where it can't be taken it isn't there."""
+    """Drop the capability to raise limits from a process before exec. The call fails only without the capability."""
     pr_capbset_drop, cap_sys_resource = 24, 24
     ctypes.CDLL(None).prctl(pr_capbset_drop, cap_sys_resource, 0, 0, 0)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1000, 1000))
 
 
-def refusal(*options: str, limited: bool = False) -> str:
-    """Start the program where it can't run, and give the line with which it says so."""
-    done = subprocess.run(
-        [sys.executable, "-m", "relay", "--standalone", "--public-ip4-addr", HOST, *options],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        preexec_fn=drop_sys_resource if limited else None,
-    )
+def usage_error(*options: str, limited: bool = False) -> str:
+    """Start the program with invalid options, and return the error line."""
+    arguments = ("--standalone", "--public-ip4-addr", HOST, *options)
+    if limited:
+        # The program inherits a limit, and may not raise the limit.
+        done = subprocess.run(
+            [*COMMAND, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            preexec_fn=drop_sys_resource,
+        )
+    else:
+        done = run(*arguments)
     assert done.returncode == 2, done
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     return line
 
 
-def test_the_port_for_clients_in_use_is_said_with_who_has_it() -> None:
+def test_the_error_for_a_clients_port_in_use_names_the_process() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
         other.bind((HOST, 3478))
-        line = refusal("--max-allocations", "10")
+        line = usage_error("--max-allocations", "10")
     assert re.search(rf"{re.escape(HOST)}:3478/udp is in use by \S+ \(pid \d+\)", line)
 
 
-@pytest.mark.parametrize("name", ["health", "control"])
-def test_another_port_in_use_is_said_with_its_option_and_who_has_it(name: str) -> None:
+@pytest.mark.parametrize("option", ["--health-check-addr", "--control-endpoint"])
+def test_the_error_for_another_port_in_use_names_option_and_process(option: str) -> None:
     with socket.create_server((HOST, 0)) as other:
         at = f"{HOST}:{other.getsockname()[1]}"
-        line = refusal("--health-address", f"{HOST}:0", "--max-allocations", "10", f"--{name}-address", at)
+        line = usage_error("--health-check-addr", f"{HOST}:0", "--max-allocations", "10", option, at)
     assert re.search(rf"{re.escape(at)}/tcp is in use by \S+ \(pid \d+\)", line)
-    assert f"--{name}-address" in line
+    assert option in line
 
 
-def test_an_address_that_the_machine_does_not_have_is_said() -> None:
-    assert "does not have the address 192.0.2.1" in refusal("--max-allocations", "10", "--bind-ip4-addr", "192.0.2.1")
-    assert "an address of this machine" in refusal("--max-allocations", "10", "--health-address", "192.0.2.1:80")
+def test_an_address_of_another_machine_is_a_usage_error() -> None:
+    assert "does not have the address 192.0.2.1" in usage_error("--max-allocations", "10", "--bind-ip4-addr", "192.0.2.1")
+    assert "an address of this machine" in usage_error("--max-allocations", "10", "--health-check-addr", "192.0.2.1:80")
 
 
-def test_bad_use_is_the_only_line_though_there_is_more_to_be_said_at_a_start() -> None:
+def test_a_usage_error_is_the_only_line_even_with_warnings_at_start() -> None:
     unusual = ("--rng-seed", "1", "--max-allocations", "16384", "--log-filter", "debug")
-    assert "192.0.2.1" in refusal(*unusual, "--health-address", "192.0.2.1:80")
+    assert "192.0.2.1" in usage_error(*unusual, "--health-check-addr", "192.0.2.1:80")
 
 
-def test_a_descriptor_limit_that_can_not_be_raised_is_said_with_the_number_that_fits() -> None:
-    line = refusal(limited=True)
+def test_the_error_for_a_low_descriptor_limit_suggests_a_number_that_fits() -> None:
+    line = usage_error(limited=True)
     assert "16384 allocations need" in line
     assert "this process may have 1000" in line
     fits = re.search(r"--max-allocations (\d+) fits", line)
     assert fits is not None
-    refused = refusal("--max-allocations", fits[1], "--health-address", "192.0.2.1:80", limited=True)
-    assert "192.0.2.1" in refused, "what is said to fit is taken, and the next thing complained of"
+    refused = usage_error("--max-allocations", fits[1], "--health-check-addr", "192.0.2.1:80", limited=True)
+    assert "192.0.2.1" in refused, "the suggested number is accepted, and the next error is reported"
 
 
-def test_health_pages_tell_that_it_lives_and_answers(program: Program) -> None:
+def test_health_pages_report_alive_and_ready(program: Program) -> None:
     assert get(f"http://{program.host}:8080/healthz") == (200, {"status": "ok", "version": __version__})
     assert get(f"http://{program.host}:8080/readyz") == (200, {"status": "ready", "version": __version__})
     assert get(f"http://{program.host}:8080/other")[0] == 404
 
 
-def test_a_slow_client_of_the_health_address_keeps_nobody_waiting(program: Program) -> None:
+def test_a_slow_http_client_does_not_delay_other_clients(program: Program) -> None:
     with socket.create_connection((program.host, 8080), timeout=30) as slow:
         slow.sendall(b"GET /healthz HTTP/1.1\r\n")
         assert get(f"http://{program.host}:8080/healthz")[0] == 200
         slow.sendall(b"x" * 10_000 + b"\r\n\r\n")
-        assert slow.recv(100).split()[1] == b"431"
+        # 408 if the machine is so busy that the request takes 5 s.
+        assert slow.recv(100).split()[1] in {b"431", b"408"}
 
 
-def test_the_credential_it_prints_is_printed_to_standard_output_only_and_works(program: Program) -> None:
+def test_the_printed_credential_works_and_is_not_in_the_log(program: Program) -> None:
     with TurnClient((program.host, 3478), program.credential, "127.0.0.1") as client:
         client.allocate()
     assert f"turn:{program.host}:3478?transport=udp" in program.introduction
@@ -126,9 +139,7 @@ def test_the_credential_it_prints_is_printed_to_standard_output_only_and_works(p
     assert abs(expiry - time.time() - 86400) < 60
 
 
-def test_with_a_secret_file_it_prints_nothing_and_takes_what_the_secret_mints(
-    start_program: ProgramStarter, tmp_path: Path
-) -> None:
+def test_a_secret_file_prints_nothing_and_accepts_its_credentials(start_program: ProgramStarter, tmp_path: Path) -> None:
     path = tmp_path / "secret"
     path.write_text(" from a file \n")
     program = start_program("--relay-secret-file", str(path))
@@ -154,7 +165,7 @@ def seeded_secret(seed: int) -> RelaySecret:
     return RelaySecret(random.Random(seed).randbytes(32).hex())
 
 
-def test_the_log_in_json_is_one_object_a_line(start_program: ProgramStarter) -> None:
+def test_the_json_log_has_one_object_per_line(start_program: ProgramStarter) -> None:
     program = start_program("--log-format", "json")
     assert program.stop() == 0
     events = [valid(line) for line in program.log.splitlines()]
@@ -162,7 +173,7 @@ def test_the_log_in_json_is_one_object_a_line(start_program: ProgramStarter) -> 
 
 
 @pytest.mark.parametrize("log_format", ["json", "human"])
-def test_a_username_with_escape_codes_and_lines_of_its_own_is_nowhere_in_the_log(
+def test_a_username_with_escape_codes_and_line_breaks_is_not_in_the_log(
     start_program: ProgramStarter, tmp_path: Path, log_format: str
 ) -> None:
     path = tmp_path / "secret"
@@ -184,7 +195,7 @@ def test_a_username_with_escape_codes_and_lines_of_its_own_is_nowhere_in_the_log
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_with_0_in_time_with_hundreds_of_allocations(
+def test_a_signal_stops_hundreds_of_allocations_in_time_with_exit_code_0(
     start_program: ProgramStarter, tmp_path: Path, number: signal.Signals
 ) -> None:
     path = tmp_path / "secret"
@@ -207,7 +218,7 @@ def test_a_signal_ends_it_with_0_in_time_with_hundreds_of_allocations(
     assert "in time" not in program.log
 
 
-def test_it_stops_in_time_while_hundreds_of_allocations_are_busy(start_program: ProgramStarter, tmp_path: Path) -> None:
+def test_the_relay_stops_in_time_with_hundreds_of_busy_allocations(start_program: ProgramStarter, tmp_path: Path) -> None:
     path = tmp_path / "secret"
     path.write_text("secret")
     program = start_program("--relay-secret-file", str(path), "--allow-peer", "127.0.0.0/8")
@@ -224,13 +235,13 @@ def test_it_stops_in_time_while_hundreds_of_allocations_are_busy(start_program: 
             while not ended.is_set():
                 for address in relayed:
                     peer.sendto(bytes(172), (address[0], address[1]))
-                # About 20,000 packets a second, which is about all that one core relays.
+                # About 20,000 packets per second, close to the maximum of one CPU.
                 ended.wait(0.0125)
 
         flooding = threading.Thread(target=flood)
         flooding.start()
         try:
-            # The last client gets packets: so all allocations have their share by now.
+            # The last client receives packets, so all allocations are busy by now.
             assert client.receive() == (0x4000, bytes(172))
             began = time.monotonic()
             assert program.stop() == 0
@@ -241,20 +252,20 @@ def test_it_stops_in_time_while_hundreds_of_allocations_are_busy(start_program: 
     assert "in time" not in program.log
 
 
-def test_a_log_that_nobody_reads_holds_nothing_up(start_program: ProgramStarter) -> None:
+def test_a_log_without_reader_does_not_block_the_relay(start_program: ProgramStarter) -> None:
     program = start_program("--allow-peer", "127.0.0.0/8", reads_log=False)
     with TurnClient((program.host, 3478), program.credential, "127.0.0.1") as client, udp_socket("127.0.0.1") as peer:
         client.allocate()
         assert client.bind_channel(0x4000, peer.getsockname()) is None
         for _ in range(30):
-            # Far more than a pipe takes.
+            # Far more than the buffer of a pipe.
             program.process.send_signal(signal.SIGUSR1)
             client.send(0x4000, b"still relayed")
             assert peer.recv(100) == b"still relayed"
     assert program.stop() == 0
 
 
-def test_a_log_that_can_not_be_written_ends_nothing(start_program: ProgramStarter) -> None:
+def test_a_closed_log_does_not_stop_the_relay(start_program: ProgramStarter) -> None:
     program = start_program(reads_log=False)
     assert program.process.stderr is not None
     program.process.stderr.close()
@@ -264,10 +275,9 @@ def test_a_log_that_can_not_be_written_ends_nothing(start_program: ProgramStarte
     assert program.stop() == 0
 
 
-def test_it_runs_with_standard_error_closed() -> None:
-    command = [sys.executable, "-m", "relay", "--standalone", "--public-ip4-addr", HOST, "--max-allocations", "10"]
-    command += ["--health-address", f"{HOST}:0", "--control-address", f"{HOST}:0"]
-    shell = f"exec {shlex.join(command)} 2>&-"
+def test_the_relay_runs_with_standard_error_closed() -> None:
+    # The interpreter opens its streams as it starts.
+    shell = f"exec {shlex.join((*COMMAND, *ARGUMENTS))} 2>&-"
     with subprocess.Popen(["sh", "-c", shell], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -277,11 +287,9 @@ def test_it_runs_with_standard_error_closed() -> None:
         assert process.wait(60) == 0
 
 
-def test_a_credential_that_can_not_be_printed_is_bad_use() -> None:
-    command = [sys.executable, "-m", "relay", "--standalone", "--public-ip4-addr", HOST, "--max-allocations", "10"]
-    command += ["--health-address", f"{HOST}:0", "--control-address", f"{HOST}:0"]
+def test_a_failure_to_print_the_credential_is_a_usage_error() -> None:
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+        done = run(*ARGUMENTS, stdout=full.fileno())
     assert done.returncode == 2
     assert "can't print the credential" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -297,52 +305,93 @@ def test_sigusr1_shows_every_thread_by_name_and_the_state_while_packets_flow(pro
             if number == 1000:
                 program.process.send_signal(signal.SIGUSR1)
             assert peer.recv(100) == payload
-        program.wait_for_log("--- end of dump")
+        program.wait_for_log("end of dump")
     said = program.log
     for thread in ("MainThread", "server", "listener-ipv4-1", f"allocation-1-port-{relayed[1]}"):
-        assert f"thread {thread}:" in said
-    assert re.search(r"^uptime_seconds: \d", said, re.MULTILINE)
-    for line in ("allocations: 1", "live_channels: 1", "successes: allocate=1, channel_bind=1"):
-        assert line in said
-    for inbox in ("server_inbox", "to_peer_packets", "dropped_late"):
-        assert re.search(rf"^{inbox}: \d+$", said, re.MULTILINE)
+        assert re.search(rf" names=(\S+,)?{thread}(,\S+)?$", said, re.MULTILINE), thread
+    for line in ("relay.active_allocations=1", "relay.channels=1"):
+        assert f"    | {line}\n" in said
+    assert re.search(r"relay\.responses=.*success/allocate:1,.*success/channelbind:1", said)
+    for name in ("process.memory.usage", "relay.inbox.depth"):
+        assert re.search(rf"^    \| {name}=\d+$", said, re.MULTILINE)
+    assert re.search(r" state +inboxes=.*ServerActor:\d", said)
+    assert f"relay.info={__version__}/{platform.python_version()}/" in said
     for secret in (program.credential.password, program.credential.username, payload.decode()):
         assert secret not in said
     assert program.stop() == 0
 
 
-def test_sigquit_shows_all_stacks_and_ends_nothing_however_often_and_whatever_else_is_done(program: Program) -> None:
-    """To read the stack of a thread that runs takes the interpreter: without it, one in a thousand dumps ended the relay."""
+def test_repeated_sigquit_under_load_shows_all_stacks_and_stops_nothing(program: Program) -> None:
+    """The dump must hold the interpreter lock. Without the lock, one in a thousand dumps crashed the relay."""
     with TurnClient((program.host, 3478), program.credential, "127.0.0.1") as client:
         client.allocate()
         for number in range(1, 31):
             program.process.send_signal(signal.SIGQUIT)
-            while program.log.count("--- end of stacks") < number:
+            while program.log.count(" end of dump ") < number:
                 assert client.refresh(600) is None
     for thread in ("MainThread", "server", "signals"):
-        assert f"thread {thread}:" in program.log
+        assert re.search(rf" names=(\S+,)?{thread}(,\S+)?$", program.log, re.MULTILINE), thread
     assert program.credential.password not in program.log
     assert get(f"http://{program.host}:8080/readyz")[0] == 200
     assert program.stop() == 0
 
 
-def test_sigabrt_ends_it_with_all_stacks_as_last_words(program: Program) -> None:
-    """That is what systemd sends to a relay that hangs, and a signal handler in C writes them."""
+def test_sigabrt_writes_the_stacks_and_ends_the_relay(program: Program) -> None:
+    """systemd sends SIGABRT to a hanging relay."""
     assert program.stop(signal.SIGABRT) == -signal.SIGABRT
-    assert "Fatal Python error: Aborted" in program.log
+    assert re.findall(r" threads +count=1 names=(\S+)", program.log)[:2] == ["server", "MainThread"]
     assert "relay/net/receiver.py" in program.log
+    assert "Fatal Python error" not in program.log
     assert program.credential.password not in program.log
 
 
+def test_a_fatal_signal_of_c_code_writes_the_stacks(program: Program) -> None:
+    assert program.stop(signal.SIGSEGV) == -signal.SIGSEGV
+    assert "Fatal Python error: Segmentation fault" in program.log
+    assert "relay/net/receiver.py" in program.log
+
+
+@pytest.mark.parametrize("log_format", ["human", "json"])
+def test_a_dump_has_few_lines_despite_many_allocations(
+    start_program: ProgramStarter, tmp_path: Path, log_format: str
+) -> None:
+    """Equal stacks are one entry, so a dump fits the rate limit of any journal."""
+    (tmp_path / "secret").write_text("0123456789abcdef" * 2)
+    program = start_program("--log-format", log_format, "--relay-secret-file", str(tmp_path / "secret"))
+    with contextlib.ExitStack() as stack:
+        for number in range(ALLOCATIONS):
+            credential = mint(RelaySecret("0123456789abcdef" * 2), 2**31, str(number))
+            stack.enter_context(TurnClient((program.host, 3478), credential, "127.0.0.1")).allocate()
+
+        def lines() -> list[str]:
+            before = program.log.count("\n")
+            program.dump()
+            return program.log.splitlines()[before:]
+
+        def last_of(written: list[str]) -> tuple[int, str]:
+            """Return the last group of threads."""
+            if log_format == "json":
+                last = [entry for entry in map(valid, written) if entry["event"] == "threads"][-1]
+                return last["count"], last["names"][0]
+            (found,) = re.findall(r" threads +count=(\d+) names=(\S+)$", "\n".join(written), re.MULTILINE)[-1:]
+            return int(found[0]), found[1]
+
+        # A new thread may not wait for packets yet.
+        wait_until(lambda: last_of(lines())[0] == ALLOCATIONS)
+        written = lines()
+    assert len(written) <= 200
+    assert last_of(written)[1] == "allocation-..."
+
+
 @needs_ipv6
-def test_it_serves_ipv6_alone(start_program: ProgramStarter) -> None:
+def test_an_ipv6_only_relay_works(start_program: ProgramStarter) -> None:
     program = start_program(hosts=("::1",))
     with TurnClient(("::1", 3478), program.credential) as client:
         (relayed,) = client.allocate(family=2)
         assert relayed[0] == "::1"
 
 
-def test_its_own_ports_are_no_peers_however_they_are_spelt(start_program: ProgramStarter) -> None:
+def test_the_relays_ports_are_rejected_as_peers_in_every_notation(start_program: ProgramStarter) -> None:
     program = start_program("--allow-peer", "127.0.0.0/8,::/0", "--public-ip6-addr", "::1") if HAS_IPV6 else start_program()
     with TurnClient((program.host, 3478), program.credential, "127.0.0.1") as client:
         client.allocate(dual=HAS_IPV6)
@@ -353,27 +402,19 @@ def test_its_own_ports_are_no_peers_however_they_are_spelt(start_program: Progra
                 assert client.bind_channel(0x4000, (f"::ffff:{program.host}", port, 0, 0)) == 403
 
 
-def test_probe_finds_nothing_wrong_with_it(program: Program) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "relay", "probe", program.host),
-            *("--username", program.credential.username, "--password", program.credential.password, "--json"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+def test_the_probe_succeeds(program: Program) -> None:
+    login = ("--username", program.credential.username, "--password", program.credential.password)
+    done = run("probe", program.host, *login, "--json")
     assert done.returncode == 0, done
     assert json.loads(done.stdout)
 
 
-def test_a_wheel_built_from_the_tree_runs_elsewhere(tmp_path: Path) -> None:
+def test_a_wheel_runs_outside_the_source_tree(tmp_path: Path) -> None:
     tree = Path(__file__).parents[2]
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", str(tmp_path)]
     pip += ["--no-deps", "--no-index", "--no-build-isolation"]
     source = tmp_path / "source"
-    # A build leaves files in the tree that it is given.
+    # A build leaves files in its source tree.
     shutil.copytree(tree / "relay", source / "relay")
     for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
         shutil.copy(tree / name, source)

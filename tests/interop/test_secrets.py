@@ -1,13 +1,12 @@
-"""Nothing that the relay writes or shows has a secret in it: at trace level, under hostile input, and when it fails.
+"""No output of the relay contains a secret: at trace level, under hostile input, and when the relay fails.
 
-Secrets are the portal's token, the relay's secret, what the proxy and a collector want to be told, and of clients:
-passwords, the keys made of them, usernames (who has one and the secret has the password), nonces, and what is in packets.
+Secrets are the portal's token, the relay's secret, credentials for the proxy and the collector, and for clients: passwords,
+their keys, usernames (a username and the relay's secret determine the password), nonces, and the payload of packets.
 """
 
 import base64
 import contextlib
 import errno
-import http.client
 import json
 import os
 import re
@@ -31,15 +30,14 @@ from relay.core.attributes import (
     Attribute,
 )
 from relay.core.credentials import Credential, RelaySecret, integrity_key, mint
-from relay.core.portal.endpoint import PortalUrl
 from relay.core.stun import MessageClass, Method, encode
-from relay.process import _portal_access
-from tests.conftest import wait_until
-from tests.connect_proxy import ConnectProxy
-from tests.faults.conftest import RECEIVE, library
-from tests.interop.conftest import Program
-from tests.scripted_portal import Authority, Connection, ScriptedPortal
-from tests.turn_client import TIMEOUT, UDP, TurnClient, code_of, udp_socket
+from tests.support.command_line import run
+from tests.support.connect_proxy import ConnectProxy
+from tests.support.failing import RECEIVE, library
+from tests.support.program import Program
+from tests.support.scripted_portal import Authority, Connection, ScriptedPortal
+from tests.support.secrets import Secrets, page, pages_of
+from tests.support.turn_client import TIMEOUT, UDP, TurnClient, code_of, udp_socket
 
 __all__ = ["library"]
 
@@ -53,29 +51,7 @@ DAY: Final = 86400
 Given: TypeAlias = tuple[Attribute[Any], Any]
 
 
-class Secrets:
-    """Texts and bytes that must not be seen, in whichever way they might be written."""
-
-    def __init__(self) -> None:
-        self._spellings: dict[str, str] = {}
-
-    def add(self, what: str, secret: str | bytes) -> None:
-        data = secret.encode() if isinstance(secret, str) else secret
-        text, based = data.decode("latin-1"), base64.b64encode(data).decode()
-        for spelling in (text, repr(data)[2:-1], json.dumps(text)[1:-1], data.hex(), based.rstrip("=")):
-            self._spellings[spelling] = what
-
-    def add_credential(self, credential: Credential) -> None:
-        self.add("username", credential.username)
-        self.add("salt of a username", credential.username.partition(":")[2])
-        self.add("password", credential.password)
-        self.add("key", integrity_key(credential.username, "firezone", credential.password))
-
-    def found_in(self, text: str) -> set[str]:
-        return {what for spelling, what in self._spellings.items() if spelling in text}
-
-
-def test_what_is_looked_for_would_be_found() -> None:
+def test_the_search_finds_encoded_secrets() -> None:
     secrets, key = Secrets(), b"\x00binary\xff"
     secrets.add("key", key)
     secrets.add("token", 'quo"ted')
@@ -85,25 +61,8 @@ def test_what_is_looked_for_would_be_found() -> None:
     assert secrets.found_in("nothing") == set()
 
 
-def page(address: tuple[str, int], method: str, path: str) -> str:
-    """What a page says."""
-    connection = http.client.HTTPConnection(*address, timeout=30)
-    with contextlib.closing(connection):
-        connection.request(method, path)
-        answer = connection.getresponse()
-        return f"{answer.status} {answer.headers} {answer.read().decode()}"
-
-
-def pages_of(address: tuple[str, int]) -> list[str]:
-    """The pages that there are, as who asks for another one is told."""
-    text = page(address, "GET", "/")
-    found: list[str] = json.loads(text[text.index("{") :])["pages"]
-    assert found
-    return found
-
-
 class Victim:
-    """A relay in a network, all that it shows, and what it must not show."""
+    """A relay with a portal, its collected output, and the secrets."""
 
     def __init__(self, program: Program, secrets: Secrets, secret: RelaySecret) -> None:
         self.program = program
@@ -120,21 +79,18 @@ class Victim:
         return TurnClient((self.program.host, 3478), credential or self.credential(), "127.0.0.1")
 
     def look(self) -> None:
-        """See all that can be seen of it from outside."""
+        """Collect pages, dumps and the command line."""
         (control,) = re.findall(r"control\W+(127\.0\.0\.1):(\d+)", self.program.log)[:1]
         for address in ((control[0], int(control[1])), (self.program.host, 8080)):
             for path in ("/", *pages_of(address)):
                 self.shown += page(address, "GET", path)
                 self.shown += page(address, "POST", path)
-        ends = self.program.log.count("--- end of dump")
-        self.program.process.send_signal(signal.SIGUSR1)
-        wait_until(lambda: self.program.log.count("--- end of dump") > ends, 30)
-        self.program.process.send_signal(signal.SIGQUIT)
-        self.program.wait_for_log("--- end of stacks")
+        self.program.dump()
+        self.program.dump(signal.SIGQUIT)
         self.shown += Path(f"/proc/{self.program.process.pid}/cmdline").read_text()
 
     def end(self) -> str:
-        """Give all that was shown until its end."""
+        """Return all output after the end of the relay."""
         assert self.program.process.stdout is not None
         return self.shown + self.program.log + self.program.process.stdout.read()
 
@@ -146,7 +102,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 @pytest.fixture
 def faults(tmp_path: Path) -> Path:
-    """What a test writes to have system calls fail."""
+    """A file in which a test selects system calls that fail."""
     path = tmp_path / "faults"
     path.write_bytes(bytes(4096))
     return path
@@ -170,7 +126,7 @@ def victim(
                 "FIREZONE_TOKEN": TOKEN,
                 "FIREZONE_API_URL": portal.url,
                 "SSL_CERT_FILE": str(authority.ca_file),
-                # Nobody is there: it fails to push, and says so.
+                # No collector listens there, so pushes fail and are logged.
                 "OTLP_GRPC_ENDPOINT": "127.0.0.1:9",
                 "OTEL_EXPORTER_OTLP_HEADERS": f"authorization={COLLECTOR_KEY}",
                 "OTEL_METRIC_EXPORT_INTERVAL": "500",
@@ -189,7 +145,7 @@ def victim(
 
 
 def hostile_requests(victim: Victim, nonce: bytes) -> Iterator[bytes]:
-    """Requests that are refused, each with a secret in it that is somebody's all the same."""
+    """Yield invalid requests, each with a secret."""
     good = victim.credential()
     victim.secrets.add("nonce", nonce)
 
@@ -220,8 +176,8 @@ def hostile_requests(victim: Victim, nonce: bytes) -> Iterator[bytes]:
     yield b"\x00" + PAYLOAD
 
 
-def be_a_client(victim: Victim) -> None:
-    """Do all that clients do, right and wrong."""
+def play_client(victim: Victim) -> None:
+    """Send valid and invalid requests and data like clients."""
     with victim.client() as client, udp_socket("127.0.0.1") as peer, udp_socket("127.0.0.1") as stranger:
         (relayed,) = client.allocate()
         assert client.bind_channel(CHANNEL, peer.getsockname()) is None
@@ -233,8 +189,8 @@ def be_a_client(victim: Victim) -> None:
         stranger.sendto(PAYLOAD, relayed[:2])
         answer = client.request(Method.ALLOCATE, (REQUESTED_TRANSPORT, UDP))
         assert code_of(answer) == 437
-        assert client._nonce is not None
-        for datagram in hostile_requests(victim, client._nonce):
+        assert client.nonce is not None
+        for datagram in hostile_requests(victim, client.nonce):
             client.socket.sendto(datagram, (victim.program.host, 3478))
             stranger.sendto(datagram, (victim.program.host, 3478))
         discard(client.socket, stranger)
@@ -250,30 +206,30 @@ def discard(*sockets: socket.socket) -> None:
         each.settimeout(TIMEOUT)
 
 
-def be_a_mad_portal(connection: Connection) -> None:
-    """Send back what the portal knows, wherever it could be looked at."""
+def play_hostile_portal(connection: Connection) -> None:
+    """Send the secrets of the portal back in every part of a message."""
     both = f"{TOKEN} {connection.stamp_secret}"
     connection.send(f"unknown {both}", {both: both}, topic=both)
     connection.send("init", {"credentials": both, "relays": [both]})
     connection.send("phx_reply", {"status": both, "response": {"reason": both}}, ref=both)
     connection.send_text(f"no JSON {both}")
     connection.send_text(json.dumps([None, None, both, both, {both: both}]))
-    # The last: it has the relay give this connection up.
+    # The last message, because the relay closes the connection after it.
     connection.send_text(json.dumps({"topic": "relay", "event": "phx_error", "payload": {}, both: both}))
 
 
 def fail_all_reads(faults: Path) -> None:
-    """Have whoever reads find its socket broken: that ends the relay at once."""
+    """Make all reads fail, which ends the relay at once."""
     with faults.open("r+b") as file:
         file.seek(RECEIVE)
         file.write(struct.pack("=ii", errno.EBADF, -1))
 
 
-def test_no_secret_is_shown_whatever_happens(victim: tuple[Victim, Connection], faults: Path) -> None:
+def test_no_output_contains_a_secret(victim: tuple[Victim, Connection], faults: Path) -> None:
     relay, connection = victim
-    be_a_client(relay)
+    play_client(relay)
     relay.look()
-    be_a_mad_portal(connection)
+    play_hostile_portal(connection)
     relay.look()
     relay.program.wait_for_log("metrics could not be pushed")
     with relay.client() as last:
@@ -282,11 +238,11 @@ def test_no_secret_is_shown_whatever_happens(victim: tuple[Victim, Connection], 
         last.socket.sendto(bytes(20), (relay.program.host, 3478))
         assert relay.program.wait(60) == 1
     shown = relay.end()
-    # All that it has to tell is there to be looked at.
+    # Check that the output contains all parts.
     for part in (
         "allocation created",
         "[concealed]",
-        "--- end of dump",
+        "end of dump",
         "relay_",
         "active_allocations",
         "an actor failed",
@@ -296,10 +252,9 @@ def test_no_secret_is_shown_whatever_happens(victim: tuple[Victim, Connection], 
     assert relay.secrets.found_in(shown) == set()
 
 
-def test_the_token_is_taken_out_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No program that the relay might start is given it."""
+def test_the_token_is_removed_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No child process may inherit the token."""
     monkeypatch.setenv("FIREZONE_TOKEN", TOKEN)
-    access = _portal_access(standalone=False, token_file=None, api_url=PortalUrl.parse("wss://portal.example"), name=None)
-    assert access is not None
-    assert access.token.reveal() == TOKEN
+    # The program reads the token before it finds the usage error.
+    assert run(monkeypatch, "--public-ip4-addr", "127.82.0.4", "--relay-secret-file", "/nowhere") == 2
     assert "FIREZONE_TOKEN" not in os.environ

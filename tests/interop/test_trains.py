@@ -1,33 +1,36 @@
-"""Trains of datagrams through the program, between machines of their own: what arrives is what was sent one by one.
+"""GSO batches through the program, between three machines: the same datagrams arrive as without batches.
 
-The machines are network namespaces of the kernel, with the client on one side of the relay and the peers on the other. Their
-links coalesce what they receive, as network cards do.
+The machines are network namespaces, with the client on one side of the relay and the peers on the other side. Their
+links use GRO like network cards.
 """
 
 import contextlib
 import functools
 import os
+import re
 import select
 import shutil
 import socket
 import struct
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import pytest
-from hypothesis import Phase, example, given, settings
+from hypothesis import Phase, example, given
 from hypothesis import strategies as st
 
 from relay.core.addresses import Family, SocketAddress, socket_address
 from relay.core.credentials import RelaySecret, mint
-from tests.conftest import HAS_IPV6, needs_ipv6
-from tests.interop.conftest import Program
-from tests.machine import Machine
-from tests.turn_client import TurnClient
-
-SOL_UDP, UDP_SEGMENT, UDP_GRO = 17, 103, 104
-SO_RCVBUFFORCE = 33
+from relay.net.udp import RECEIVE_BUFFER
+from tests.support.examples import examples
+from tests.support.machine import Machine, put_first, wait_until_up
+from tests.support.program import Program
+from tests.support.requirements import HAS_IPV6, needs_ipv6
+from tests.support.turn_client import TurnClient
+from tests.support.udp import CLASS_OPTIONS, SO_RCVBUFFORCE, SOL_UDP, UDP_GRO, UDP_SEGMENT, receive_whole
+from tests.support.waiting import wait_until
 
 CLIENT = {Family.IPV4: "10.77.1.2", Family.IPV6: "fd77:1::2"}
 RELAY = {Family.IPV4: "10.77.1.1", Family.IPV6: "fd77:1::1"}
@@ -38,11 +41,15 @@ FAMILIES = [
     for other in Family
 ]
 LARGEST = 1400
-"""Bytes of payload that fit a link with all headers."""
+"""Maximum payload for the MTU of a link."""
 SECRET = "secret of the trains"
 END = b"the end of it"
+LOOK_AFTER = 0.2
+"""Seconds without data until the test checks whether the relay has dropped packets."""
 LOST_AFTER = 10
-"""Seconds after which something that was sent will not come any more."""
+"""Seconds until a packet counts as lost."""
+
+T = TypeVar("T")
 
 Pair: TypeAlias = tuple[Family, Family]
 
@@ -80,12 +87,13 @@ def network() -> Iterator[Network]:
         machines.peer.configure(torelay={each: PEER[each] for each in families})
         for family in families:
             machines.peer.run("ip", "route", "add", "default", "via", far[family])
+        wait_until_up(*machines)
         yield machines
 
 
 @pytest.fixture(scope="module")
 def program(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
-    """A relay on the machine in the middle."""
+    """A relay on the middle machine."""
     secret = tmp_path_factory.mktemp("relay") / "secret"
     secret.write_text(SECRET)
     hosts = tuple(RELAY.values()) if HAS_IPV6 else (RELAY[Family.IPV4],)
@@ -93,40 +101,87 @@ def program(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Itera
         started = Program("--relay-secret-file", str(secret), hosts=hosts)
     try:
         started.wait_until_ready()
+        put_first(started.process.pid)
         yield started
     finally:
         started.close()
 
 
-Attempt: TypeAlias = Callable[[], None]
+class DisturbedError(Exception):
+    """The relay has dropped packets, because this machine is busy."""
 
 
-@pytest.fixture
-def undisturbed(program: Program) -> Callable[[Attempt], None]:
-    """Do something that loses nothing: again, if it did, and the relay says that it had to drop something.
+class Attempts:
+    """Runs checks without tolerance for loss, and repeats a check if the relay has dropped packets.
 
-    It does where it can't relay in time, since its machine has other work.
+    A preempted relay shrinks its receive buffers until one second passes without drops. The next attempt waits until the
+    buffers are large again.
     """
-    dropped = program.dropped()
 
-    def do(attempt: Attempt) -> None:
-        nonlocal dropped
+    def __init__(self, relay: Machine, program: Program) -> None:
+        self.ways: list[Way] = []
+        """Flows for datagrams."""
+        self._relay = relay
+        self._program = program
+        self._dropped = program.dropped()
+
+    def __call__(self, attempt: Callable[[], None]) -> None:
         for _ in range(4):
             try:
                 attempt()
             except (AssertionError, TimeoutError):
-                before, dropped = dropped, program.dropped()
-                if dropped == before:
+                if not self._has_dropped():
                     raise
+            except DisturbedError:
+                pass
             else:
                 return
+            wait_until(self._is_calm)
+            self._has_dropped()
         attempt()
 
-    return do
+    def read(self, reader: Callable[[], T]) -> T:
+        """Read expected data from a socket with a timeout of `LOOK_AFTER`.
+
+        Raises:
+            DisturbedError: no data arrives, and the relay has dropped packets.
+            TimeoutError: no data arrives, without drops in the relay.
+        """
+        until = time.monotonic() + LOST_AFTER
+        while True:
+            try:
+                return reader()
+            except TimeoutError as error:
+                if self._has_dropped():
+                    raise DisturbedError from error
+                if time.monotonic() > until:
+                    raise
+
+    def _is_calm(self) -> bool:
+        """Send a little to each socket, so that the relay checks its buffers; return whether all buffers are large."""
+        for way in self.ways:
+            way.end_to_peers()
+            way.end_to_client()
+            way.forget()
+        with self._relay.entered():
+            shown = subprocess.run(("ss", "-Huanm"), capture_output=True, text=True, timeout=60, check=True).stdout
+        sizes = {int(port): int(size) for port, size in re.findall(r":(\d+)\s+\S+:\*\s+skmem:\(r\d+,rb(\d+)", shown)}
+        ports = {3478, *(way.relayed[1] for way in self.ways)}
+        return min(sizes[port] for port in ports) >= RECEIVE_BUFFER
+
+    def _has_dropped(self) -> bool:
+        """Return whether the relay has dropped packets since the last call."""
+        before, self._dropped = self._dropped, self._program.dropped()
+        return self._dropped > before
+
+
+@pytest.fixture
+def undisturbed(network: Network, program: Program) -> Attempts:
+    return Attempts(network.relay, program)
 
 
 def send(sock: socket.socket, datagrams: Sequence[bytes], to: SocketAddress, *, train: bool) -> None:
-    """Send datagrams as a train, all as long as the first but the last, or one by one."""
+    """Send datagrams as a GSO batch (the last may be shorter), or separately."""
     if not train or len(datagrams) == 1:
         for each in datagrams:
             sock.sendto(each, to[:2])
@@ -140,7 +195,7 @@ def frame(number: int, payload: bytes, padding: int = 0) -> bytes:
 
 
 class Way:
-    """One allocation: a client with a channel to each of some peers, which other allocations may share."""
+    """An allocation: a client with a channel to each of some peers. Allocations may share peers."""
 
     def __init__(self, client: TurnClient, peers: Sequence[socket.socket], family: Family, server: SocketAddress) -> None:
         self.client = client
@@ -152,6 +207,7 @@ class Way:
         for number, peer in zip(self.numbers, peers, strict=True):
             host, port, *_ = peer.getsockname()
             assert client.bind_channel(number, socket_address(host, port)) is None
+        client.socket.settimeout(LOOK_AFTER)
 
     def end_to_peers(self) -> None:
         for number in self.numbers:
@@ -162,21 +218,21 @@ class Way:
             peer.sendto(END, self.relayed[:2])
 
     def forget(self) -> None:
-        """Throw away what has arrived."""
+        """Discard received data."""
         for each in (self.client.socket, *self.peers):
             while select.select([each], [], [], 0)[0]:
                 each.recv(65535)
 
-    def at_peers(self) -> list[list[bytes]]:
-        """Give what each peer gets, until the end."""
+    def at_peers(self, attempts: Attempts) -> list[list[bytes]]:
+        """Return the data received by each peer, until the end marker."""
         found = []
         for peer in self.peers:
             found.append(list[bytes]())
             while True:
                 try:
-                    data, source = peer.recvfrom(65535)
+                    data, source = attempts.read(functools.partial(peer.recvfrom, 65535))
                 except TimeoutError:
-                    # What is missing is told by what is there.
+                    # The received data shows the missing data.
                     return found
                 assert source[:2] == self.relayed[:2]
                 if data == END:
@@ -184,13 +240,13 @@ class Way:
                 found[-1].append(data)
         return found
 
-    def at_client(self) -> list[list[bytes]]:
-        """Give what the client gets on each channel, until the end on all of them."""
+    def at_client(self, attempts: Attempts) -> list[list[bytes]]:
+        """Return the data received by the client on each channel, until all end markers."""
         found: dict[int, list[bytes]] = {number: [] for number in self.numbers}
         ended = set[int]()
         while len(ended) < len(found):
             try:
-                number, data = self.client.receive()
+                number, data = attempts.read(self.client.receive)
             except TimeoutError:
                 break
             assert number not in ended, "something came after the end"
@@ -205,7 +261,7 @@ WayMaker: TypeAlias = Callable[[Pair], tuple[Way, Way]]
 
 
 @pytest.fixture
-def two_ways(network: Network, program: Program) -> Iterator[WayMaker]:
+def two_ways(network: Network, program: Program, undisturbed: Attempts) -> Iterator[WayMaker]:
     """Make two allocations of one relay with channels to the same three peers."""
     assert program.process.poll() is None
     with contextlib.ExitStack() as stack:
@@ -221,8 +277,8 @@ def two_ways(network: Network, program: Program) -> Iterator[WayMaker]:
                     clients.append(stack.enter_context(TurnClient(server, credential, CLIENT[families[0]])))
             for each in clients:
                 each.socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 4 << 20)
-                each.socket.settimeout(LOST_AFTER)
             one, other = (Way(client, peers, families[1], socket_address(*server)) for client in clients)
+            undisturbed.ways += (one, other)
             return one, other
 
         yield make
@@ -232,21 +288,21 @@ def udp_socket(host: str) -> socket.socket:
     opened = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
     opened.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 4 << 20)
     opened.bind((host, 0))
-    opened.settimeout(LOST_AFTER)
+    opened.settimeout(LOOK_AFTER)
     return opened
 
 
 class Burst(NamedTuple):
-    """Datagrams that are sent together. The numbers of payloads make them all differ, as far as their lengths let them."""
+    """Datagrams sent together. Numbers make payloads distinct, if their lengths allow."""
 
     size: int
-    """Of the room for payload in each but the last."""
+    """Payload bytes of each datagram except the last."""
     number: int
     channel: int
     last: int
-    """Bytes by which the last is shorter, if there is room for that."""
+    """Bytes by which the last datagram is shorter, if possible."""
     odd: dict[int, tuple[str, int]]
-    """What some are instead of ChannelData that fills its room, by their place from the first or the last."""
+    """Datagrams that are not full-size ChannelData, by index from the start or the end."""
 
 
 OTHER_CHANNEL, PADDED, UNBOUND, TOO_LONG, BINDING = "other channel", "padded", "unbound", "too long", "binding"
@@ -265,16 +321,16 @@ BURSTS = st.builds(
     ),
 )
 SEQUENCES = st.lists(BURSTS, min_size=1, max_size=8)
-# What failed is shown, not shrunk: what is lost is waited for each time.
-checked = settings(max_examples=25, deadline=None, database=None, phases=(Phase.explicit, Phase.generate))
+# Failures are not shrunk, because each lost datagram costs a timeout.
+checked = examples(10, phases=(Phase.explicit, Phase.generate))
 
 
 MOST_DATAGRAMS, MOST_BYTES = 60, 90_000
-"""What the relay reads at once, about. Of more than that it may drop something, if it has to wait for the CPU meanwhile."""
+"""Approximate size of a read of the relay. If preempted, the relay may drop packets of larger bursts."""
 
 
 def rounds(bursts: list[Burst]) -> Iterator[list[Burst]]:
-    """Divide bursts into those that may be on the way together."""
+    """Divide bursts into groups that may be in flight together."""
     together: list[Burst] = []
     for burst in bursts:
         sent = [*together, burst]
@@ -286,7 +342,7 @@ def rounds(bursts: list[Burst]) -> Iterator[list[Burst]]:
 
 
 class Stamps:
-    """Payloads that differ."""
+    """Return distinct payloads."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -297,13 +353,13 @@ class Stamps:
 
 
 def binding_request(length: int) -> bytes:
-    """A Binding request so long; its attribute is one that nobody needs to know."""
+    """Return a Binding request of a length, padded with a comprehension-optional attribute."""
     attribute = struct.pack("!HH", 0xFF00, length - 24) + bytes(length - 24)
     return struct.pack("!HHI", 0x0001, length - 20, 0x2112A442) + os.urandom(12) + attribute
 
 
 def from_client(burst: Burst, way: Way, stamps: Stamps, expected: list[list[bytes]]) -> tuple[list[bytes], int]:
-    """Give what a client sends, and the number of answers that it gets; add what peers get."""
+    """Return a client's datagrams and its number of responses; add the data expected by peers."""
     datagrams = []
     answers = 0
     for place in range(burst.number):
@@ -331,9 +387,7 @@ def from_client(burst: Burst, way: Way, stamps: Stamps, expected: list[list[byte
 
 
 @pytest.mark.parametrize("families", FAMILIES)
-def test_peers_get_the_same_from_trains_as_from_datagrams_one_by_one(
-    two_ways: WayMaker, families: Pair, undisturbed: Callable[[Attempt], None]
-) -> None:
+def test_peers_get_the_same_datagrams_from_gso_batches(two_ways: WayMaker, families: Pair, undisturbed: Attempts) -> None:
     trains, singles = two_ways(families)
 
     def check_round(way: Way, bursts: list[Burst], *, train: bool) -> None:
@@ -344,9 +398,9 @@ def test_peers_get_the_same_from_trains_as_from_datagrams_one_by_one(
             answers += more
             send(way.client.socket, datagrams, way.server, train=train)
         way.end_to_peers()
-        assert way.at_peers() == expected, "as a train" if train else "one by one"
+        assert way.at_peers(undisturbed) == expected, "as a train" if train else "one by one"
         for _ in range(answers):
-            assert way.client.socket.recv(65535)[:2] == b"\x01\x01"
+            assert undisturbed.read(lambda: way.client.socket.recv(65535))[:2] == b"\x01\x01"
 
     @checked
     @given(bursts=SEQUENCES)
@@ -363,9 +417,7 @@ def test_peers_get_the_same_from_trains_as_from_datagrams_one_by_one(
 
 
 @pytest.mark.parametrize("families", FAMILIES)
-def test_clients_get_the_same_from_trains_as_from_datagrams_one_by_one(
-    two_ways: WayMaker, families: Pair, undisturbed: Callable[[Attempt], None]
-) -> None:
+def test_clients_get_the_same_datagrams_from_gso_batches(two_ways: WayMaker, families: Pair, undisturbed: Attempts) -> None:
     trains, singles = two_ways(families)
 
     def check_round(way: Way, bursts: list[Burst], *, train: bool) -> None:
@@ -375,10 +427,10 @@ def test_clients_get_the_same_from_trains_as_from_datagrams_one_by_one(
             datagrams = [stamps.payload(burst.size) for _ in range(burst.number - 1)]
             datagrams.append(stamps.payload(burst.size - min(burst.size, burst.last)))
             expected[burst.channel] += datagrams
-            # There is no train of empty datagrams, nor one with an empty one at its end.
+            # A GSO batch cannot contain empty datagrams.
             send(way.peers[burst.channel], datagrams, way.relayed, train=train and len(datagrams[-1]) > 0)
         way.end_to_client()
-        assert way.at_client() == expected, "as a train" if train else "one by one"
+        assert way.at_client(undisturbed) == expected, "as a train" if train else "one by one"
 
     @checked
     @given(bursts=SEQUENCES)
@@ -391,10 +443,10 @@ def test_clients_get_the_same_from_trains_as_from_datagrams_one_by_one(
 
 
 @pytest.mark.parametrize("middle", [1, 10, 21])
-def test_a_train_that_begins_with_a_request_is_answered_and_the_rest_of_it_relayed(
-    two_ways: WayMaker, undisturbed: Callable[[Attempt], None], middle: int
+def test_a_batch_with_a_request_first_is_answered_and_relayed(
+    two_ways: WayMaker, undisturbed: Attempts, middle: int
 ) -> None:
-    """Data that is sent along with a request comes to where requests are read."""
+    """Data in the same batch as a request arrives at the reader of requests."""
     way, _ = two_ways((Family.IPV4, Family.IPV4))
     stamps = Stamps()
     sent = [stamps.payload(100) for _ in range(20)]
@@ -405,16 +457,14 @@ def test_a_train_that_begins_with_a_request_is_answered_and_the_rest_of_it_relay
     def check() -> None:
         way.forget()
         send(way.client.socket, datagrams, way.server, train=True)
-        assert [way.peers[0].recv(65535) for _ in sent] == sent
+        assert [undisturbed.read(lambda: way.peers[0].recv(65535)) for _ in sent] == sent
         for _ in range(2):
-            assert way.client.socket.recv(65535)[:2] == b"\x01\x01"
+            assert undisturbed.read(lambda: way.client.socket.recv(65535))[:2] == b"\x01\x01"
 
     undisturbed(check)
 
 
-def test_empty_datagrams_sent_one_by_one_arrive_one_by_one(
-    two_ways: WayMaker, undisturbed: Callable[[Attempt], None]
-) -> None:
+def test_single_empty_datagrams_are_relayed(two_ways: WayMaker, undisturbed: Attempts) -> None:
     way, _ = two_ways((Family.IPV4, Family.IPV4))
 
     def check() -> None:
@@ -422,23 +472,14 @@ def test_empty_datagrams_sent_one_by_one_arrive_one_by_one(
         for _ in range(MOST_DATAGRAMS):
             way.client.send(way.numbers[0], b"")
         way.end_to_peers()
-        assert way.at_peers() == [[b""] * MOST_DATAGRAMS, [], []]
+        assert way.at_peers(undisturbed) == [[b""] * MOST_DATAGRAMS, [], []]
 
     undisturbed(check)
 
 
-def receive_whole(sock: socket.socket) -> tuple[bytes, int]:
-    """Give what arrives together, and the length of each datagram in it; 0 if it is a single one."""
-    data, control, *_ = sock.recvmsg(65535, 256)
-    segments = [struct.unpack_from("=i", value)[0] for level, kind, value in control if (level, kind) == (SOL_UDP, UDP_GRO)]
-    return data, segments[0] if segments else 0
-
-
 @pytest.mark.parametrize("families", FAMILIES)
-def test_a_train_leaves_the_relay_as_a_train(
-    two_ways: WayMaker, families: Pair, undisturbed: Callable[[Attempt], None]
-) -> None:
-    """That is the point of them: it costs as much as one datagram, on the next machines too."""
+def test_a_batch_leaves_the_relay_as_a_batch(two_ways: WayMaker, families: Pair, undisturbed: Attempts) -> None:
+    """A batch costs as much as one datagram, on the next machines too."""
     way, _ = two_ways(families)
     peer, client = way.peers[0], way.client.socket
     peer.setsockopt(SOL_UDP, UDP_GRO, 1)
@@ -450,19 +491,18 @@ def test_a_train_leaves_the_relay_as_a_train(
         way.forget()
         for padding in (0, 3):
             send(client, [frame(way.numbers[0], each, padding) for each in datagrams], way.server, train=True)
-            assert receive_whole(peer) == (b"".join(datagrams), 1200)
+            assert undisturbed.read(lambda: receive_whole(peer)) == (b"".join(datagrams), 1200)
         send(peer, datagrams, way.relayed, train=True)
-        assert receive_whole(client) == (b"".join(frame(way.numbers[0], each) for each in datagrams), 1204)
+        assert undisturbed.read(lambda: receive_whole(client)) == (
+            b"".join(frame(way.numbers[0], each) for each in datagrams),
+            1204,
+        )
 
     undisturbed(check)
 
 
-# Expedited forwarding; both kinds of ECN-capable, and congestion experienced, which routers write; all bits; none.
+# Expedited forwarding; ECT(0), ECT(1) and CE; all bits; no bits.
 CLASSES = [0xB8, 0x01, 0x02, 0x03, 0xFF, 0]
-CLASS_OPTIONS = {
-    Family.IPV4: (socket.IPPROTO_IP, socket.IP_TOS, socket.IP_RECVTOS),
-    Family.IPV6: (socket.IPPROTO_IPV6, socket.IPV6_TCLASS, socket.IPV6_RECVTCLASS),
-}
 
 
 def receive_with_class(sock: socket.socket) -> tuple[bytes, int]:
@@ -475,13 +515,13 @@ def receive_with_class(sock: socket.socket) -> tuple[bytes, int]:
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("families", FAMILIES)
-def test_dscp_and_ecn_arrive_with_each_datagram(
+def test_dscp_and_ecn_are_preserved_for_each_datagram(
     two_ways: WayMaker,
     families: Pair,
-    undisturbed: Callable[[Attempt], None],
+    undisturbed: Attempts,
     train: bool,  # noqa: FBT001
 ) -> None:
-    """Both ways, and without mixing up those that are on the way together."""
+    """Check both directions, with different values in flight together."""
     way, _ = two_ways(families)
     peer, client = way.peers[0], way.client.socket
     for sock, family in ((client, families[0]), (peer, families[1])):
@@ -502,15 +542,15 @@ def test_dscp_and_ecn_arrive_with_each_datagram(
             back = [stamps.payload(500) for _ in range(3)]
             send(peer, back, way.relayed, train=train)
             to_client += [(frame(way.numbers[0], each), traffic_class) for each in back]
-        assert [receive_with_class(peer) for _ in to_peer] == to_peer
-        assert [receive_with_class(client) for _ in to_client] == to_client
+        assert [undisturbed.read(lambda: receive_with_class(peer)) for _ in to_peer] == to_peer
+        assert [undisturbed.read(lambda: receive_with_class(client)) for _ in to_client] == to_client
 
     undisturbed(check)
 
 
 @contextlib.contextmanager
 def narrow(relay: Machine, link: str, far: Machine) -> Iterator[None]:
-    """Let no more than 1280 bytes through a link, as many a tunnel."""
+    """Set the MTU of a link to 1280 bytes, like a tunnel."""
     for machine, name in ((relay, link), (far, "torelay")):
         machine.set_mtu(name, 1280)
     try:
@@ -521,10 +561,10 @@ def narrow(relay: Machine, link: str, far: Machine) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("families", FAMILIES)
-def test_trains_whose_datagrams_are_longer_than_the_next_link_takes_arrive_all_the_same(
-    network: Network, two_ways: WayMaker, families: Pair, undisturbed: Callable[[Attempt], None]
+def test_batches_above_the_mtu_of_the_next_link_arrive(
+    network: Network, two_ways: WayMaker, families: Pair, undisturbed: Attempts
 ) -> None:
-    """The kernel sends no such train; single datagrams it cuts into fragments."""
+    """The kernel rejects a batch above the MTU, but fragments single datagrams."""
     way, _ = two_ways(families)
     stamps = Stamps()
     bursts = [[stamps.payload(size) for _ in range(15)] for size in (LARGEST, 1000, LARGEST, 1250)]
@@ -535,14 +575,14 @@ def test_trains_whose_datagrams_are_longer_than_the_next_link_takes_arrive_all_t
         for burst in bursts:
             send(way.client.socket, [frame(way.numbers[0], each) for each in burst], way.server, train=True)
         way.end_to_peers()
-        assert way.at_peers() == expected
+        assert way.at_peers(undisturbed) == expected
 
     def check_to_client() -> None:
         way.forget()
         for burst in bursts:
             send(way.peers[0], burst, way.relayed, train=True)
         way.end_to_client()
-        assert way.at_client() == expected
+        assert way.at_client(undisturbed) == expected
 
     with narrow(network.relay, "topeer", network.peer):
         undisturbed(check_to_peers)

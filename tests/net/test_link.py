@@ -1,9 +1,8 @@
-"""A connection to a portal that may do anything: it ends in one report in words, or is survived; nobody waits for it."""
+"""Connections to arbitrary portals: each works on or ends with a single readable report, and never blocks its callers."""
 
 import base64
 import contextlib
 import dataclasses
-import gc
 import hashlib
 import queue
 import select
@@ -12,22 +11,22 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, Self, TypeAlias, TypeVar
 
 import pytest
 
-from relay.core.portal.refusal import Refusal
-from relay.net import link, metered, upgrade
-from relay.net.dial import Dialer
-from relay.net.link import UNREAD_MESSAGES, WebSocketLink
-from relay.net.metered import MESSAGE_LIMIT
+from relay.core.portal.events import Connected, ConnectionEvent, ConnectionLost, OtherReceived, TextReceived, UpgradeRefused
+from relay.net.dial import Dialer, Watch
+from relay.net.limited import MESSAGE_LIMIT
 from relay.net.names import HostAddress, LookUp, look_up
 from relay.net.proxy import Proxy
-from tests import scripted_portal
-from tests.conftest import wait_until
-from tests.connect_proxy import ConnectProxy
-from tests.raw_server import (
+from relay.net.websocket import UNREAD_MESSAGES, WebSocketLink
+from tests.support import scripted_portal
+from tests.support.connect_proxy import ConnectProxy
+from tests.support.descriptors import open_descriptors
+from tests.support.raw_server import (
     CONTINUATION,
     DRIP_SECONDS,
     DRIPPING_FRAME,
@@ -51,33 +50,32 @@ from tests.raw_server import (
     Recital,
     frame,
     redirect_to,
+    switching_protocols,
     upgraded,
 )
-from tests.scripted_portal import Authority, ScriptedPortal
+from tests.support.scripted_portal import Authority, ScriptedPortal
+from tests.support.waiting import wait_until
+
+T = TypeVar("T")
 
 BINARY, CLOSE, PONG = 0x2, 0x8, 0xA
 
 LONG = 90.0
-"""Seconds that no test takes."""
+"""A timeout in seconds that no test reaches."""
 
 PROMPTLY = 30.0
-"""Seconds in which what was abandoned has ended, on a machine that has other work: it is woken, and not found out at the
-next look, which is not to come."""
+"""Seconds until an abandoned connection has ended on a busy machine. The thread is woken, without polling."""
 
 SOCKET_BUFFERS = int(Path("/proc/sys/net/ipv4/tcp_rmem").read_text().split()[2]) + 1024 * 1024
-"""Bytes that the two kernels may hold, of which the relay has seen nothing, where the sender's is made small: the receiver's
-grows while it reads fast."""
+"""Maximum number of bytes in both kernels' buffers, with a small send buffer. The receive buffer grows during fast reads."""
+
+pytestmark = pytest.mark.usefixtures("only_new_garbage")
 
 TLS_OR_NOT = pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "TLS"])
 
 
 def connection_threads() -> list[threading.Thread]:
     return [each for each in threading.enumerate() if each.name == "portal-connection"]
-
-
-def open_descriptors() -> int:
-    gc.collect()
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 @pytest.fixture(scope="module")
@@ -90,51 +88,75 @@ def _nothing_is_left_behind() -> Iterator[None]:
     descriptors = open_descriptors()
     yield
     wait_until(lambda: not connection_threads())
-    # Whatever an earlier test has left in a cycle may be gone, too.
+    # Collect reference cycles of earlier tests.
     wait_until(lambda: open_descriptors() <= descriptors)
 
 
-@pytest.fixture(autouse=True)
-def _no_look_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ends in time was woken."""
-    monkeypatch.setattr(link, "STALL_TIMEOUT", LONG)
+@dataclass(frozen=True)
+class ShowingDialer(Dialer):
+    """Passes each socket of the connection to the test."""
+
+    shown: "queue.SimpleQueue[socket.socket]" = field(default_factory=queue.SimpleQueue)
+
+    def dial(self, timeout: float, watch: Watch) -> socket.socket:
+        def watch_and_show(opened: socket.socket) -> None:
+            watch(opened)
+            self.shown.put(opened)
+
+        return super().dial(timeout, watch_and_show)
 
 
 class Session:
-    """A connection and what is heard of it.
+    """A connection and its reports.
 
     Args:
-        takes: whether each message is dealt with at once.
+        takes: whether each message is acknowledged at once.
     """
 
     def __init__(self, *, takes: bool = True) -> None:
         self.link: WebSocketLink
+        self.shown: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
+        """The sockets of the connection, if opened by `connect`."""
         self.threads: set[threading.Thread] = set()
-        """Those in which something was heard."""
+        """The threads of the callbacks."""
         self._takes = takes
+        self._thread: threading.Thread | None = None
         self._reports: list[tuple[str, object]] = []
         self._changed = threading.Condition()
 
-    # What is heard.
+    def open(
+        self,
+        dialer: Dialer,
+        url: str,
+        headers: tuple[tuple[str, str], ...] = (),
+        timeout: float = LONG,
+    ) -> Self:
+        """Start to connect."""
+        self.link = WebSocketLink(dialer, url, headers, timeout, self.hear)
+        before = connection_threads()
+        self.link.start()
+        # None if the thread has already ended.
+        self._thread = next((each for each in connection_threads() if each not in before), None)
+        return self
 
-    def connected(self) -> None:
-        self._note("connected", None)
+    # Callbacks.
 
-    def refused(self, refusal: Refusal) -> None:
-        self._note("refused", refusal)
+    def hear(self, event: ConnectionEvent) -> None:
+        match event:
+            case Connected():
+                self._note("connected", None)
+            case UpgradeRefused():
+                self._note("refused", event)
+            case TextReceived(text):
+                self._note("text", text)
+                self._take()
+            case OtherReceived(is_binary):
+                self._note("other", "binary" if is_binary else "control")
+                self._take()
+            case ConnectionLost(reason):
+                self._note("lost", reason)
 
-    def text(self, text: str) -> None:
-        self._note("text", text)
-        self._take()
-
-    def other(self, kind: str) -> None:
-        self._note("other", kind)
-        self._take()
-
-    def lost(self, reason: str) -> None:
-        self._note("lost", reason)
-
-    # What is asked.
+    # Calls of the test.
 
     @property
     def reports(self) -> list[tuple[str, object]]:
@@ -150,7 +172,7 @@ class Session:
         return any(kind in {"refused", "lost"} for kind, _ in self.reports)
 
     def wait_for(self, kind: str, n: int = 1, seconds: float = PROMPTLY) -> object:
-        """Wait for the n-th report of a kind, and give what it says."""
+        """Wait for the n-th report of a kind, and return its content."""
 
         def found() -> list[object]:
             return [what for each, what in self._reports if each == kind]
@@ -161,7 +183,7 @@ class Session:
             return found()[n - 1]
 
     def wait_for_end(self) -> tuple[str, object]:
-        """Wait until nothing more can be heard; give how it ended."""
+        """Wait for the end of the thread, and return the reason."""
         wait_until(lambda: self.is_over)
         self.wait_for_thread()
         ends = [report for report in self.reports if report[0] in {"refused", "lost"}]
@@ -175,26 +197,25 @@ class Session:
         assert reason.strip()
         return reason
 
-    def wait_until_refused(self) -> Refusal:
+    def wait_until_refused(self) -> UpgradeRefused:
         kind, refusal = self.wait_for_end()
         assert kind == "refused", refusal
-        assert isinstance(refusal, Refusal)
+        assert isinstance(refusal, UpgradeRefused)
         return refusal
 
     def wait_for_thread(self, seconds: float = PROMPTLY) -> None:
-        thread = self.link._thread
-        if thread.ident is not None:
-            thread.join(seconds)
-            assert not thread.is_alive(), f"the thread goes on after {seconds} s"
+        if self._thread is not None:
+            self._thread.join(seconds)
+            assert not self._thread.is_alive(), f"the thread goes on after {seconds} s"
 
     def abandon(self) -> None:
-        """Abandon it; it has to end right away, and without another word."""
+        """Abandon the connection, and check that it ends at once without another report."""
         before = self.reports
         began = time.monotonic()
         self.link.abandon()
         self.wait_for_thread()
         assert time.monotonic() - began < PROMPTLY, "an abandon waits for nothing"
-        # What was being told while it was abandoned is told to its end.
+        # A running callback is finished.
         assert len(self.reports) <= len(before) + 1
         assert not self.is_over
 
@@ -206,7 +227,7 @@ class Session:
 
     def _take(self) -> None:
         if self._takes:
-            self.link.take()
+            self.link.acknowledge()
 
 
 Connect: TypeAlias = Callable[..., Session]
@@ -214,25 +235,22 @@ Connect: TypeAlias = Callable[..., Session]
 
 @pytest.fixture
 def connect(authority: Authority) -> Iterator[Connect]:
-    """Connect to a server; what has not ended by the end of the test is abandoned."""
+    """Connect to a server, and abandon open connections at the end of the test."""
     sessions: list[Session] = []
 
     def connect(
         server: RawServer,
         *,
-        headers: tuple[tuple[str, str], ...] = (),
         takes: bool = True,
-        timeout: float = LONG,
         proxy: Proxy | None = None,
         look_up: LookUp = look_up,
+        **opening: Any,  # noqa: ANN401 - arguments of `Session.open`
     ) -> Session:
         tls = ssl.create_default_context(cafile=authority.ca_file) if server.url.startswith("wss") else None
         session = Session(takes=takes)
-        dialer = Dialer("localhost", server.port, tls, proxy, look_up)
-        session.link = WebSocketLink(dialer, f"{server.url}/relay/websocket?port=3478", headers, timeout, session)
+        dialer = ShowingDialer("localhost", server.port, tls, proxy, look_up, session.shown)
         sessions.append(session)
-        session.link.start()
-        return session
+        return session.open(dialer, f"{server.url}/relay/websocket?port=3478", **opening)
 
     yield connect
     for session in sessions:
@@ -251,11 +269,11 @@ def portal_of(authority: Authority, *, is_tls: bool) -> Iterator[ScriptedPortal]
         yield portal
 
 
-# A portal that is well.
+# A well-behaved portal.
 
 
 @TLS_OR_NOT
-def test_messages_go_both_ways_in_order(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
+def test_messages_arrive_in_order_in_both_directions(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
     with portal_of(authority, is_tls=is_tls) as portal:
         session = connect(portal)
         session.wait_for("connected")
@@ -270,7 +288,7 @@ def test_messages_go_both_ways_in_order(connect: Connect, authority: Authority, 
         session.abandon()
 
 
-def test_what_is_to_be_sent_may_be_said_before_there_is_a_connection(connect: Connect) -> None:
+def test_messages_can_be_queued_before_the_connection(connect: Connect) -> None:
     with ScriptedPortal() as portal:
         portal.script.delay_upgrade = threading.Event()
         session = connect(portal)
@@ -282,7 +300,7 @@ def test_what_is_to_be_sent_may_be_said_before_there_is_a_connection(connect: Co
         assert [each["event"] for each in portal.wait_for_connection().frames] == ["early", "early, too"]
 
 
-def test_the_request_is_what_was_asked_for_and_no_origin_or_cookie(connect: Connect) -> None:
+def test_the_request_has_the_given_headers_without_origin_or_cookie(connect: Connect) -> None:
     headers = (("X-Authorization", "Bearer token"), ("User-Agent", "Debian/12 relay/1.0.0 (x86_64; 6.1.0)"))
     with ScriptedPortal() as portal:
         session = connect(portal, headers=headers)
@@ -296,7 +314,7 @@ def test_the_request_is_what_was_asked_for_and_no_origin_or_cookie(connect: Conn
         assert {name.lower() for name in request.headers} & {"origin", "cookie", "sec-websocket-protocol"} == set()
 
 
-def test_all_is_told_in_one_thread_that_keeps_no_process_from_ending(connect: Connect) -> None:
+def test_all_callbacks_run_in_a_single_daemon_thread(connect: Connect) -> None:
     with ScriptedPortal() as portal:
         session = connect(portal)
         session.wait_for("connected")
@@ -308,20 +326,20 @@ def test_all_is_told_in_one_thread_that_keeps_no_process_from_ending(connect: Co
         assert session.threads == {thread}
 
 
-def test_other_frames_are_told_of_by_kind_and_pings_are_answered(connect: Connect) -> None:
+def test_other_frames_are_reported_by_kind_and_pings_get_pongs(connect: Connect) -> None:
     with ScriptedPortal() as portal:
         session = connect(portal)
         connection = portal.wait_for_connection()
         connection.ping()
         connection.send_binary(b"\xff\x00")
-        connection._websocket.pong(b"unasked")
+        connection.send_pong(b"unasked")
         session.wait_for("other", 3)
         assert session.messages == ["control", "binary", "control"]
 
 
 @TLS_OR_NOT
-def test_many_messages_at_once_are_all_told(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
-    """In one TLS record, so that after the first of them the kernel has nothing more to read."""
+def test_a_burst_of_messages_is_delivered_completely(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
+    """A single TLS record contains all messages, so the kernel has no unread data after the first message."""
 
     def speak(peer: Peer) -> None:
         peer.upgrade()
@@ -335,7 +353,7 @@ def test_many_messages_at_once_are_all_told(connect: Connect, authority: Authori
 
 
 @TLS_OR_NOT
-def test_what_comes_along_with_the_answer_to_the_upgrade_is_not_lost(
+def test_frames_in_the_packet_of_the_upgrade_response_are_delivered(
     connect: Connect, authority: Authority, *, is_tls: bool
 ) -> None:
     def speak(peer: Peer) -> None:
@@ -352,7 +370,7 @@ def test_what_comes_along_with_the_answer_to_the_upgrade_is_not_lost(
         assert session.reports == [("connected", None), ("text", "first"), ("text", "second")]
 
 
-def test_fragments_are_put_together_also_with_a_ping_in_between(connect: Connect) -> None:
+def test_fragments_are_reassembled_even_with_a_ping_in_between(connect: Connect) -> None:
     def speak(peer: Peer) -> None:
         peer.upgrade()
         peer.send(frame(TEXT, b"one, ", is_last=False) + frame(CONTINUATION, b"tw", is_last=False))
@@ -364,22 +382,20 @@ def test_fragments_are_put_together_also_with_a_ping_in_between(connect: Connect
         assert session.wait_for("text") == "one, two"
 
 
-def test_a_silence_ends_nothing(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the channel that knows how long a portal may say nothing."""
-    monkeypatch.setattr(link, "STALL_TIMEOUT", 0.1)
+def test_silence_does_not_close_the_connection(connect: Connect) -> None:
+    """The channel, not the connection, limits the silence of a portal."""
     with ScriptedPortal() as portal:
-        session = connect(portal, timeout=2)
+        # The shortest reliable timeout on a busy machine.
+        session = connect(portal, timeout=1)
         connection = portal.wait_for_connection()
         session.wait_for("connected")
-        threading.Event().wait(2.2)
+        threading.Event().wait(1.1)
         connection.send_text("still there")
         assert session.wait_for("text") == "still there"
 
 
 @TLS_OR_NOT
-def test_a_connection_on_which_nothing_happens_costs_nothing(
-    connect: Connect, authority: Authority, *, is_tls: bool
-) -> None:
+def test_an_idle_connection_uses_no_cpu(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
     with portal_of(authority, is_tls=is_tls) as portal:
         session = connect(portal)
         connection = portal.wait_for_connection()
@@ -391,12 +407,12 @@ def test_a_connection_on_which_nothing_happens_costs_nothing(
         assert thread.ident is not None
         clock = time.pthread_getcpuclockid(thread.ident)
         before = time.clock_gettime(clock)
-        threading.Event().wait(0.3)
-        assert time.clock_gettime(clock) - before < 0.05
+        threading.Event().wait(0.1)
+        assert time.clock_gettime(clock) - before < 0.02
 
 
 @TLS_OR_NOT
-def test_through_a_proxy_it_is_the_same(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
+def test_messages_pass_through_a_proxy(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
     with portal_of(authority, is_tls=is_tls) as portal, ConnectProxy() as stands_between:
         session = connect(portal, proxy=Proxy("127.0.0.1", stands_between.port))
         session.link.send('{"event": "hello"}')
@@ -407,13 +423,11 @@ def test_through_a_proxy_it_is_the_same(connect: Connect, authority: Authority, 
         assert "1000" in session.wait_until_lost()
 
 
-# The polite end, and the sudden one.
+# Close and abandon.
 
 
 @TLS_OR_NOT
-def test_a_polite_close_follows_what_waits_to_be_sent_and_gives_the_portal_1000(
-    connect: Connect, authority: Authority, *, is_tls: bool
-) -> None:
+def test_a_close_sends_queued_messages_and_code_1000(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
     with portal_of(authority, is_tls=is_tls) as portal:
         session = connect(portal)
         session.wait_for("connected")
@@ -427,7 +441,7 @@ def test_a_polite_close_follows_what_waits_to_be_sent_and_gives_the_portal_1000(
         assert session.wait_until_lost() == "it closed the connection (code 1000)"
 
 
-def test_a_close_that_is_not_answered_can_be_abandoned(connect: Connect) -> None:
+def test_an_unanswered_close_can_be_abandoned(connect: Connect) -> None:
     with RawServer(upgraded(Recital("mute", b""))) as server:
         session = connect(server)
         session.wait_for("connected")
@@ -445,7 +459,7 @@ def test_a_close_that_is_not_answered_can_be_abandoned(connect: Connect) -> None
         (b"", "it closed the connection (code none)"),
     ],
 )
-def test_a_close_frame_of_the_portal_is_told_with_its_code(
+def test_a_close_frame_of_the_portal_is_reported_with_its_code(
     connect: Connect, authority: Authority, payload: bytes, says: str, *, is_tls: bool
 ) -> None:
     closing = upgraded(Recital("close", frame(CLOSE, payload)))
@@ -455,14 +469,14 @@ def test_a_close_frame_of_the_portal_is_told_with_its_code(
 
 
 @pytest.mark.parametrize("payload", [b"\x03", b"\x00\x00", b"\x03\xed", b"\xff\xff", b"\x03\xe8\xff\xfe"])
-def test_a_close_frame_that_is_wrong_is_an_end_too(connect: Connect, payload: bytes) -> None:
+def test_an_invalid_close_frame_ends_the_connection(connect: Connect, payload: bytes) -> None:
     with RawServer(upgraded(Recital("close", frame(CLOSE, payload)))) as server:
         connect(server).wait_until_lost()
         assert server.peer_closed.wait(LONG)
 
 
 @TLS_OR_NOT
-def test_a_portal_that_just_closes_is_lost(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
+def test_a_close_without_a_close_frame_is_reported_as_lost(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
     with serve(Peer.upgrade, authority, is_tls=is_tls) as server:
         session = connect(server)
         assert session.wait_until_lost() == "it closed the connection"
@@ -470,7 +484,9 @@ def test_a_portal_that_just_closes_is_lost(connect: Connect, authority: Authorit
 
 
 @TLS_OR_NOT
-def test_a_portal_that_closes_before_it_answers_is_lost(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
+def test_a_close_before_the_upgrade_response_is_reported_as_lost(
+    connect: Connect, authority: Authority, *, is_tls: bool
+) -> None:
     def hang_up(peer: Peer) -> None:
         peer.read_head()
 
@@ -481,17 +497,19 @@ def test_a_portal_that_closes_before_it_answers_is_lost(connect: Connect, author
 
 
 @TLS_OR_NOT
-def test_a_reset_is_lost(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
+def test_a_reset_is_reported_as_lost(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
     with portal_of(authority, is_tls=is_tls) as portal:
         session = connect(portal)
         session.wait_for("connected")
         portal.wait_for_connection().drop()
-        assert session.wait_until_lost() in {"Connection reset by peer", "it closed the connection"}
+        # Python 3.11 reports a reset as an end of file under TLS.
+        expected = {"Connection reset by peer", *(["it closed the connection"] if is_tls else [])}
+        assert session.wait_until_lost() in expected
 
 
 @TLS_OR_NOT
 @pytest.mark.parametrize("times", [2, 5])
-def test_to_abandon_again_is_fine(connect: Connect, authority: Authority, times: int, *, is_tls: bool) -> None:
+def test_a_second_abandon_is_ignored(connect: Connect, authority: Authority, times: int, *, is_tls: bool) -> None:
     with portal_of(authority, is_tls=is_tls) as portal:
         session = connect(portal)
         session.wait_for("connected")
@@ -505,7 +523,7 @@ def test_to_abandon_again_is_fine(connect: Connect, authority: Authority, times:
         assert connection.closed_with is None
 
 
-def test_after_the_end_nothing_that_is_asked_does_any_harm(connect: Connect) -> None:
+def test_calls_after_the_end_are_ignored(connect: Connect) -> None:
     with RawServer(Peer.upgrade) as server:
         session = connect(server)
         session.wait_until_lost()
@@ -514,23 +532,23 @@ def test_after_the_end_nothing_that_is_asked_does_any_harm(connect: Connect) -> 
         for _ in range(2):
             session.link.send("too late")
             session.link.close()
-            session.link.take()
+            session.link.acknowledge()
             session.link.abandon()
         assert session.reports == reports
         assert open_descriptors() == before
 
 
-# Attempts that come to nothing.
+# Failed attempts.
 
 
-def test_nobody_listening_is_lost(connect: Connect) -> None:
+def test_a_refused_connection_is_reported_as_lost(connect: Connect) -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         nobody = RawServer(SILENCE, port=bound.getsockname()[1])
         assert connect(nobody).wait_until_lost() == "Connection refused"
 
 
-def test_a_name_that_is_none_is_lost(connect: Connect) -> None:
+def test_an_invalid_name_is_reported_as_lost(connect: Connect) -> None:
     def fail(*_: object) -> list[HostAddress]:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -539,7 +557,7 @@ def test_a_name_that_is_none_is_lost(connect: Connect) -> None:
     assert said == "its name can't be looked up (Name or service not known)"
 
 
-def test_a_name_that_takes_too_long_is_lost(connect: Connect) -> None:
+def test_a_lookup_timeout_is_reported_as_lost(connect: Connect) -> None:
     def hang(*_: object) -> list[HostAddress]:
         raise TimeoutError("looking up localhost took longer than 5 s")
 
@@ -548,16 +566,16 @@ def test_a_name_that_takes_too_long_is_lost(connect: Connect) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError(), TimeoutError(), ConnectionResetError()])
-def test_an_error_without_words_is_told_in_words(connect: Connect, error: OSError) -> None:
+def test_an_error_without_a_message_gets_a_message(connect: Connect, error: OSError) -> None:
     def fail(*_: object) -> list[HostAddress]:
         raise error
 
     with RawServer(SILENCE) as server:
-        # `wait_until_lost` wants some.
+        # `wait_until_lost` requires a message.
         assert "answer" in connect(server, look_up=fail).wait_until_lost()
 
 
-def test_whatever_a_look_up_fails_of_is_lost(connect: Connect) -> None:
+def test_any_lookup_error_is_reported_as_lost(connect: Connect) -> None:
     def fail(*_: object) -> list[HostAddress]:
         raise ZeroDivisionError("a bug")
 
@@ -565,90 +583,82 @@ def test_whatever_a_look_up_fails_of_is_lost(connect: Connect) -> None:
         assert connect(server, look_up=fail).wait_until_lost() == "ZeroDivisionError: a bug"
 
 
-def test_a_certificate_of_a_stranger_is_lost_and_says_what_to_do(connect: Connect, tmp_path: Path) -> None:
+def test_an_untrusted_certificate_is_reported_with_a_hint(connect: Connect, tmp_path: Path) -> None:
     with RawServer(SILENCE, tls=Authority(tmp_path).server_context()) as server:
         said = connect(server).wait_until_lost()
     assert said.startswith("its certificate is not trusted (")
     assert "SSL_CERT_FILE" in said
 
 
-def test_a_certificate_for_another_name_is_lost_and_names_it(tmp_path: Path, connect: Connect) -> None:
+def test_a_certificate_for_another_name_is_reported_as_a_mismatch(tmp_path: Path) -> None:
     other = Authority(tmp_path, ("elsewhere.example",))
     with RawServer(SILENCE, tls=other.server_context()) as server:
-        session = Session()
         trusting = ssl.create_default_context(cafile=other.ca_file)
-        session.link = WebSocketLink(Dialer("localhost", server.port, trusting), server.url, (), LONG, session)
-        session.link.start()
-        said = session.wait_until_lost()
+        said = Session().open(Dialer("localhost", server.port, trusting), server.url).wait_until_lost()
     assert "Hostname mismatch" in said
-    del connect
 
 
-def test_a_server_without_tls_is_lost(connect: Connect, authority: Authority) -> None:
+def test_a_server_without_tls_is_reported_as_lost(authority: Authority) -> None:
     no_tls = Recital("no TLS", b"HTTP/1.1 400 Bad Request\r\n\r\n", opening=lambda peer: peer.socket.recv(100))
     with RawServer(no_tls) as server:
-        session = Session()
         trusting = ssl.create_default_context(cafile=authority.ca_file)
-        session.link = WebSocketLink(Dialer("localhost", server.port, trusting), server.url, (), LONG, session)
-        session.link.start()
+        session = Session().open(Dialer("localhost", server.port, trusting), server.url)
         assert session.wait_until_lost().startswith("TLS failed (")
-    del connect
 
 
 @TLS_OR_NOT
-def test_a_server_that_says_nothing_is_lost_after_the_time_of_the_attempt(
+def test_a_silent_server_is_reported_as_lost_after_the_timeout(
     connect: Connect, authority: Authority, *, is_tls: bool
 ) -> None:
     with serve(SILENCE, authority, is_tls=is_tls) as server:
         began = time.monotonic()
-        said = connect(server, timeout=0.5).wait_until_lost()
-        assert 0.45 < time.monotonic() - began < PROMPTLY
+        said = connect(server, timeout=0.1).wait_until_lost()
+        assert 0.09 < time.monotonic() - began < PROMPTLY
         assert said
 
 
-def test_no_thread_to_be_had_is_an_error_and_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_thread_start_is_an_error_and_leaves_no_socket_open(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     session = Session()
     before = open_descriptors()
-    session.link = WebSocketLink(Dialer("localhost", 1, None), "ws://localhost:1/", (), LONG, session)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         with pytest.raises(RuntimeError, match="can't start new thread"):
-            session.link.start()
+            session.open(Dialer("localhost", 1, None), "ws://localhost:1/")
     assert open_descriptors() == before
     assert session.reports == []
 
 
-# Refusals.
+# HTTP errors.
 
 
 @TLS_OR_NOT
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_refusal_comes_with_its_body(connect: Connect, authority: Authority, *, chunked: bool, is_tls: bool) -> None:
+def test_an_http_error_is_reported_with_its_body(
+    connect: Connect, authority: Authority, *, chunked: bool, is_tls: bool
+) -> None:
     refusal = scripted_portal.Refusal.invalid_token(chunked=chunked)
     with portal_of(authority, is_tls=is_tls) as portal:
         portal.script.refuse = refusal
         session = connect(portal)
-        assert session.wait_until_refused() == Refusal(401, None, refusal.body)
-        assert session.reports == [("refused", Refusal(401, None, refusal.body))]
+        assert session.wait_until_refused() == UpgradeRefused(401, None, refusal.body)
+        assert session.reports == [("refused", UpgradeRefused(401, None, refusal.body))]
 
 
 @pytest.mark.parametrize(("value", "status"), [("7", 503), ("Thu, 01 Jan 1970 00:00:00 GMT", 429), (None, 503)])
-def test_a_refusal_comes_with_the_wait_that_was_asked_for_as_it_was_written(
-    connect: Connect, value: str | None, status: int
-) -> None:
+def test_an_http_error_is_reported_with_its_unparsed_retry_after(connect: Connect, value: str | None, status: int) -> None:
     with ScriptedPortal() as portal:
         portal.script.refuse = scripted_portal.Refusal.retry_after(value, status)
-        assert connect(portal).wait_until_refused() == Refusal(status, value, b"")
+        assert connect(portal).wait_until_refused() == UpgradeRefused(status, value, b"")
 
 
-@pytest.mark.parametrize("status", [200, 204, 400, 403, 404, 418, 500, 502])
-def test_any_other_status_is_a_refusal(connect: Connect, status: int) -> None:
+@pytest.mark.parametrize("status", [200, 400, 403, 404, 418, 500, 502])
+def test_any_status_except_101_is_an_http_error(connect: Connect, status: int) -> None:
     answer = f"HTTP/1.1 {status} Whatever\r\nContent-Length: 5\r\n\r\nwords".encode()
     with RawServer(Recital("refusal", answer)) as server:
-        assert connect(server).wait_until_refused() == Refusal(status, None, b"words")
+        assert connect(server).wait_until_refused() == UpgradeRefused(status, None, b"words")
 
 
 PROBLEM = b'{"code": "invalid_token", "detail": "Invalid token"}'
@@ -662,7 +672,7 @@ def test_a_body_without_a_length_ends_with_the_connection(connect: Connect, auth
         peer.send(PROBLEM[10:])
 
     with serve(refuse, authority, is_tls=is_tls) as server:
-        assert connect(server).wait_until_refused() == Refusal(401, None, PROBLEM)
+        assert connect(server).wait_until_refused() == UpgradeRefused(401, None, PROBLEM)
 
 
 @TLS_OR_NOT
@@ -670,43 +680,47 @@ def test_a_body_without_a_length_ends_with_the_connection(connect: Connect, auth
     ("head", "body"),
     [
         (b"HTTP/1.1 401 Unauthorized\r\n\r\n", PROBLEM),
+        (b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 1000\r\n\r\n", PROBLEM),
         (b"HTTP/1.1 401 Unauthorized\r\nTransfer-Encoding: chunked\r\n\r\n", b"%x\r\n%s\r\n" % (len(PROBLEM), PROBLEM)),
     ],
-    ids=["no length", "chunked"],
+    ids=["no length", "a length", "chunked"],
 )
-def test_a_body_whose_end_does_not_come_is_waited_for_only_so_long(
+def test_an_incomplete_body_times_out(
     connect: Connect,
     authority: Authority,
-    monkeypatch: pytest.MonkeyPatch,
     head: bytes,
     body: bytes,
+    monkeypatch: pytest.MonkeyPatch,
     *,
     is_tls: bool,
 ) -> None:
-    monkeypatch.setattr(upgrade, "BODY_TIMEOUT", 0.2)
+    monkeypatch.setattr("relay.net.limited.BODY_TIMEOUT", 0.05)
     with serve(Recital("open end", head + body), authority, is_tls=is_tls) as server:
-        assert connect(server).wait_until_refused() == Refusal(401, None, PROBLEM)
+        session = connect(server)
+        assert session.wait_until_refused() == UpgradeRefused(401, None, PROBLEM)
         assert server.peer_closed.wait(LONG)
 
 
-def test_a_body_in_chunks_ends_with_the_last_of_them(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What does not come after it is not waited for."""
-    monkeypatch.setattr(upgrade, "BODY_TIMEOUT", LONG)
+def test_a_chunked_body_ends_with_its_last_chunk(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection does not wait for bytes after the last chunk."""
+    monkeypatch.setattr("relay.net.limited.BODY_TIMEOUT", LONG)
     head = b"HTTP/1.1 401 Unauthorized\r\nTransfer-Encoding: chunked\r\n\r\n"
     with RawServer(Recital("chunks", head + b"%x\r\n%s\r\n0\r\n\r\n" % (len(PROBLEM), PROBLEM))) as server:
-        assert connect(server).wait_until_refused() == Refusal(401, None, PROBLEM)
+        session = connect(server)
+        assert session.wait_until_refused() == UpgradeRefused(401, None, PROBLEM)
 
 
 @pytest.mark.parametrize(
     "answer",
     [
         b"HTTP/1.1 401 Unauthorized\r\n\r\n",
+        ENDLESS_REFUSAL.text,
         b"HTTP/1.1 401 Unauthorized\r\nTransfer-Encoding: chunked\r\n\r\n",
         b"HTTP/1.1 401 Unauthorized\r\nTransfer-Encoding: chunked\r\n\r\n10000000\r\n",
     ],
-    ids=["no length", "chunked without chunks", "one chunk"],
+    ids=["no length", "a length", "chunked without chunks", "one chunk"],
 )
-def test_a_body_without_end_is_read_as_far_as_is_allowed(connect: Connect, answer: bytes) -> None:
+def test_an_endless_body_is_read_up_to_the_limit(connect: Connect, answer: bytes) -> None:
     with RawServer(hurried(Recital("endless body", answer, b"x" * 65536))) as server:
         refusal = connect(server).wait_until_refused()
         assert refusal.status == 401
@@ -718,7 +732,7 @@ def test_a_body_without_end_is_read_as_far_as_is_allowed(connect: Connect, answe
 @pytest.mark.parametrize(
     "garbage", [b"x\r\n", b"-1\r\nx\r\n", b"ffffffffffffffffffff\r\nx\r\n", b"\r\n\r\n\r\n", b"\xff\xfe"]
 )
-def test_chunks_that_are_none_are_a_refusal_with_what_could_be_read(connect: Connect, garbage: bytes) -> None:
+def test_an_http_error_with_an_invalid_chunked_body_keeps_its_status(connect: Connect, garbage: bytes) -> None:
     def refuse(peer: Peer) -> None:
         peer.read_head()
         peer.send(b"HTTP/1.1 401 Unauthorized\r\nTransfer-Encoding: chunked\r\n\r\n" + garbage)
@@ -728,9 +742,7 @@ def test_chunks_that_are_none_are_a_refusal_with_what_could_be_read(connect: Con
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_a_redirect_is_a_refusal_and_whoever_it_names_hears_nothing(
-    connect: Connect, authority: Authority, status: int
-) -> None:
+def test_a_redirect_is_an_http_error_and_is_not_followed(connect: Connect, authority: Authority, status: int) -> None:
     with RawServer(SILENCE) as other, RawServer(SILENCE, tls=authority.server_context()) as another:
         for location in (other.url, f"http://localhost:{other.port}/", another.url):
             answer = f"HTTP/1.1 {status} Elsewhere\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n".encode()
@@ -741,14 +753,14 @@ def test_a_redirect_is_a_refusal_and_whoever_it_names_hears_nothing(
 
 
 @TLS_OR_NOT
-def test_a_redirect_is_one_over_tls_too(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
+def test_a_redirect_over_tls_is_not_followed(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
     with RawServer(SILENCE) as other, serve(redirect_to(other.url), authority, is_tls=is_tls) as server:
         assert connect(server).wait_until_refused().status == 302
         assert other.peers == []
 
 
-def test_cookies_are_not_kept(connect: Connect) -> None:
-    """They would tell one connection from another, and gather for as long as the relay runs."""
+def test_cookies_are_not_stored(connect: Connect) -> None:
+    """Cookies would identify the relay, and accumulate while the relay runs."""
     cookies = b"Set-Cookie: session=1; Domain=localhost\r\nSet-Cookie: more=2; Domain=localhost\r\n"
     answer = b"HTTP/1.1 302 Found\r\nLocation: ws://localhost/\r\nContent-Length: 0\r\n" + cookies + b"\r\n"
     with RawServer(Recital("cookies", answer)) as server:
@@ -757,13 +769,13 @@ def test_cookies_are_not_kept(connect: Connect) -> None:
             assert server.wait_for_peer(number).headers["Cookie"] is None
 
 
-# Portals that break the rules.
+# Protocol violations.
 
 _TOO_MUCH = f"it sent a message of more than {MESSAGE_LIMIT} bytes"
 
 
 def hurried(recital: Recital) -> Recital:
-    """Have little of it wait in this end's kernel, so that what could be sent is what the relay has taken, about."""
+    """Use a small send buffer, so the number of sent bytes is about the number of bytes received by the relay."""
 
     def open_(peer: Peer) -> None:
         peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -778,13 +790,12 @@ def hurried(recital: Recital) -> Recital:
     [
         (NO_UPGRADE_HEADERS, "Invalid WebSocket Header"),
         (ENDLESS_HEADERS, _TOO_MUCH),
-        (ENDLESS_REFUSAL, _TOO_MUCH),
-        (Recital("no HTTP", b"220 mail.example ESMTP\r\n\r\n"), "Invalid status line: '220 mail.example ESMTP'"),
-        (Recital("no status", b"HTTP/1.1 what?\r\n\r\n"), "Invalid status line"),
-        (Recital("no text", b"\xff\xfe\r\n\r\n"), "UTF-8"),
-        (Recital("no header", b"HTTP/1.1 101 Well\r\nUpgrade\r\n\r\n"), "Invalid header"),
+        (Recital("no HTTP", b"220 mail.example ESMTP\r\n\r\n"), "illegal status line: bytearray(b'220 mail.example ESMTP')"),
+        (Recital("no status", b"HTTP/1.1 what?\r\n\r\n"), "illegal status line"),
+        (Recital("no text", b"\xff\xfe\r\n\r\n"), "illegal status line"),
+        (Recital("no header", b"HTTP/1.1 101 Well\r\nUpgrade\r\n\r\n"), "illegal header line"),
         (Recital("endless line", b"HTTP/1.1 ", b"x" * 1000), _TOO_MUCH),
-        (Recital("no number", b"HTTP/1.1 401 No\r\nContent-Length: x\r\n\r\n"), "Invalid content-length"),
+        (Recital("no number", b"HTTP/1.1 401 No\r\nContent-Length: x\r\n\r\n"), "bad Content-Length"),
         (upgraded(HUGE_FRAME), _TOO_MUCH),
         (upgraded(ENDLESS_FRAGMENTS), _TOO_MUCH),
         (upgraded(RESERVED_BITS), "rsv"),
@@ -800,7 +811,7 @@ def hurried(recital: Recital) -> Recital:
     ],
     ids=str,
 )
-def test_what_breaks_the_rules_is_lost_in_words(
+def test_a_protocol_violation_is_reported_as_lost_with_a_message(
     connect: Connect, authority: Authority, recital: Recital, says: str, *, is_tls: bool
 ) -> None:
     with serve(hurried(recital), authority, is_tls=is_tls) as server:
@@ -811,17 +822,17 @@ def test_what_breaks_the_rules_is_lost_in_words(
         assert server.sent < MESSAGE_LIMIT + SOCKET_BUFFERS
 
 
-def test_an_answer_without_a_status_is_no_refusal_with_one(connect: Connect) -> None:
+def test_a_response_without_a_status_is_reported_as_lost(connect: Connect) -> None:
     with RawServer(Recital("nothing", b"\r\n\r\n")) as server:
         assert connect(server).wait_until_lost()
 
 
 @pytest.mark.parametrize(("length", "comes"), [(MESSAGE_LIMIT - 4, True), (MESSAGE_LIMIT - 3, False)])
-def test_a_message_of_the_greatest_length_comes_and_no_longer_one(connect: Connect, length: int, *, comes: bool) -> None:
+def test_a_message_above_the_size_limit_is_rejected(connect: Connect, length: int, *, comes: bool) -> None:
     def speak(peer: Peer) -> None:
         peer.upgrade()
         for _ in range(3):
-            # Its head takes four bytes.
+            # Its header has four bytes.
             peer.send(frame(TEXT, b"x" * length))
         peer.wait()
 
@@ -835,8 +846,8 @@ def test_a_message_of_the_greatest_length_comes_and_no_longer_one(connect: Conne
             assert session.messages == []
 
 
-def test_pings_among_fragments_make_a_message_no_longer(connect: Connect) -> None:
-    """Else a portal could have the relay hold as much as it likes, without ever ending a message."""
+def test_pings_among_fragments_do_not_extend_the_size_limit(connect: Connect) -> None:
+    """Otherwise a portal could fill the relay's memory with an endless message."""
     ping_now_and_then = frame(CONTINUATION, b"x" * 10_000, is_last=False) + frame(PING, b"")
     endless = hurried(upgraded(Recital("pings among fragments", frame(TEXT, b"x", is_last=False), ping_now_and_then)))
     with RawServer(endless) as server:
@@ -848,17 +859,17 @@ def test_pings_among_fragments_make_a_message_no_longer(connect: Connect) -> Non
 
 
 class Flood:
-    """Sends the same again and again, and tells when no more of it is taken."""
+    """Sends the same bytes repeatedly, and reports when the connection accepts no more."""
 
     def __init__(self, message: bytes) -> None:
         self.stalled = threading.Event()
-        # As much at once as fits: of little pieces, a kernel takes one now and then even if there is no room.
+        # Large pieces, because a kernel sometimes accepts a small piece even with a full buffer.
         self._messages = message * max(1, MESSAGE_LIMIT // len(message))
 
     def __call__(self, peer: Peer) -> None:
         peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         peer.upgrade()
-        peer.socket.settimeout(0.3)
+        peer.socket.settimeout(0.1)
         view = memoryview(b"")
         while True:
             view = view or memoryview(self._messages)
@@ -876,16 +887,18 @@ class Flood:
     [frame(TEXT, b"x" * 100), frame(BINARY, b"x" * 100), frame(PONG, b"x" * 100), frame(TEXT, b"x" * 60_000)],
     ids=["texts", "binaries", "pongs", "long texts"],
 )
-def test_no_more_than_so_many_messages_wait_for_whoever_hears_them(connect: Connect, message: bytes) -> None:
+def test_the_number_of_undelivered_messages_is_limited(connect: Connect, message: bytes) -> None:
     flood = Flood(message)
     with RawServer(flood) as server:
         session = connect(server, takes=False)
         wait_until(lambda: len(session.messages) == UNREAD_MESSAGES)
+        # A busy machine may have delayed the sender before.
+        flood.stalled.clear()
         assert flood.stalled.wait(LONG), "TCP slows the other side down"
         assert len(session.messages) == UNREAD_MESSAGES
         assert server.sent < (UNREAD_MESSAGES + 1) * len(message) + SOCKET_BUFFERS
         for taken in range(1, 4):
-            session.link.take()
+            session.link.acknowledge()
             wait_until(lambda taken=taken: len(session.messages) == UNREAD_MESSAGES + taken)  # type: ignore[misc]
         session.abandon()
         assert len(session.messages) == UNREAD_MESSAGES + 3
@@ -896,7 +909,7 @@ ENDLESS_BINARIES = Recital("endless binaries", b"", frame(BINARY, b"x" * 200) * 
 
 @TLS_OR_NOT
 @pytest.mark.parametrize(("recital", "kind"), [(ENDLESS_EVENTS, "text"), (ENDLESS_BINARIES, "other")], ids=str)
-def test_whoever_takes_what_comes_hears_all_of_it(
+def test_a_fast_receiver_gets_all_messages_of_a_flood(
     connect: Connect, authority: Authority, recital: Recital, kind: str, *, is_tls: bool
 ) -> None:
     with serve(upgraded(recital), authority, is_tls=is_tls) as server:
@@ -907,7 +920,7 @@ def test_whoever_takes_what_comes_hears_all_of_it(
 
 @TLS_OR_NOT
 @pytest.mark.parametrize("takes", [True, False], ids=["heard", "not heard"])
-def test_pings_without_end_are_an_end_or_wait_for_whoever_hears_them(
+def test_a_flood_of_pings_ends_the_connection_or_blocks_the_sender(
     connect: Connect, authority: Authority, *, takes: bool, is_tls: bool
 ) -> None:
     with serve(upgraded(ENDLESS_PINGS), authority, is_tls=is_tls) as server:
@@ -923,7 +936,7 @@ def test_pings_without_end_are_an_end_or_wait_for_whoever_hears_them(
         assert server.peer_closed.wait(LONG)
 
 
-# Nothing that a portal does or leaves undone puts off an end that is wanted.
+# The portal cannot delay an abandon.
 
 
 def has_begun(session: Session, server: RawServer) -> bool:
@@ -949,7 +962,7 @@ def has_begun(session: Session, server: RawServer) -> bool:
     ids=str,
 )
 @pytest.mark.parametrize("takes", [True, False], ids=["heard", "not heard"])
-def test_whatever_the_portal_is_doing_an_abandon_ends_it_at_once(
+def test_abandoning_ends_the_connection_at_once_in_any_state(
     connect: Connect, authority: Authority, recital: Recital, *, takes: bool, is_tls: bool
 ) -> None:
     with serve(recital, authority, is_tls=is_tls) as server:
@@ -960,33 +973,30 @@ def test_whatever_the_portal_is_doing_an_abandon_ends_it_at_once(
 
 
 @TLS_OR_NOT
-def test_an_abandon_ends_a_wait_for_a_silent_server_at_once(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
-    """Of a server that does not even do its part of TLS, where that is wanted."""
+def test_abandoning_ends_the_wait_for_a_silent_server_at_once(authority: Authority, *, is_tls: bool) -> None:
+    """With TLS, the server does not even complete the handshake."""
     with RawServer(SILENCE) as silent:
-        session = Session()
         tls = ssl.create_default_context(cafile=authority.ca_file) if is_tls else None
-        session.link = WebSocketLink(Dialer("localhost", silent.port, tls), silent.url, (), LONG, session)
-        session.link.start()
+        session = Session().open(Dialer("localhost", silent.port, tls), silent.url)
         silent.wait_for_peer()
         session.abandon()
         assert silent.peer_closed.wait(LONG)
         assert session.reports == []
-    del connect
 
 
-def test_an_abandon_ends_a_connect_that_hangs_at_once(connect: Connect) -> None:
+def test_abandoning_ends_a_hanging_connect_at_once(connect: Connect) -> None:
     with socket.socket() as listening, socket.socket() as waiting:
         listening.bind(("127.0.0.1", 0))
-        # The place of the one that may wait to be accepted is taken: what else comes is not answered.
+        # The accept queue is full: further connections get no response.
         listening.listen(0)
         waiting.connect(listening.getsockname())
         session = connect(RawServer(SILENCE, port=listening.getsockname()[1]))
-        wait_until(lambda: session.link._socket is not None)
+        session.shown.get(timeout=PROMPTLY)
         session.abandon()
         assert session.reports == []
 
 
-def test_an_abandon_during_a_look_up_ends_it_before_anyone_is_connected_to(connect: Connect) -> None:
+def test_abandoning_during_a_lookup_prevents_the_connection(connect: Connect) -> None:
     asked, may_answer = threading.Event(), threading.Event()
 
     def hang(*_: object) -> list[HostAddress]:
@@ -1004,7 +1014,7 @@ def test_an_abandon_during_a_look_up_ends_it_before_anyone_is_connected_to(conne
         assert server.peers == []
 
 
-def test_an_abandon_right_after_the_start_ends_it(connect: Connect) -> None:
+def test_abandoning_right_after_the_start_ends_the_connection(connect: Connect) -> None:
     with ScriptedPortal() as portal:
         for _ in range(20):
             session = connect(portal)
@@ -1013,24 +1023,22 @@ def test_an_abandon_right_after_the_start_ends_it(connect: Connect) -> None:
             assert not session.is_over
 
 
-def test_an_abandon_by_whoever_is_being_told_something_ends_it(connect: Connect) -> None:
+def test_abandoning_from_a_callback_ends_the_connection() -> None:
     class Fickle(Session):
-        def text(self, text: str) -> None:
-            super().text(text)
-            self.link.abandon()
+        def hear(self, event: ConnectionEvent) -> None:
+            super().hear(event)
+            if isinstance(event, TextReceived):
+                self.link.abandon()
 
     with RawServer(upgraded(ENDLESS_EVENTS)) as server:
-        session = Fickle()
-        session.link = WebSocketLink(Dialer("localhost", server.port, None), server.url, (), LONG, session)
-        session.link.start()
+        session = Fickle().open(Dialer("localhost", server.port, None), server.url)
         session.wait_for("text")
         session.wait_for_thread()
         assert [kind for kind, _ in session.reports] == ["connected", "text"]
-    del connect
 
 
 class HeldSocket(socket.socket):
-    """A socket whose reads wait until the test lets them."""
+    """A socket whose reads block until the test releases them."""
 
     may_read: threading.Event
     is_read: threading.Event
@@ -1041,13 +1049,14 @@ class HeldSocket(socket.socket):
         return super().recv(*arguments)
 
 
+@dataclass(frozen=True)
 class HeldDialer(Dialer):
-    """Gives such sockets."""
+    """Returns such sockets."""
 
-    may_read = threading.Event()
-    is_read = threading.Event()
+    may_read: threading.Event = field(default_factory=threading.Event)
+    is_read: threading.Event = field(default_factory=threading.Event)
 
-    def dial(self, timeout: float, watch: Callable[[socket.socket], None]) -> socket.socket:
+    def dial(self, timeout: float, watch: Watch) -> socket.socket:
         opened = super().dial(timeout, lambda _: None)
         held = HeldSocket(fileno=opened.detach())
         held.settimeout(timeout)
@@ -1056,24 +1065,21 @@ class HeldDialer(Dialer):
         return held
 
 
-def test_an_upgrade_that_was_answered_before_the_abandon_but_not_read_is_not_told(connect: Connect) -> None:
+def test_an_unread_upgrade_response_is_not_reported_after_abandoning() -> None:
     with RawServer(upgraded(ENDLESS_EVENTS)) as server:
         dialer = HeldDialer("localhost", server.port, None)
-        session = Session()
-        session.link = WebSocketLink(dialer, f"{server.url}/", (), LONG, session)
-        session.link.start()
+        session = Session().open(dialer, f"{server.url}/")
         assert dialer.is_read.wait(LONG)
-        # More than the answer to the upgrade has come.
+        # More than the upgrade response has arrived.
         wait_until(lambda: server.sent > 1000)
         session.link.abandon()
         dialer.may_read.set()
         session.wait_for_thread()
         assert session.reports == []
-    del connect
 
 
 def drip_and_listen(heard: "queue.SimpleQueue[bytes]") -> Behaviour:
-    """Send a text byte by byte, and put down what comes meanwhile."""
+    """Send a text byte by byte, and record the received bytes."""
 
     def behave(peer: Peer) -> None:
         peer.upgrade()
@@ -1091,10 +1097,7 @@ def drip_and_listen(heard: "queue.SimpleQueue[bytes]") -> Behaviour:
 
 
 @TLS_OR_NOT
-def test_heartbeats_go_out_while_a_frame_drips_in(
-    connect: Connect, authority: Authority, monkeypatch: pytest.MonkeyPatch, *, is_tls: bool
-) -> None:
-    monkeypatch.setattr(link, "STALL_TIMEOUT", 3 * DRIP_SECONDS)
+def test_messages_are_sent_while_a_frame_arrives_slowly(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
     heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     with serve(drip_and_listen(heard), authority, is_tls=is_tls) as server:
         session = connect(server)
@@ -1102,16 +1105,13 @@ def test_heartbeats_go_out_while_a_frame_drips_in(
         for number in range(2):
             wait_until(lambda number=number: server.sent > 130 + number)  # type: ignore[misc]
             session.link.send("a heartbeat")
-            # Whatever it is in its mask, it comes.
+            # The masked content is arbitrary.
             assert heard.get(timeout=PROMPTLY)
         session.abandon()
 
 
 @TLS_OR_NOT
-def test_heartbeats_go_out_while_half_a_frame_has_come(
-    connect: Connect, authority: Authority, monkeypatch: pytest.MonkeyPatch, *, is_tls: bool
-) -> None:
-    monkeypatch.setattr(link, "STALL_TIMEOUT", 0.2)
+def test_messages_are_sent_while_a_frame_is_incomplete(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
     may_go_on = threading.Event()
     heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
@@ -1134,10 +1134,52 @@ def test_heartbeats_go_out_while_half_a_frame_has_come(
         assert session.wait_for("text") == "in two halves"
 
 
+def test_messages_are_sent_while_a_tls_record_is_incomplete(authority: Authority) -> None:
+    """A TLS record without a message, such as a session ticket, makes the socket readable too."""
+    half_sent, may_go_on = threading.Event(), threading.Event()
+    heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def behave(peer: Peer) -> None:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = authority.server_context().wrap_bio(incoming, outgoing, server_side=True)
+
+        def until_done(step: Callable[[], T]) -> T:
+            while True:
+                try:
+                    return step()
+                except ssl.SSLWantReadError:
+                    peer.socket.sendall(outgoing.read())
+                    incoming.write(peer.socket.recv(65536))
+
+        until_done(tls.do_handshake)
+        peer.request = until_done(lambda: tls.read(65536)).partition(b"\r\n\r\n")[0]
+        tls.write(switching_protocols(peer))
+        peer.socket.sendall(outgoing.read())
+        tls.write(frame(TEXT, b"in two halves"))
+        record = outgoing.read()
+        peer.socket.sendall(record[:9])
+        half_sent.set()
+        heard.put(until_done(lambda: tls.read(65536)))
+        assert may_go_on.wait(LONG)
+        peer.socket.sendall(record[9:])
+        peer.wait()
+
+    with RawServer(behave) as server:
+        trusting = ssl.create_default_context(cafile=authority.ca_file)
+        session = Session().open(Dialer("localhost", server.port, trusting), server.url)
+        session.wait_for("connected")
+        assert half_sent.wait(LONG)
+        session.link.send("a heartbeat")
+        assert heard.get(timeout=LONG)
+        may_go_on.set()
+        assert session.wait_for("text") == "in two halves"
+        session.abandon()
+
+
 def deaf(peer: Peer) -> None:
     """Read nothing after the upgrade."""
     peer.upgrade()
-    # An error of the socket, such as that the relay closed, is all that ends it.
+    # Only an error of the socket ends the loop, such as a close by the relay.
     poller = select.poll()
     poller.register(peer.socket, select.POLLRDHUP)
     poller.poll()
@@ -1146,8 +1188,8 @@ def deaf(peer: Peer) -> None:
 MEGABYTE = "x" * 2**20
 
 
-def test_a_portal_that_reads_nothing_is_lost(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metered, "SEND_TIMEOUT", 0.3)
+def test_a_stalled_send_is_reported_as_lost(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relay.net.limited.SEND_TIMEOUT", 0.1)
     with RawServer(deaf) as server:
         session = connect(server)
         session.wait_for("connected")
@@ -1157,10 +1199,10 @@ def test_a_portal_that_reads_nothing_is_lost(connect: Connect, monkeypatch: pyte
 
 
 @TLS_OR_NOT
-def test_a_portal_that_reads_nothing_can_be_abandoned(
+def test_a_stalled_send_can_be_abandoned(
     connect: Connect, authority: Authority, monkeypatch: pytest.MonkeyPatch, *, is_tls: bool
 ) -> None:
-    monkeypatch.setattr(metered, "SEND_TIMEOUT", LONG)
+    monkeypatch.setattr("relay.net.limited.SEND_TIMEOUT", LONG)
     with serve(deaf, authority, is_tls=is_tls) as server:
         session = connect(server)
         session.wait_for("connected")
@@ -1168,18 +1210,20 @@ def test_a_portal_that_reads_nothing_can_be_abandoned(
         for _ in range(20):
             session.link.send(MEGABYTE)
         assert time.monotonic() - began < PROMPTLY, "a send waits for nothing"
-        # Some have gone, and one hangs.
-        wait_until(lambda: 0 < len(session.link._outgoing) < 18)
+        while not session.shown.empty():
+            opened = session.shown.get()
+        # The kernel's buffer is full: a send blocks.
+        wait_until(lambda: not select.select((), (opened,), (), 0)[1])
         session.abandon()
 
 
 @TLS_OR_NOT
-def test_connections_that_come_and_go_leave_nothing_behind(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
+def test_closed_connections_leave_no_descriptors_or_threads(connect: Connect, authority: Authority, *, is_tls: bool) -> None:
     with portal_of(authority, is_tls=is_tls) as portal:
         for number in range(50):
             session = connect(portal)
             if number % 4 == 1:
-                wait_until(lambda session=session: session.link._socket is not None)  # type: ignore[misc]
+                session.shown.get(timeout=PROMPTLY)
             elif number % 4 > 1:
                 session.wait_for("connected")
             if number % 4 == 3:
@@ -1189,4 +1233,4 @@ def test_connections_that_come_and_go_leave_nothing_behind(connect: Connect, aut
                 session.link.abandon()
                 session.wait_for_thread()
         assert connection_threads() == []
-    # The descriptors are counted after each test here.
+    # The fixture counts descriptors after each test.

@@ -1,5 +1,6 @@
-"""Names are looked up within a bounded time, and what hangs is bounded too."""
+"""Lookups end within a timeout, and the number of hanging lookups is limited."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -8,56 +9,65 @@ from typing import Any
 
 import pytest
 
-from relay.net import names
 from relay.net.names import PENDING_LOOKUPS, HostAddress, look_up
-from tests.conftest import wait_until
+from tests.support.waiting import wait_until
 
-SOON = 0.05
-"""Seconds after which nobody waits for a look-up that hangs."""
+SOON = 0.01
+"""Timeout in seconds of a hanging lookup."""
 
 PATIENCE = 30.0
 
 UNKNOWN = "fe80::1%no-such-interface"
-"""A name that no name server is asked for."""
+"""A name that is resolved without a name server."""
 
 
 def lookup_threads() -> list[threading.Thread]:
     return [each for each in threading.enumerate() if each.name == "name-lookup"]
 
 
-class Resolver:
-    """A resolver that answers nothing until it is let go."""
+class Hanging:
+    """A hanging system resolver, and its callers."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
         self._may_answer = threading.Event()
 
-    def __call__(self, host: str, port: int, **_: object) -> list[tuple[Any, ...]]:
+    def hang(self) -> None:
+        """Block lookups from now on."""
+        self._may_answer = threading.Event()
+
+    def hang_up_on(self, host: str) -> None:
+        """Look a name up until the timeout."""
+        with pytest.raises(TimeoutError, match=f"looking up {host} took longer than"):
+            look_up(host, 443, SOON)
+        # The thread may not have called the resolver yet.
+        wait_until(lambda: host in self.asked)
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Answer new lookups; lookups that already hang continue to hang."""
+        hung, self._may_answer = self._may_answer, threading.Event()
+        self._may_answer.set()
+        yield
+        self._may_answer = hung
+
+    def answer(self) -> None:
+        """Release all hanging lookups, and wait for their results."""
+        self._may_answer.set()
+        wait_until(lambda: not lookup_threads())
+
+    def getaddrinfo(self, host: str, port: int, **_: object) -> list[tuple[Any, ...]]:
+        # A hanging lookup keeps its event: a new event does not release it.
         may_answer = self._may_answer
         self.asked.append(host)
         assert may_answer.wait(3 * PATIENCE)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"address of {host}", port))]
 
-    def hang(self) -> None:
-        self._may_answer = threading.Event()
-
-    def hang_up_on(self, host: str) -> None:
-        """Look a name up in vain."""
-        with pytest.raises(TimeoutError, match=f"looking up {host} took longer than"):
-            look_up(host, 443, SOON)
-        # Its thread may not have got there yet.
-        wait_until(lambda: host in self.asked)
-
-    def answer(self) -> None:
-        """Let go of all that hang, and wait until they have what they asked for."""
-        self._may_answer.set()
-        wait_until(lambda: not lookup_threads())
-
 
 @pytest.fixture
-def resolver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Resolver]:
-    resolver = Resolver()
-    monkeypatch.setattr(socket, "getaddrinfo", resolver)
+def resolver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hanging]:
+    resolver = Hanging()
+    monkeypatch.setattr(socket, "getaddrinfo", resolver.getaddrinfo)
     yield resolver
     resolver.answer()
 
@@ -68,17 +78,17 @@ def _no_look_up_outlives_its_test() -> Iterator[None]:
     wait_until(lambda: not lookup_threads())
 
 
-def test_an_address_is_its_own_answer() -> None:
+def test_an_address_resolves_to_itself() -> None:
     assert look_up("127.0.0.1", 8443, PATIENCE) == [HostAddress(socket.AF_INET, ("127.0.0.1", 8443))]
     assert look_up("2001:db8::1", 443, PATIENCE) == [HostAddress(socket.AF_INET6, ("2001:db8::1", 443, 0, 0))]
 
 
-def test_a_name_of_this_machine_is_found() -> None:
+def test_a_name_in_etc_hosts_is_resolved() -> None:
     assert HostAddress(socket.AF_INET, ("127.0.0.1", 443)) in look_up("localhost", 443, PATIENCE)
 
 
-def test_addresses_keep_their_order_and_come_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As glibc gives them where /etc/hosts has a name twice."""
+def test_addresses_keep_their_order_without_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results of glibc for a name with two entries in /etc/hosts."""
     six, four = (socket.AF_INET6, ("::1", 443, 0, 0)), (socket.AF_INET, ("127.0.0.1", 443))
     other = (socket.AF_INET, ("127.0.0.2", 443))
     found = [(family, socket.SOCK_STREAM, 6, "", address) for family, address in (six, other, four, six, other)]
@@ -86,21 +96,21 @@ def test_addresses_keep_their_order_and_come_once(monkeypatch: pytest.MonkeyPatc
     assert look_up("localhost", 443, PATIENCE) == [HostAddress(*six), HostAddress(*other), HostAddress(*four)]
 
 
-def test_a_name_that_nobody_knows_is_the_error_that_the_system_gives() -> None:
+def test_an_unknown_name_raises_the_error_of_the_system() -> None:
     with pytest.raises(socket.gaierror) as caught:
         look_up(UNKNOWN, 443, PATIENCE)
     assert caught.value.errno == socket.EAI_NONAME
 
 
 @pytest.mark.parametrize("name", ["portal..example", ".example", "x" * 64 + ".example"])
-def test_what_can_not_be_a_name_is_an_error_that_says_so(name: str) -> None:
+def test_an_invalid_name_is_an_error_with_a_reason(name: str) -> None:
     with pytest.raises(OSError, match="can't be a name") as caught:
         look_up(name, 443, PATIENCE)
     assert name in str(caught.value)
     assert not isinstance(caught.value, TimeoutError)
 
 
-def test_a_look_up_that_hangs_is_waited_for_as_long_as_was_said_and_no_longer(resolver: Resolver) -> None:
+def test_a_hanging_lookup_ends_after_its_timeout(resolver: Hanging) -> None:
     began = time.monotonic()
     resolver.hang_up_on("portal.example")
     assert SOON <= time.monotonic() - began < PATIENCE
@@ -108,12 +118,12 @@ def test_a_look_up_that_hangs_is_waited_for_as_long_as_was_said_and_no_longer(re
 
 
 @pytest.mark.usefixtures("resolver")
-def test_the_error_names_the_host_and_the_seconds() -> None:
+def test_the_timeout_error_has_the_host_and_the_seconds() -> None:
     with pytest.raises(TimeoutError, match=r"^looking up portal\.example took longer than 1 s$"):
-        look_up("portal.example", 443, 0.6)
+        look_up("portal.example", 443, 0.51)
 
 
-def test_so_many_look_ups_may_hang_and_no_more(resolver: Resolver) -> None:
+def test_the_number_of_hanging_lookups_is_limited(resolver: Hanging) -> None:
     for number in range(PENDING_LOOKUPS):
         resolver.hang_up_on(f"host{number}")
     for _ in range(3):
@@ -125,52 +135,46 @@ def test_so_many_look_ups_may_hang_and_no_more(resolver: Resolver) -> None:
     assert resolver.asked == [f"host{number}" for number in range(PENDING_LOOKUPS)]
 
 
-def test_names_are_looked_up_again_once_those_that_hung_have_returned(resolver: Resolver) -> None:
+def test_lookups_resume_once_hanging_lookups_have_returned(resolver: Hanging) -> None:
     for _ in range(3):
         resolver.hang()
         for number in range(PENDING_LOOKUPS):
             resolver.hang_up_on(f"host{number}")
         resolver.answer()
-    # Each gets its own answer, not that of one that came too late.
+    # Each lookup gets its own result, not the late result of another lookup.
     for number in range(2 * PENDING_LOOKUPS):
         host = f"other{number}"
         assert look_up(host, 443, PATIENCE) == [HostAddress(socket.AF_INET, (f"address of {host}", 443))]
 
 
-def test_one_that_returns_makes_room_for_one(resolver: Resolver) -> None:
+def test_each_returned_lookup_makes_room_for_a_new_lookup(resolver: Hanging) -> None:
     for number in range(PENDING_LOOKUPS - 1):
         resolver.hang_up_on(f"host{number}")
     first = resolver.asked.copy()
     still_hanging = lookup_threads()
-    # Those that hang wait for the event that they have found: a new one does not concern them.
-    hung = resolver._may_answer
-    resolver._may_answer = threading.Event()
-    resolver._may_answer.set()
-    for _ in range(3):
-        assert look_up("portal.example", 443, PATIENCE)
-        wait_until(lambda: lookup_threads() == still_hanging)
+    with resolver.answering():
+        for _ in range(3):
+            assert look_up("portal.example", 443, PATIENCE)
+            wait_until(lambda: lookup_threads() == still_hanging)
     assert resolver.asked == [*first, *["portal.example"] * 3]
-    hung.set()
 
 
-def test_failures_take_no_room() -> None:
+def test_failed_lookups_do_not_count_toward_the_limit() -> None:
     for _ in range(2 * PENDING_LOOKUPS):
         for name in (UNKNOWN, "portal..example"):
             with pytest.raises(OSError, match=r"^(?!.*hang already)"):
                 look_up(name, 443, PATIENCE)
-            # It is done once its thread is, right after the answer.
+            # The lookup ends with its thread, right after the result.
             wait_until(lambda: not lookup_threads())
     assert look_up("127.0.0.1", 443, PATIENCE)
 
 
-def test_no_thread_to_look_up_with_takes_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thousand allocations have as many threads: that there is none left for a moment must not be felt for ever."""
+def test_a_failed_thread_start_does_not_count_toward_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a thousand allocations, threads may run out temporarily. The limit must not count failed starts."""
 
     def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    # If it is felt, then by this test only.
-    monkeypatch.setattr(names, "_pending", threading.BoundedSemaphore(PENDING_LOOKUPS), raising=False)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         for _ in range(PENDING_LOOKUPS + 1):
@@ -179,6 +183,6 @@ def test_no_thread_to_look_up_with_takes_no_room(monkeypatch: pytest.MonkeyPatch
     assert look_up("127.0.0.1", 443, PATIENCE)
 
 
-def test_a_look_up_that_hangs_keeps_no_process_from_ending(resolver: Resolver) -> None:
+def test_a_hanging_lookup_does_not_block_the_exit_of_the_process(resolver: Hanging) -> None:
     resolver.hang_up_on("portal.example")
     assert [each.daemon for each in lookup_threads()] == [True]

@@ -1,4 +1,4 @@
-"""The way through a proxy: which one the environment names, and a tunnel or an error whatever it answers."""
+"""Proxies from the environment, and a tunnel or an error for any response of the proxy."""
 
 import base64
 import socket
@@ -10,10 +10,10 @@ import pytest
 
 from relay.net.dial import Dialer
 from relay.net.proxy import Proxy, ProxyCredentials
-from tests.conftest import needs_ipv6
-from tests.connect_proxy import ConnectProxy
-from tests.raw_server import Peer, RawServer, Recital
-from tests.scripted_portal import Authority
+from tests.support.connect_proxy import ConnectProxy
+from tests.support.raw_server import Peer, RawServer, Recital
+from tests.support.requirements import needs_ipv6
+from tests.support.scripted_portal import Authority
 
 LONG = 30.0
 USER, PASSWORD = "user", "correct horse"
@@ -31,7 +31,7 @@ def _no_proxy_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def proxy_for(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Proxy | None]:
-    """Give the proxy that an environment has for a host."""
+    """Return the proxy for a host from an environment."""
 
     def proxy_for(host: str, *, is_tls: bool = True, **environment: str) -> Proxy | None:
         for name, value in environment.items():
@@ -47,14 +47,14 @@ SECURE, PLAIN = Proxy("secure.example", 3128), Proxy("plain.example", 8080)
 BOTH = {"HTTPS_PROXY": "http://secure.example:3128", "HTTP_PROXY": "http://plain.example:8080"}
 
 
-def test_without_one_in_the_environment_there_is_none(proxy_for: Choose) -> None:
+def test_without_an_environment_variable_no_proxy_is_used(proxy_for: Choose) -> None:
     assert proxy_for("portal.example", is_tls=True) is None
     assert proxy_for("portal.example", is_tls=False) is None
 
 
 @pytest.mark.parametrize("spell", [str.upper, str.lower])
 @pytest.mark.parametrize(("is_tls", "chosen"), [(True, SECURE), (False, PLAIN)])
-def test_each_kind_of_connection_has_its_own(
+def test_http_and_https_have_separate_variables(
     proxy_for: Choose, spell: Callable[[str], str], *, is_tls: bool, chosen: Proxy
 ) -> None:
     environment = {spell(name): value for name, value in BOTH.items()}
@@ -62,17 +62,17 @@ def test_each_kind_of_connection_has_its_own(
 
 
 @pytest.mark.parametrize(("is_tls", "name"), [(True, "HTTP_PROXY"), (False, "HTTPS_PROXY")])
-def test_the_other_kinds_is_not_taken(proxy_for: Choose, name: str, *, is_tls: bool) -> None:
+def test_the_variable_of_the_other_scheme_is_ignored(proxy_for: Choose, name: str, *, is_tls: bool) -> None:
     assert proxy_for("portal.example", is_tls=is_tls, **{name: "http://proxy.example:3128"}) is None
 
 
-def test_lower_case_is_stronger_as_everywhere_else(proxy_for: Choose) -> None:
+def test_lower_case_variables_take_precedence(proxy_for: Choose) -> None:
     environment = {"HTTPS_PROXY": "http://upper.example", "https_proxy": "http://lower.example"}
     assert proxy_for("portal.example", **environment) == Proxy("lower.example", 80)
 
 
 @pytest.mark.parametrize("name", ["https_proxy", "HTTPS_PROXY"])
-def test_an_empty_one_is_none(proxy_for: Choose, name: str) -> None:
+def test_an_empty_variable_means_no_proxy(proxy_for: Choose, name: str) -> None:
     assert proxy_for("portal.example", **{name: ""}) is None
 
 
@@ -93,7 +93,7 @@ def test_an_empty_one_is_none(proxy_for: Choose, name: str) -> None:
         ("", "portal.example", False),
     ],
 )
-def test_hosts_can_be_left_out(proxy_for: Choose, spelling: str, no_proxy: str, host: str, *, goes_direct: bool) -> None:
+def test_no_proxy_excludes_hosts(proxy_for: Choose, spelling: str, no_proxy: str, host: str, *, goes_direct: bool) -> None:
     for is_tls in (True, False):
         assert (proxy_for(host, is_tls=is_tls, **{**BOTH, spelling: no_proxy}) is None) == goes_direct
 
@@ -111,7 +111,7 @@ def test_hosts_can_be_left_out(proxy_for: Choose, spelling: str, no_proxy: str, 
         ("http://[2001:db8::1]:3128", Proxy("2001:db8::1", 3128)),
     ],
 )
-def test_a_proxy_is_read(proxy_for: Choose, url: str, proxy: Proxy) -> None:
+def test_a_proxy_url_is_parsed(proxy_for: Choose, url: str, proxy: Proxy) -> None:
     assert proxy_for("portal.example", HTTPS_PROXY=url) == proxy
 
 
@@ -128,12 +128,12 @@ def test_a_proxy_is_read(proxy_for: Choose, url: str, proxy: Proxy) -> None:
     ],
 )
 @pytest.mark.parametrize("scheme", ["http://", ""])
-def test_credentials_are_read_and_kept_as_they_are_sent(proxy_for: Choose, scheme: str, login: str, pair: str) -> None:
+def test_credentials_are_parsed_into_the_authorization_header(proxy_for: Choose, scheme: str, login: str, pair: str) -> None:
     proxy = proxy_for("portal.example", HTTPS_PROXY=f"{scheme}{login}@proxy.example:3128")
     assert proxy is not None
     assert (proxy.host, proxy.port) == ("proxy.example", 3128)
     assert proxy.credentials is not None
-    assert proxy.credentials.reveal() == "Basic " + base64.b64encode(pair.encode()).decode()
+    assert proxy.credentials.expose() == "Basic " + base64.b64encode(pair.encode()).decode()
 
 
 def test_credentials_are_never_shown(proxy_for: Choose) -> None:
@@ -159,7 +159,7 @@ def test_credentials_are_never_shown(proxy_for: Choose) -> None:
     ],
 )
 @pytest.mark.parametrize(("is_tls", "variable"), [(True, "HTTPS_PROXY"), (False, "HTTP_PROXY")])
-def test_what_is_no_http_proxy_is_an_error_that_names_the_variable_and_no_password(
+def test_an_invalid_proxy_is_an_error_with_the_variable_and_no_password(
     proxy_for: Choose, url: str, variable: str, *, is_tls: bool
 ) -> None:
     with pytest.raises(ValueError, match=f"^{variable} ") as caught:
@@ -168,8 +168,8 @@ def test_what_is_no_http_proxy_is_an_error_that_names_the_variable_and_no_passwo
 
 
 @pytest.mark.parametrize("password", ["[hunter2]", "hunter2[", "hunter2]", "hunter2℀", "#hunter2", "/hunter2", "?hunter2"])
-def test_a_password_with_characters_that_it_should_not_have_is_not_shown_either(proxy_for: Choose, password: str) -> None:
-    """Whoever forgot to escape them finds the message in a log, and so may others."""
+def test_a_password_with_unescaped_characters_is_not_shown(proxy_for: Choose, password: str) -> None:
+    """The error message may be logged."""
     try:
         shown = repr(proxy_for("portal.example", HTTPS_PROXY=f"http://user:{password}@proxy.example:3128"))
     except ValueError as error:
@@ -199,7 +199,7 @@ def after_request(answer: bytes) -> Recital:
         b"HTTP/1.1 299 Well\r\n\r\n",
     ],
 )
-def test_any_success_opens_the_tunnel_and_what_follows_is_not_the_proxys(answer: bytes) -> None:
+def test_any_2xx_opens_the_tunnel_and_later_bytes_are_of_the_host(answer: bytes) -> None:
     with RawServer(after_request(answer + b"\r\n\r\nhello")) as server, dial(proxy_at(server)) as tunnel:
         assert tunnel.recv(4) == b"\r\n\r\n"
         assert tunnel.recv(100) == b"hello"
@@ -209,7 +209,7 @@ def test_any_success_opens_the_tunnel_and_what_follows_is_not_the_proxys(answer:
     ("host", "authority"),
     [("portal.example", "portal.example:8443"), ("192.0.2.1", "192.0.2.1:8443"), ("2001:db8::1", "[2001:db8::1]:8443")],
 )
-def test_the_request_is_for_the_host_and_its_port_and_has_no_more_than_it_needs(host: str, authority: str) -> None:
+def test_the_connect_request_contains_only_the_host_and_port(host: str, authority: str) -> None:
     with RawServer(after_request(b"HTTP/1.1 200 OK\r\n\r\n")) as server:
         dial(proxy_at(server), host, 8443).close()
         request = server.wait_for_peer().request.decode()
@@ -217,7 +217,7 @@ def test_the_request_is_for_the_host_and_its_port_and_has_no_more_than_it_needs(
 
 
 @pytest.mark.parametrize("status", [100, 101, 199, 300, 302, 400, 403, 407, 502, 999])
-def test_any_other_answer_is_an_error_that_has_its_number(status: int) -> None:
+def test_any_other_status_is_an_error_with_the_status(status: int) -> None:
     answer = f"HTTP/1.1 {status} Whatever\r\nContent-Length: 5\r\n\r\nwords".encode()
     with (
         RawServer(after_request(answer)) as server,
@@ -242,7 +242,7 @@ def test_any_other_answer_is_an_error_that_has_its_number(status: int) -> None:
         b"\x16\x03\x01\x02\x00\x01\xff\xfe 200 \r\n\r\n",
     ],
 )
-def test_garbage_is_an_error_that_says_so(garbage: bytes) -> None:
+def test_an_invalid_response_is_an_error_with_a_reason(garbage: bytes) -> None:
     with RawServer(after_request(garbage)) as server, pytest.raises(ConnectionError, match="the proxy's answer is no HTTP"):
         dial(proxy_at(server))
 
@@ -250,7 +250,7 @@ def test_garbage_is_an_error_that_says_so(garbage: bytes) -> None:
 @pytest.mark.parametrize(
     "refrain", [b"X-Padding: " + b"x" * 89 + b"\r\n", b"x", b" \r\n"], ids=["headers", "a line", "lines of blanks"]
 )
-def test_an_answer_without_end_is_read_as_far_as_is_reasonable(refrain: bytes) -> None:
+def test_an_endless_response_is_read_up_to_the_limit(refrain: bytes) -> None:
     endless = Recital("endless", b"HTTP/1.1 200 OK\r\n", refrain * 50)
     with RawServer(endless) as server:
         with pytest.raises(ConnectionError, match="the proxy's answer does not end"):
@@ -259,7 +259,7 @@ def test_an_answer_without_end_is_read_as_far_as_is_reasonable(refrain: bytes) -
 
 
 @pytest.mark.parametrize("said", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\n\r"])
-def test_a_proxy_that_closes_is_an_error_that_says_so(said: bytes) -> None:
+def test_a_close_by_the_proxy_is_an_error_with_a_reason(said: bytes) -> None:
     def answer_and_close(peer: Peer) -> None:
         peer.read_head()
         peer.send(said)
@@ -268,7 +268,7 @@ def test_a_proxy_that_closes_is_an_error_that_says_so(said: bytes) -> None:
         dial(proxy_at(server))
 
 
-def test_no_proxy_is_an_error_like_any_other() -> None:
+def test_an_unreachable_proxy_is_a_regular_error() -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         with pytest.raises(ConnectionRefusedError):
@@ -281,14 +281,14 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 
 def answer_once(peer: Peer) -> None:
-    """Say back what was said, in capitals."""
+    """Echo the received bytes in upper case."""
     peer.send(peer.socket.recv(100).upper())
     peer.wait()
 
 
 @pytest.mark.parametrize("wants_credentials", [False, True])
 @pytest.mark.parametrize("is_tls", [False, True])
-def test_a_tunnel_leads_to_the_host_and_tls_is_with_the_host(
+def test_a_tunnel_reaches_the_host_and_tls_is_end_to_end(
     proxy_for: Choose, authority: Authority, *, is_tls: bool, wants_credentials: bool
 ) -> None:
     server_tls = authority.server_context() if is_tls else None
@@ -310,7 +310,7 @@ def test_a_tunnel_leads_to_the_host_and_tls_is_with_the_host(
 
 
 @needs_ipv6
-def test_a_tunnel_leads_to_a_host_of_ipv6(authority: Authority) -> None:
+def test_a_tunnel_reaches_an_ipv6_host(authority: Authority) -> None:
     tls = ssl.create_default_context(cafile=authority.ca_file)
     with (
         RawServer(answer_once, host="::1", tls=authority.server_context()) as server,
@@ -321,7 +321,7 @@ def test_a_tunnel_leads_to_a_host_of_ipv6(authority: Authority) -> None:
         assert tunnel.recv(100) == b"HELLO"
 
 
-def test_a_host_that_speaks_first_is_heard() -> None:
+def test_bytes_of_the_host_before_a_request_are_received() -> None:
     def greet(peer: Peer) -> None:
         peer.send(b"hello")
         peer.wait()
@@ -339,7 +339,7 @@ def test_a_host_that_speaks_first_is_heard() -> None:
     [(None, 407), (ProxyCredentials("Basic d3Jvbmc6d3Jvbmc="), 407), (ProxyCredentials(BASIC), 403)],
     ids=["no credentials", "wrong credentials", "forbidden"],
 )
-def test_a_proxy_that_lets_nobody_through_is_an_error_and_the_host_hears_nothing(
+def test_a_rejection_by_the_proxy_is_an_error_without_traffic_to_the_host(
     credentials: ProxyCredentials | None, status: int
 ) -> None:
     with RawServer(answer_once) as server, ConnectProxy((USER, PASSWORD)) as stands_between:
@@ -350,8 +350,8 @@ def test_a_proxy_that_lets_nobody_through_is_an_error_and_the_host_hears_nothing
         assert (stands_between.tunnels, server.peers) == (0, [])
 
 
-def test_a_certificate_of_the_proxy_is_none_of_the_host(authority: Authority) -> None:
-    """A proxy that looks into the tunnel is no proxy but an attacker."""
+def test_a_certificate_of_the_proxy_is_not_accepted_for_the_host(authority: Authority) -> None:
+    """A proxy that intercepts TLS is an attacker."""
     tls = ssl.create_default_context(cafile=authority.ca_file)
     context = authority.server_context()
 
@@ -364,8 +364,8 @@ def test_a_certificate_of_the_proxy_is_none_of_the_host(authority: Authority) ->
         dial(proxy_at(server), "portal.example", 443, tls)
 
 
-def test_a_request_goes_out_while_the_proxy_says_nothing() -> None:
-    """It is not waited for before it is asked."""
+def test_the_connect_request_does_not_wait_for_bytes_of_the_proxy() -> None:
+    """The client sends first."""
     heard = threading.Event()
 
     def listen(peer: Peer) -> None:

@@ -1,4 +1,4 @@
-"""Trains over real sockets: cut and put together by the kernel, or by hand where it does not."""
+"""GSO and GRO batches over real sockets: segmented and coalesced by the kernel, or in software without kernel support."""
 
 import errno
 import os
@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, TypeAlias
 import pytest
 
 from relay.core.addresses import Family
-from relay.core.trains import Arrival, cut
-from relay.net.receiver import BATCH_BYTES, BATCH_DATAGRAMS, Receiver
+from relay.core.commands import cut
+from relay.core.data import Datagram
+from relay.core.overload import BATCH_BYTES, BATCH_DATAGRAMS, DATAGRAM_BYTES
+from relay.net.receiver import Receiver
 from relay.net.udp import LARGEST_DATAGRAM, UdpCounters, UdpSocket, discard_waiting
-from tests.conftest import needs_ipv6
-from tests.turn_client import TIMEOUT, udp_socket
+from tests.support.requirements import needs_ipv6
+from tests.support.turn_client import TIMEOUT, udp_socket
 
 if TYPE_CHECKING:
     from _socket import _Address
@@ -35,7 +37,7 @@ UDP_NO_CHECK6_RX = 102
 IPV6_MTU = 24
 
 SINGLE_READS = 15
-"""Reads of one datagram each before a `Receiver` looks whether there is more."""
+"""Reads of a single datagram before a `Receiver` checks for more datagrams."""
 
 Opener: TypeAlias = Callable[..., UdpSocket]
 
@@ -55,18 +57,18 @@ def open_socket() -> Iterator[Opener]:
 
 @pytest.fixture
 def plain(host: str) -> Iterator[socket.socket]:
-    """A receiver that knows nothing of trains: the kernel cuts them for it."""
+    """A receiver without UDP_GRO, for which the kernel segments GSO batches."""
     with udp_socket(host) as opened:
         yield opened
 
 
 def numbered(count: int, size: int) -> list[bytes]:
-    """Datagrams that are told from one another."""
+    """Return distinct datagrams."""
     return [number.to_bytes(2, "big").ljust(size, b"x")[-size:] for number in range(count)]
 
 
-def arrivals_at(receiving: UdpSocket, count: int) -> list[Arrival]:
-    """The next ones, and there are no more."""
+def arrivals_at(receiving: UdpSocket, count: int) -> list[Datagram]:
+    """Return the next datagrams, and check for the absence of more datagrams."""
     arrivals = [arrival for _ in range(count) if (arrival := receiving.receive()) is not None]
     with pytest.raises(BlockingIOError):
         receiving.receive(socket.MSG_DONTWAIT)
@@ -74,7 +76,7 @@ def arrivals_at(receiving: UdpSocket, count: int) -> list[Arrival]:
 
 
 def datagrams_at(receiving: socket.socket, count: int) -> list[bytes]:
-    """The next ones, and there are no more."""
+    """Return the next datagrams, and check for the absence of more datagrams."""
     datagrams = [receiving.recv(65535) for _ in range(count)]
     receiving.settimeout(0)
     with pytest.raises(BlockingIOError):
@@ -84,7 +86,7 @@ def datagrams_at(receiving: socket.socket, count: int) -> list[bytes]:
 
 
 class NoTrains(UdpSocket):
-    """A socket on a path that takes no trains, as some network cards and sandboxes have it."""
+    """A socket without GSO, as with some network cards and sandboxes."""
 
     error = errno.EIO
 
@@ -108,7 +110,7 @@ class NoTrains(UdpSocket):
 
 @FAMILIES
 @pytest.mark.parametrize("sizes", [(100, 100, 100), (100, 100, 1), (1, 1, 1), (30_000, 30_000, 5000)])
-def test_a_train_arrives_as_its_datagrams_in_order(
+def test_a_gso_batch_arrives_as_ordered_datagrams(
     open_socket: Opener, plain: socket.socket, family: Family, host: str, sizes: tuple[int, ...]
 ) -> None:
     sending = open_socket(family, host)
@@ -120,9 +122,7 @@ def test_a_train_arrives_as_its_datagrams_in_order(
 
 @FAMILIES
 @pytest.mark.parametrize("last", [100, 1])
-def test_a_train_is_received_whole_with_the_length_of_its_datagrams(
-    open_socket: Opener, family: Family, host: str, last: int
-) -> None:
+def test_a_gro_batch_is_received_with_its_segment_size(open_socket: Opener, family: Family, host: str, last: int) -> None:
     sending, receiving = open_socket(family, host), open_socket(family, host)
     train = b"".join(numbered(9, 100)) + bytes(last)
     sending.transmit(train, receiving.getsockname(), 100)
@@ -133,12 +133,12 @@ def test_a_train_is_received_whole_with_the_length_of_its_datagrams(
 @pytest.mark.parametrize(
     ("sizes", "trains"),
     [
-        # Linux before 6.9 takes no more than 64.
+        # Linux before 6.9 accepts at most 64 segments.
         ([10] * 64, 1),
         ([10] * 65, 1),
         ([10] * 130, 3),
         ([10] * 65 + [1], 2),
-        # 46 of these fit 65,507 bytes.
+        # 46 of these segments fit into 65,507 bytes.
         ([1400] * 92, 2),
         ([1400] * 94, 3),
         ([LARGEST_DATAGRAM // 2] * 2, 1),
@@ -149,10 +149,10 @@ def test_a_train_is_received_whole_with_the_length_of_its_datagrams(
     ],
     ids=lambda value: f"{len(value)}x{value[0]}" if isinstance(value, list) else value,
 )
-def test_a_train_that_is_too_large_for_the_kernel_is_sent_as_several(
+def test_a_batch_beyond_the_gso_limits_is_split(
     open_socket: Opener, family: Family, host: str, sizes: list[int], trains: int
 ) -> None:
-    """What is left over may be a datagram alone, which is no train."""
+    """The remainder may be a single datagram."""
     sending, receiving = open_socket(family, host), open_socket(family, host)
     sent = [numbered(number + 1, size)[-1] for number, size in enumerate(sizes)]
     assert sending.transmit(b"".join(sent), receiving.getsockname(), sizes[0]) is None
@@ -166,15 +166,13 @@ def test_a_train_that_is_too_large_for_the_kernel_is_sent_as_several(
 
 
 @FAMILIES
-def test_a_train_of_datagrams_longer_than_any_train_is_sent_one_by_one(
-    open_socket: Opener, family: Family, host: str
-) -> None:
-    """Two of the longest datagrams of a peer, with a header each."""
+def test_datagrams_too_long_for_gso_are_sent_separately(open_socket: Opener, family: Family, host: str) -> None:
+    """Two maximum-size datagrams of a peer, with a ChannelData header each."""
     sending, receiving = open_socket(family, host), open_socket(family, host)
     size = LARGEST_DATAGRAM + 4
     error = sending.transmit(bytes(2 * size), receiving.getsockname(), size)
     if family is Family.IPV6:
-        # There, they fit.
+        # They fit into IPv6 datagrams.
         assert error is None
         assert [len(data) for data, *_ in arrivals_at(receiving, 2)] == [size, size]
     else:
@@ -183,7 +181,7 @@ def test_a_train_of_datagrams_longer_than_any_train_is_sent_one_by_one(
 
 
 @FAMILIES
-def test_a_datagram_no_longer_than_its_segment_is_a_single_one(open_socket: Opener, family: Family, host: str) -> None:
+def test_a_datagram_up_to_the_segment_size_is_sent_alone(open_socket: Opener, family: Family, host: str) -> None:
     sending, receiving = open_socket(family, host), open_socket(family, host)
     for segment in (4, 5, 1000):
         sending.transmit(b"data", receiving.getsockname(), segment)
@@ -192,9 +190,7 @@ def test_a_datagram_no_longer_than_its_segment_is_a_single_one(open_socket: Open
 
 
 @FAMILIES
-def test_the_traffic_class_of_datagrams_and_trains_is_carried_and_told(
-    open_socket: Opener, family: Family, host: str
-) -> None:
+def test_datagrams_and_batches_keep_their_traffic_class(open_socket: Opener, family: Family, host: str) -> None:
     sending, receiving = open_socket(family, host), open_socket(family, host)
     sent = [(b"marked", 0, EXPEDITED), (b"none", 0, 0), (bytes(50), 20, EXPEDITED), (bytes(50), 20, 0), (b"", 0, 0xFC)]
     for data, segment, traffic_class in sent:
@@ -203,7 +199,7 @@ def test_the_traffic_class_of_datagrams_and_trains_is_carried_and_told(
 
 
 @FAMILIES
-def test_each_part_of_a_large_train_bears_its_traffic_class(open_socket: Opener, family: Family, host: str) -> None:
+def test_each_part_of_a_split_batch_has_its_traffic_class(open_socket: Opener, family: Family, host: str) -> None:
     sending, receiving = open_socket(family, host), open_socket(family, host)
     sending.transmit(bytes(1290), receiving.getsockname(), 10, EXPEDITED)
     assert [(len(data), told) for data, _, _, told in arrivals_at(receiving, 3)] == [
@@ -214,7 +210,7 @@ def test_each_part_of_a_large_train_bears_its_traffic_class(open_socket: Opener,
 
 
 @FAMILIES
-def test_each_datagram_of_a_train_bears_its_traffic_class(
+def test_each_datagram_of_a_batch_has_its_traffic_class(
     open_socket: Opener, plain: socket.socket, family: Family, host: str
 ) -> None:
     if family is Family.IPV4:
@@ -230,11 +226,11 @@ def test_each_datagram_of_a_train_bears_its_traffic_class(
 
 
 @FAMILIES
-def test_a_train_that_the_kernel_takes_not_is_sent_one_by_one(
+def test_a_batch_without_gso_support_is_sent_separately(
     open_socket: Opener, plain: socket.socket, family: Family, host: str
 ) -> None:
     sending = open_socket(family, host)
-    # It cuts nothing for a socket that writes no checksums.
+    # The kernel supports no GSO on sockets without UDP checksums.
     if family is Family.IPV4:
         sending.setsockopt(socket.SOL_SOCKET, SO_NO_CHECK, 1)
     else:
@@ -248,7 +244,7 @@ def test_a_train_that_the_kernel_takes_not_is_sent_one_by_one(
 
 @needs_ipv6
 @pytest.mark.parametrize("host", ["::1"])
-def test_a_train_whose_datagrams_are_longer_than_the_mtu_is_cut_and_shorter_ones_are_not(
+def test_only_datagrams_longer_than_the_mtu_are_sent_without_gso(
     open_socket: Opener, plain: socket.socket, host: str
 ) -> None:
     sending = open_socket(Family.IPV6, host)
@@ -265,7 +261,7 @@ def test_a_train_whose_datagrams_are_longer_than_the_mtu_is_cut_and_shorter_ones
 
 @FAMILIES
 @pytest.mark.parametrize("error", [errno.EIO, errno.EOPNOTSUPP, errno.ENOPROTOOPT], ids=errno.errorcode.get)
-def test_a_path_that_takes_no_trains_is_never_asked_again(
+def test_gso_is_not_retried_after_an_error(
     open_socket: Opener, plain: socket.socket, family: Family, host: str, error: int
 ) -> None:
     sending = open_socket(family, host, NoTrains)
@@ -280,7 +276,7 @@ def test_a_path_that_takes_no_trains_is_never_asked_again(
 
 
 @FAMILIES
-def test_each_datagram_that_could_not_be_sent_is_counted(open_socket: Opener, family: Family, host: str) -> None:
+def test_each_failed_datagram_is_counted(open_socket: Opener, family: Family, host: str) -> None:
     sending = open_socket(family, host)
     to = sending.getsockname()
     with pytest.raises(OSError, match="not connected"):
@@ -299,7 +295,7 @@ def test_each_datagram_that_could_not_be_sent_is_counted(open_socket: Opener, fa
 
 @needs_ipv6
 @pytest.mark.parametrize("host", ["::1"])
-def test_a_loss_is_told_though_what_followed_it_was_sent(open_socket: Opener, plain: socket.socket, host: str) -> None:
+def test_an_error_is_returned_despite_later_success(open_socket: Opener, plain: socket.socket, host: str) -> None:
     sending = open_socket(Family.IPV6, host)
     sending.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU, 1280)
     sending.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_DONTFRAG, 1)
@@ -311,11 +307,9 @@ def test_a_loss_is_told_though_what_followed_it_was_sent(open_socket: Opener, pl
 
 
 @FAMILIES
-def test_each_part_of_a_large_train_that_could_not_be_sent_is_counted(
-    open_socket: Opener, family: Family, host: str
-) -> None:
+def test_each_failed_datagram_of_a_large_batch_is_counted(open_socket: Opener, family: Family, host: str) -> None:
     sending = open_socket(family, host)
-    # To port 0: EINVAL may be about the train, so each is tried.
+    # Port 0 causes EINVAL, which GSO can cause too. Each datagram is therefore sent separately.
     address = (*sending.getsockname()[:1], 0, *sending.getsockname()[2:])
     error = sending.transmit(bytes(65 * 10), address, 10)
     assert error is not None
@@ -323,13 +317,13 @@ def test_each_part_of_a_large_train_that_could_not_be_sent_is_counted(
 
 
 @FAMILIES
-def test_what_found_the_buffer_full_is_counted_also_after_the_end(open_socket: Opener, family: Family, host: str) -> None:
+def test_drops_are_counted_also_after_close(open_socket: Opener, family: Family, host: str) -> None:
     sending, receiving = open_socket(family, host), open_socket(family, host)
     assert receiving.drops() == 0
     receiving.set_receive_buffer(1)
     for datagram in numbered(50, 100):
         sending.transmit(datagram, receiving.getsockname())
-    # Once this has come, so have those before it.
+    # Loopback keeps the order: all earlier datagrams have arrived by now.
     sending.transmit(b"", sending.getsockname())
     sending.receive()
     taken = discard_waiting([receiving])
@@ -343,7 +337,7 @@ def test_what_found_the_buffer_full_is_counted_also_after_the_end(open_socket: O
 
 
 @FAMILIES
-def test_what_waits_can_be_thrown_away(open_socket: Opener, family: Family, host: str) -> None:
+def test_waiting_datagrams_are_discarded(open_socket: Opener, family: Family, host: str) -> None:
     sending, *sockets = (open_socket(family, host) for _ in range(3))
     for receiving in sockets:
         sending.transmit(b"", receiving.getsockname())
@@ -353,7 +347,7 @@ def test_what_waits_can_be_thrown_away(open_socket: Opener, family: Family, host
     assert discard_waiting(sockets) == 0
 
 
-def test_in_a_socket_that_is_shut_down_nothing_waits(open_socket: Opener) -> None:
+def test_discarding_ends_on_a_shut_down_socket(open_socket: Opener) -> None:
     receiving = open_socket(Family.IPV4, "127.0.0.1")
     receiving.transmit(b"the last", receiving.getsockname())
     with pytest.raises(OSError, match="not connected"):
@@ -362,7 +356,7 @@ def test_in_a_socket_that_is_shut_down_nothing_waits(open_socket: Opener) -> Non
 
 
 def made_busy(receiver: Receiver, sending: UdpSocket, receiving: UdpSocket) -> None:
-    """Bring a receiver to the read at which it looks for more."""
+    """Make the next read of the receiver check for more datagrams."""
     for _ in range(SINGLE_READS):
         sending.transmit(b"", receiving.getsockname())
         assert len(receiver.receive()) == 1
@@ -370,9 +364,7 @@ def made_busy(receiver: Receiver, sending: UdpSocket, receiving: UdpSocket) -> N
 
 @FAMILIES
 @pytest.mark.parametrize("size", [0, 10, 1600, 30_000])
-def test_a_batch_is_bounded_and_says_whether_more_may_wait(
-    open_socket: Opener, family: Family, host: str, size: int
-) -> None:
+def test_a_batch_is_limited_and_reports_a_backlog(open_socket: Opener, family: Family, host: str, size: int) -> None:
     sending, receiving = open_socket(family, host), open_socket(family, host)
     receiver = Receiver([receiving])
     made_busy(receiver, sending, receiving)
@@ -385,21 +377,25 @@ def test_a_batch_is_bounded_and_says_whether_more_may_wait(
 
 
 @FAMILIES
-def test_trains_in_a_batch_count_with_all_their_bytes(open_socket: Opener, family: Family, host: str) -> None:
+@pytest.mark.parametrize("size", [4, 1000])
+def test_gro_batches_count_with_all_their_bytes_and_datagrams(
+    open_socket: Opener, family: Family, host: str, size: int
+) -> None:
     sending, receiving = open_socket(family, host), open_socket(family, host)
     receiver = Receiver([receiving])
     made_busy(receiver, sending, receiving)
-    train = b"".join(numbered(40, 1000))
-    fit = -(-BATCH_BYTES // len(train))
+    train = b"".join(numbered(40, size))
+    # The first does not count its datagrams.
+    fit = -(-(BATCH_BYTES + 40 * DATAGRAM_BYTES) // (len(train) + 40 * DATAGRAM_BYTES))
     for _ in range(fit + 1):
-        sending.transmit(train, receiving.getsockname(), 1000)
-    assert receiver.receive() == [(train, sending.getsockname(), 1000, 0)] * fit
+        sending.transmit(train, receiving.getsockname(), size)
+    assert receiver.receive() == [(train, sending.getsockname(), size, 0)] * fit
     assert receiver.is_behind
-    assert receiver.receive() == [(train, sending.getsockname(), 1000, 0)]
+    assert receiver.receive() == [(train, sending.getsockname(), size, 0)]
 
 
 @FAMILIES
-def test_a_receiver_does_not_look_for_more_where_little_arrives(open_socket: Opener, family: Family, host: str) -> None:
+def test_an_idle_receiver_reads_single_datagrams(open_socket: Opener, family: Family, host: str) -> None:
     sending, receiving = open_socket(family, host), open_socket(family, host)
     receiver = Receiver([receiving])
     for _ in range(SINGLE_READS):
@@ -410,7 +406,7 @@ def test_a_receiver_does_not_look_for_more_where_little_arrives(open_socket: Ope
 
 
 @FAMILIES
-def test_two_sockets_are_served_by_turns(open_socket: Opener, family: Family, host: str) -> None:
+def test_two_sockets_are_read_in_turn(open_socket: Opener, family: Family, host: str) -> None:
     sending, *sockets = (open_socket(family, host) for _ in range(3))
     receiver = Receiver(sockets)
     for number in b"1234567":
@@ -424,7 +420,7 @@ def test_two_sockets_are_served_by_turns(open_socket: Opener, family: Family, ho
 
 
 @FAMILIES
-def test_a_socket_that_is_full_does_not_keep_the_other_one_waiting(open_socket: Opener, family: Family, host: str) -> None:
+def test_a_full_socket_does_not_starve_another_socket(open_socket: Opener, family: Family, host: str) -> None:
     sending, *sockets = (open_socket(family, host) for _ in range(3))
     for full, other in (sockets, sockets[::-1]):
         receiver = Receiver(sockets)

@@ -1,19 +1,21 @@
-"""Sockets: read in order, woken at the end, never waiting to send."""
+"""UDP sockets: order of reads, wake-up at stop, nonblocking sends, and errors."""
 
 import errno
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import pytest
 
 from relay.core.addresses import Family
-from relay.core.trains import Arrival
-from relay.net.receiver import BATCH_DATAGRAMS, Receiver
-from relay.net.udp import UdpCounters, UdpSocket, is_broken
-from tests.conftest import needs_ipv6, wait_until
+from relay.core.data import Datagram
+from relay.core.overload import BATCH_DATAGRAMS
+from relay.net.receiver import Receiver
+from relay.net.udp import AskedAddresses, UdpCounters, UdpSocket, is_broken
+from tests.support.requirements import needs_ipv6
+from tests.support.waiting import wait_until
 
 HOSTS = [
     (Family.IPV4, "127.0.0.1"),
@@ -38,13 +40,13 @@ def open_socket() -> Iterator[Opener]:
 
 
 @pytest.mark.parametrize(("family", "host"), HOSTS)
-def test_datagrams_come_in_the_order_they_were_sent_empty_ones_too(open_socket: Opener, family: Family, host: str) -> None:
+def test_datagrams_and_empty_datagrams_arrive_in_order(open_socket: Opener, family: Family, host: str) -> None:
     receiving, sending = open_socket(family, host), open_socket(family, host)
     sent = [b"", *(b"%d" % number for number in range(200)), bytes(60_000), b""]
     for data in sent:
         assert sending.transmit(data, receiving.getsockname()) is None
     receiver = Receiver([receiving])
-    received: list[Arrival] = []
+    received: list[Datagram] = []
     while len(received) < len(sent):
         received += receiver.receive()
     assert [data for data, *_ in received] == sent
@@ -68,9 +70,9 @@ def test_an_ipv4_and_an_ipv6_socket_share_a_port() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_stop_wakes_a_thread_that_is_blocked_in_receive(open_socket: Opener, count: int) -> None:
+def test_stop_wakes_a_thread_blocked_in_receive(open_socket: Opener, count: int) -> None:
     receiver = Receiver([open_socket(Family.IPV4, "127.0.0.1") for _ in range(count)])
-    result: list[list[Arrival]] = []
+    result: list[list[Datagram]] = []
     thread = threading.Thread(target=lambda: result.append(receiver.receive()))
     thread.start()
     receiver.stop()
@@ -81,21 +83,21 @@ def test_stop_wakes_a_thread_that_is_blocked_in_receive(open_socket: Opener, cou
 WAITING = 300
 STALE = 0.05
 USED = 16
-"""Reads until a socket is one that is used."""
+"""Reads after which a receiver treats a socket as active."""
 
 
 def notes_arrivals(sock: UdpSocket) -> bool:
-    """Whether the kernel notes when datagrams arrive, which it begins to in its own time."""
+    """Check whether the kernel timestamps arrivals yet. It starts asynchronously."""
     sock.waited()
     sock.transmit(b"", sock.getsockname())
-    # It has to wait, by the kernel's clock.
+    # The kernel measures the waiting time with its own clock.
     time.sleep(STALE)
     sock.receive()
     return sock.waited() >= STALE
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_what_nobody_read_for_too_long_is_thrown_away_but_for_less_than_a_batch(open_socket: Opener, count: int) -> None:
+def test_stale_datagrams_are_dropped_except_for_less_than_a_batch(open_socket: Opener, count: int) -> None:
     sockets = [open_socket(Family.IPV4, "127.0.0.1") for _ in range(count)]
     sending = open_socket(Family.IPV4, "127.0.0.1")
     counters = UdpCounters()
@@ -109,7 +111,7 @@ def test_what_nobody_read_for_too_long_is_thrown_away_but_for_less_than_a_batch(
     for number in range(WAITING):
         for each in sockets:
             sending.transmit(b"%d" % number, each.getsockname())
-    # That it passes is what this is about.
+    # The datagrams have to become stale.
     time.sleep(STALE * 2)
     received: list[bytes] = []
 
@@ -130,10 +132,10 @@ def test_what_nobody_read_for_too_long_is_thrown_away_but_for_less_than_a_batch(
         thread.join(5)
 
 
-def test_a_burst_after_a_silence_is_no_older_than_it_is(open_socket: Opener) -> None:
+def test_a_burst_after_silence_is_not_stale(open_socket: Opener) -> None:
     receiving, sending = open_socket(Family.IPV4, "127.0.0.1"), open_socket(Family.IPV4, "127.0.0.1")
     receiver = Receiver([receiving], stale_after=30)
-    received: list[Arrival] = []
+    received: list[Datagram] = []
     for number in range(WAITING):
         sending.transmit(b"%d" % number, receiving.getsockname())
     while len(received) < WAITING:
@@ -143,7 +145,7 @@ def test_a_burst_after_a_silence_is_no_older_than_it_is(open_socket: Opener) -> 
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_socket_that_someone_else_shut_down_is_an_error_not_a_busy_loop(open_socket: Opener, count: int) -> None:
+def test_an_external_shutdown_of_a_socket_raises_an_error(open_socket: Opener, count: int) -> None:
     sockets = [open_socket(Family.IPV4, "127.0.0.1") for _ in range(count)]
     receiver = Receiver(sockets)
     with pytest.raises(OSError, match="not connected"):
@@ -154,13 +156,13 @@ def test_a_socket_that_someone_else_shut_down_is_an_error_not_a_busy_loop(open_s
 
 def test_a_port_in_use_is_an_error_and_leaves_no_socket_open(open_socket: Opener) -> None:
     taken = open_socket(Family.IPV4, "127.0.0.1").getsockname()[1]
-    # pytest turns the warning of a socket that is not closed into an error.
+    # pytest turns a ResourceWarning about an open socket into an error.
     with pytest.raises(OSError, match="in use") as caught:
         UdpSocket(Family.IPV4, "127.0.0.1", taken)
     assert caught.value.errno == errno.EADDRINUSE
 
 
-def test_a_datagram_that_can_not_be_sent_is_lost_and_the_socket_lives(open_socket: Opener) -> None:
+def test_an_oversized_datagram_is_dropped_and_keeps_the_socket_usable(open_socket: Opener) -> None:
     sending = open_socket(Family.IPV4, "127.0.0.1")
     error = sending.transmit(bytes(65_508), ("127.0.0.1", 9))
     assert error is not None
@@ -169,10 +171,56 @@ def test_a_datagram_that_can_not_be_sent_is_lost_and_the_socket_lives(open_socke
     assert sending.transmit(b"", sending.getsockname()) is None
 
 
-def test_a_socket_that_can_not_send_any_more_is_broken(open_socket: Opener) -> None:
+def test_a_socket_shut_down_for_sending_is_broken(open_socket: Opener) -> None:
     sending = open_socket(Family.IPV4, "127.0.0.1")
     with pytest.raises(OSError, match="not connected"):
         sending.shutdown(socket.SHUT_RDWR)
     error = sending.transmit(b"x", sending.getsockname())
     assert error is not None
     assert is_broken(error)
+
+
+LOOPBACK: Final = {Family.IPV4: ("127.0.0.2", "127.0.0.3"), Family.IPV6: ("::1", "::1")}
+
+
+@pytest.mark.parametrize(("family", "host"), [(Family.IPV4, "0.0.0.0"), pytest.param(Family.IPV6, "::", marks=needs_ipv6)])
+def test_datagrams_leave_from_the_address_that_a_client_asked(open_socket: Opener, family: Family, host: str) -> None:
+    bound, client = open_socket(family, host), open_socket(family, LOOPBACK[family][0])
+    bound.asked = AskedAddresses(is_needed=True)
+    bound.note_asked()
+    asked = LOOPBACK[family][1]
+    client.transmit(b"request", (asked, *bound.getsockname()[1:]))
+    bound.receive()
+    assert bound.asked.host(client.getsockname()) == asked
+    for data, size, traffic_class in ((b"alone", 0, 0), (b"marked", 0, 0xB8), (b"1st 2nd ", 4, 0), (b"1st 2nd ", 4, 0xB8)):
+        assert bound.transmit(data, client.getsockname(), size, traffic_class) is None
+        while data:
+            received = client.receive()
+            assert received is not None
+            assert (data.startswith(received[0]), received[1][0], received[3]) == (True, asked, traffic_class)
+            data = data[len(received[0]) :]  # noqa: PLW2901
+
+
+INFO: Final = bytes(4) + bytes((192, 0, 2, 1)) + bytes((192, 0, 2, 1))
+
+
+def test_without_several_addresses_nothing_is_noted() -> None:
+    asked = AskedAddresses()
+    asked.note(("198.51.100.7", 40001), 8, INFO)
+    assert not asked
+    asked.is_needed = True
+    asked.note(("198.51.100.7", 40001), 8, INFO)
+    assert asked.host(("198.51.100.7", 40001)) == "192.0.2.1"
+
+
+def test_forged_requests_neither_move_nor_displace_clients_with_an_allocation() -> None:
+    client = ("198.51.100.7", 40001)
+    allocated = set[tuple[str, int]]()
+    asked = AskedAddresses(allocated, is_needed=True)
+    asked.note(client, 8, INFO)
+    allocated.add(client)
+    asked.note(client, 8, bytes(12))
+    for number in range(20_000):
+        asked.note((f"10.0.{number >> 8}.{number & 255}", 9), 8, INFO)
+    assert asked.host(client) == "192.0.2.1"
+    assert len(asked) < 5_000

@@ -12,7 +12,7 @@ import pytest
 
 import hatch_build
 from relay.offload import elf
-from tests.offload.conftest import CLANG, ROOT, needs_clang
+from tests.support.offload.fixtures import CLANG, ROOT, needs_clang
 
 INCOMPLETE = {"CLANG": ""}
 """An environment without a compiler."""
@@ -21,9 +21,10 @@ BROKEN = "int"
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """The sources, to build from: the tree that runs these tests stays as it is."""
+    """A copy of the sources for building."""
     copy = tmp_path / "source"
-    shutil.copytree(ROOT / "relay", copy / "relay", ignore=shutil.ignore_patterns("__pycache__", "*.o"))
+    for name in ("relay", "docs", "deploy"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.o"))
     for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", ".gitignore"):
         shutil.copy(ROOT / name, copy)
     return copy
@@ -42,7 +43,7 @@ def run(tree: Path, *command: str, **environment: str) -> "subprocess.CompletedP
 
 
 def build(tree: Path, kind: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Build as pip does, but with the hatchling that is here."""
+    """Build as pip does, with the installed hatchling."""
     pytest.importorskip("hatchling", reason="no package is built: hatchling is NOT INSTALLED (pip install '.[test]')")
     return run(tree, "-m", "hatchling", "build", "-t", kind, "-d", "dist", **environment)
 
@@ -61,7 +62,16 @@ def test_a_wheel_has_the_program_and_is_for_any_machine(tree: Path) -> None:
         assert str(built.filename).endswith("-py3-none-any.whl")
 
 
-def test_a_wheel_that_is_built_without_a_compiler_has_none_and_the_build_says_so(tree: Path) -> None:
+def test_a_wheel_carries_the_pages_and_the_files_for_operators(tree: Path) -> None:
+    assert build(tree, "wheel", **INCOMPLETE).returncode == 0
+    with wheel(tree) as built:
+        carried = {name.partition(".data/data/share/firezone-relay/")[2] for name in built.namelist()}
+    assert {"README.md", "docs/operations.md", "deploy/firezone-relay.service", "deploy/prometheus-rules.yml"} <= carried
+    assert {"deploy/grafana-dashboard.json", "deploy/kubernetes/relay/daemonset.yaml"} <= carried
+    assert {each for each in carried if each.endswith(".py") or "deb" in each.split("/")} == set()
+
+
+def test_a_wheel_built_without_a_compiler_has_no_program_and_a_warning(tree: Path) -> None:
     (tree / hatch_build.OBJECT).write_bytes(b"of an earlier time")
     done = build(tree, "wheel", **INCOMPLETE)
     assert done.returncode == 0, done.stderr
@@ -72,7 +82,7 @@ def test_a_wheel_that_is_built_without_a_compiler_has_none_and_the_build_says_so
 
 
 @needs_clang
-def test_a_program_that_does_not_compile_fails_the_build(tree: Path) -> None:
+def test_a_compile_error_fails_the_build(tree: Path) -> None:
     (tree / hatch_build.SOURCE).write_text(BROKEN)
     done = build(tree, "wheel")
     assert done.returncode != 0
@@ -80,7 +90,7 @@ def test_a_program_that_does_not_compile_fails_the_build(tree: Path) -> None:
     assert not list((tree / "dist").glob("*"))
 
 
-def test_a_source_distribution_has_what_it_takes_to_compile(tree: Path) -> None:
+def test_a_source_distribution_can_be_compiled(tree: Path) -> None:
     done = build(tree, "sdist")
     assert done.returncode == 0, done.stderr
     (path,) = (tree / "dist").glob("*.tar.gz")
@@ -92,16 +102,16 @@ def test_a_source_distribution_has_what_it_takes_to_compile(tree: Path) -> None:
 
 
 @needs_clang
-def test_by_hand_it_compiles_in_place(tree: Path) -> None:
+def test_a_manual_build_compiles_in_place(tree: Path) -> None:
     done = run(tree, "hatch_build.py")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert elf.parse((tree / hatch_build.OBJECT).read_bytes()).license
-    # Nothing else is left there.
+    # No other files are left.
     assert [each.name for each in (tree / "relay/offload").glob("*.o")] == ["program.o"]
     assert not [each for each in (tree / "relay/offload").iterdir() if each.is_dir()]
 
 
-def test_by_hand_without_a_compiler_an_old_object_is_removed(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manual_build_without_a_compiler_removes_an_old_object(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CLANG", raising=False)
     (tree / hatch_build.OBJECT).write_bytes(b"of an earlier time")
     done = run(tree, "hatch_build.py", PATH=os.devnull)
@@ -111,17 +121,17 @@ def test_by_hand_without_a_compiler_an_old_object_is_removed(tree: Path, monkeyp
 
 
 @needs_clang
-def test_a_program_that_does_not_compile_leaves_the_object_alone(tree: Path) -> None:
+def test_a_compile_error_keeps_the_old_object(tree: Path) -> None:
     (tree / hatch_build.OBJECT).write_bytes(b"of an earlier time")
     (tree / hatch_build.SOURCE).write_text(BROKEN)
     done = run(tree, "hatch_build.py")
     assert done.returncode == 1
-    assert f"has failed on {hatch_build.SOURCE}" in done.stderr
+    assert f"can't compile {hatch_build.SOURCE}" in done.stderr
     assert (tree / hatch_build.OBJECT).read_bytes() == b"of an earlier time"
 
 
 @needs_clang
-def test_another_compiler_can_be_named(tree: Path) -> None:
+def test_another_compiler_can_be_configured(tree: Path) -> None:
     other = tree / "clang-of-mine"
     other.symlink_to(str(CLANG))
     done = run(tree, "hatch_build.py", CLANG=str(other), PATH=os.devnull)
@@ -129,13 +139,13 @@ def test_another_compiler_can_be_named(tree: Path) -> None:
     assert (tree / hatch_build.OBJECT).exists()
 
 
-def test_a_compiler_that_is_named_but_missing_fails_the_build(tree: Path) -> None:
+def test_a_configured_but_missing_compiler_fails_the_build(tree: Path) -> None:
     done = run(tree, "hatch_build.py", CLANG="clang-of-nobody")
-    assert (done.returncode, done.stderr) == (1, "CLANG is clang-of-nobody, which isn't there\n")
+    assert (done.returncode, done.stderr) == (1, "CLANG is clang-of-nobody, which does not exist\n")
 
 
 @needs_clang
-def test_the_same_sources_make_the_same_object(tree: Path) -> None:
+def test_the_same_sources_give_the_same_object(tree: Path) -> None:
     run(tree, "hatch_build.py")
     first = (tree / hatch_build.OBJECT).read_bytes()
     run(tree, "hatch_build.py")

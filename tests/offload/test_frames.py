@@ -1,4 +1,4 @@
-"""What the XDP program makes of what is not in the packet itself: the VLAN tag in front of it, and what is behind it."""
+"""VLAN tags and padding around packets."""
 
 from collections.abc import Callable
 from typing import Final
@@ -6,10 +6,10 @@ from typing import Final
 import pytest
 
 from relay.offload.layout import Own
-from tests.offload.model import Tables, Verdict
-from tests.offload.packets import IPV4, IPV6
-from tests.offload.runners import Runner
-from tests.offload.world import OWN, agreed, from_client, from_peer, hairpin, world
+from tests.support.offload.model import Tables, Verdict
+from tests.support.offload.packets import IPV4, IPV6
+from tests.support.offload.runners import Runner
+from tests.support.offload.world import OWN, agreed, from_client, from_peer, hairpin, world
 
 Sender = Callable[..., bytes]
 
@@ -21,7 +21,7 @@ peers = pytest.mark.parametrize("peer", FAMILIES)
 # ---------------------------------------------------------------------------------------------------- behind the packet
 
 PADDED: Final = [
-    # A peer's packet has no channel's header, and that to the client is just long enough; over IPv6, anything is.
+    # A peer's packet has no ChannelData header, and the packet to the client has the minimum size. IPv6 has no minimum size.
     pytest.param(4, 4, from_peer, 14, id="peer-to-client"),
     pytest.param(4, 6, from_client, 3, id="client-to-ipv6-peer"),
     pytest.param(6, 4, from_peer, 0, id="peer-to-ipv6-client"),
@@ -30,7 +30,7 @@ PADDED: Final = [
 
 @pytest.mark.parametrize(("client", "peer", "sent", "size"), PADDED)
 @pytest.mark.parametrize("tags", [(), (7,)], ids=["untagged", "tagged"])
-def test_padding_stays_behind_its_packet(
+def test_padding_is_not_relayed(
     runner: Runner, client: int, peer: int, sent: Sender, size: int, tags: tuple[int, ...]
 ) -> None:
     payload, family = bytes(range(1, size + 1)), client if sent is from_client else peer
@@ -45,7 +45,7 @@ def test_padding_stays_behind_its_packet(
 
 @pytest.mark.parametrize(("client", "peer", "sent", "size"), PADDED)
 @pytest.mark.parametrize("tags", [(), (7,)], ids=["untagged", "tagged"])
-def test_what_is_longer_than_padding_can_be_is_not_taken_along(
+def test_data_longer_than_padding_is_left_to_the_sockets(
     runner: Runner, client: int, peer: int, sent: Sender, size: int, tags: tuple[int, ...]
 ) -> None:
     family = client if sent is from_client else peer
@@ -59,7 +59,7 @@ def test_what_is_longer_than_padding_can_be_is_not_taken_along(
 @clients
 @pytest.mark.parametrize("hidden", [1, 4, 1400])
 @pytest.mark.parametrize("direction", ["to-peer", "to-client"])
-def test_nothing_is_hidden_behind_a_packet_that_needs_no_padding(
+def test_data_behind_a_packet_of_full_size_is_left_to_the_sockets(
     runner: Runner, client: int, hidden: int, direction: str
 ) -> None:
     sent = from_client if direction == "to-peer" else from_peer
@@ -72,7 +72,7 @@ def test_nothing_is_hidden_behind_a_packet_that_needs_no_padding(
 
 
 def with_vlans(tables: Tables, ipv4_vlan: int, ipv6_vlan: int) -> Tables:
-    """The same with each of this machine's addresses in a VLAN of its own."""
+    """Return the tables with a separate VLAN for each of this machine's addresses."""
     return tables.with_settings(own=(Own(OWN[4], ipv4_vlan), Own(OWN[6], ipv6_vlan)))
 
 
@@ -80,7 +80,7 @@ def with_vlans(tables: Tables, ipv4_vlan: int, ipv6_vlan: int) -> Tables:
 @peers
 @pytest.mark.parametrize("vlan", [1, 7, 0x0100, 0x0FFF])
 @pytest.mark.parametrize("priority", [0x0000, 0x1000, 0xE000, 0xF000])
-def test_what_comes_by_the_tag_of_its_address_is_relayed_whatever_its_priority(
+def test_packets_with_the_tag_of_their_address_are_relayed_at_any_priority(
     runner: Runner, client: int, peer: int, vlan: int, priority: int
 ) -> None:
     tags = (priority | vlan,)
@@ -92,7 +92,7 @@ def test_what_comes_by_the_tag_of_its_address_is_relayed_whatever_its_priority(
 @clients
 @peers
 @pytest.mark.parametrize("tag", [0x0000, 0xE000, 0x1000])
-def test_a_tag_with_no_vlan_is_none(runner: Runner, client: int, peer: int, tag: int) -> None:
+def test_a_priority_tag_counts_as_untagged(runner: Runner, client: int, peer: int, tag: int) -> None:
     frames = from_client(client, tags=(tag,)), from_peer(peer, tags=(tag,))
     assert [each.verdict for each in agreed(runner, world(client, peer), *frames)] == [Verdict.TX] * 2
     assert {each[:1] + each[2:] for each in agreed(runner, world(client, peer).in_vlan(7), *frames)} == {
@@ -118,7 +118,7 @@ def test_a_tag_with_no_vlan_is_none(runner: Runner, client: int, peer: int, tag:
     ],
     ids=str,
 )
-def test_by_another_tag_than_its_address_has_a_packet_is_for_another_machine(
+def test_a_packet_with_the_wrong_tag_for_its_address_is_ignored(
     runner: Runner, client: int, peer: int, vlan: int, tags: tuple[int, ...]
 ) -> None:
     frames = from_client(client, tags=tags), from_peer(peer, tags=tags)
@@ -127,7 +127,7 @@ def test_by_another_tag_than_its_address_has_a_packet_is_for_another_machine(
     assert not any(runner.totals().passed)
 
 
-def test_each_address_has_a_vlan_of_its_own(runner: Runner) -> None:
+def test_each_address_has_its_own_vlan(runner: Runner) -> None:
     tables = with_vlans(world(4, 6), 7, 8)
     for tag, there, back in ((7, Verdict.TX, Verdict.PASS), (8, Verdict.PASS, Verdict.TX)):
         outcomes = agreed(runner, tables, from_client(4, tags=(tag,)), from_peer(6, tags=(tag,)))
@@ -136,7 +136,7 @@ def test_each_address_has_a_vlan_of_its_own(runner: Runner) -> None:
     assert [each.verdict for each in outcomes] == [Verdict.TX, Verdict.PASS, Verdict.TX]
 
 
-def test_between_clients_only_the_services_vlan_counts(runner: Runner) -> None:
+def test_between_clients_only_the_vlan_of_the_service_counts(runner: Runner) -> None:
     tables = with_vlans(hairpin(4, 4, 6), 7, 8)
     assert agreed(runner, tables, from_client(4, tags=(7,)))[0].verdict is Verdict.TX
     assert agreed(runner, tables, from_client(4, tags=(8,)))[0].verdict is Verdict.PASS
@@ -158,6 +158,6 @@ IN_VLAN_IGNORED: Final = {
 
 @clients
 @pytest.mark.parametrize("frame", [pytest.param(frame, id=name) for name, frame in IN_VLAN_IGNORED.items()])
-def test_what_is_none_of_its_business_in_a_vlan_passes_untouched(runner: Runner, client: int, frame: bytes) -> None:
+def test_unrelated_packets_in_a_vlan_pass_untouched(runner: Runner, client: int, frame: bytes) -> None:
     assert agreed(runner, world(client).in_vlan(7), frame)[0] == (Verdict.PASS, frame, 0, None)
     assert not any(runner.totals().passed)

@@ -1,4 +1,4 @@
-"""ICE agents on machines of their own, which may use nothing but the relay: the kernel relays what they say."""
+"""ICE agents on separate machines that use only the relay: the kernel relays their messages."""
 
 import asyncio
 import queue
@@ -9,10 +9,10 @@ import pytest
 from aioice import Candidate, Connection
 
 from relay.core.addresses import Family
-from tests.conftest import needs_ipv6
-from tests.offload.conftest import needs_bpf
-from tests.offload.relays import Lab, credential
-from tests.offload.topology import RELAY, Host
+from tests.support.offload.fixtures import needs_bpf
+from tests.support.offload.relays import Lab, credential
+from tests.support.offload.topology import RELAY, Host
+from tests.support.requirements import needs_ipv6
 
 pytestmark = [needs_bpf, needs_ipv6, pytest.mark.usefixtures("object_file")]
 
@@ -21,7 +21,7 @@ MESSAGES = 50
 
 
 class Introduction(NamedTuple):
-    """What one agent is told of the other."""
+    """Credentials and candidates of an agent."""
 
     username: str
     password: str
@@ -32,7 +32,7 @@ Letterbox: TypeAlias = "queue.SimpleQueue[Introduction]"
 
 
 class Agent:
-    """One that runs in a thread of its own, on a machine."""
+    """An agent in its own thread on a machine."""
 
     def __init__(self, host: Host, server: str, *, first: bool, own: Letterbox, others: Letterbox) -> None:
         self._host = host
@@ -42,7 +42,7 @@ class Agent:
         self._others = others
 
     def run(self) -> list[bytes]:
-        """Meet the other, exchange messages with it, and give what it said."""
+        """Connect to the other agent, exchange messages, and return the received messages."""
         with self._host.entered():
             return asyncio.run(asyncio.wait_for(self._talk(), SECONDS))
 
@@ -80,7 +80,7 @@ class Agent:
         await connection.connect()
 
 
-def test_two_ice_agents_talk_through_the_kernel(lab: Lab) -> None:
+def test_two_ice_agents_communicate_through_the_kernel(lab: Lab) -> None:
     network, relay, _ = lab
     letters: tuple[Letterbox, Letterbox] = queue.SimpleQueue(), queue.SimpleQueue()
     server = RELAY[Family.IPV4]
@@ -92,5 +92,5 @@ def test_two_ice_agents_talk_through_the_kernel(lab: Lab) -> None:
     expected = [b"message %d of a conversation by nobody but the relay" % number for number in range(MESSAGES)]
     assert heard == [expected, expected]
     counts = relay.counts().since(before)
-    # Each of them goes from its sender to a relayed address, and from there to the other relayed one's client.
+    # Each message goes from its sender to a relayed address, and from there to the client of the second relayed address.
     assert min(counts[:2]) >= 2 * MESSAGES, counts

@@ -6,11 +6,13 @@ from typing import Final, NamedTuple
 import pytest
 
 from relay.core.addresses import Family
-from tests.conftest import needs_ipv6, wait_until
-from tests.offload.conftest import needs_bpf
-from tests.offload.relays import MODES, WITHIN, Offloading, Talk, running, talk
-from tests.offload.stream import Stream
-from tests.offload.topology import BEHIND, CLIENT, PEER, RELAY, Row, configure, connect, row
+from tests.support.machine import wait_until_up
+from tests.support.offload.fixtures import needs_bpf
+from tests.support.offload.relays import MODES, WITHIN, Offloading, Talk, running, talk
+from tests.support.offload.stream import Stream
+from tests.support.offload.topology import BEHIND, CLIENT, PEER, RELAY, Row, configure, connect, row
+from tests.support.requirements import needs_ipv6
+from tests.support.waiting import wait_until
 
 pytestmark = [needs_bpf, needs_ipv6, pytest.mark.usefixtures("object_file")]
 
@@ -35,7 +37,7 @@ def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def elsewhere(lab: Lab) -> Iterator[Stream]:
-    """Packets between a client and a peer that are both behind r0: none of them is lost, whatever happens to r1."""
+    """Packets between a client and a peer behind r0, without losses during changes of r1."""
     with (
         lab.relay.client(lab.network.client) as client,
         lab.network.client.udp(CLIENT[Family.IPV6]) as peer,
@@ -48,14 +50,16 @@ def elsewhere(lab: Lab) -> Iterator[Stream]:
 
 
 def goes_on(lab: Lab, stream: Stream) -> None:
-    """See that the kernel relays it."""
+    """Check that the kernel relays packets."""
     before = lab.relay.counts()
     stream.wait_for(100)
     assert min(lab.relay.counts().since(before)[:2]) >= 10
 
 
 @pytest.mark.parametrize("families", FAMILIES)
-def test_an_interface_that_is_deleted_and_made_anew(lab: Lab, elsewhere: Stream, families: tuple[Family, Family]) -> None:
+def test_relaying_resumes_after_an_interface_is_recreated(
+    lab: Lab, elsewhere: Stream, families: tuple[Family, Family]
+) -> None:
     network = lab.network
     with talk(lab.relay, network, families) as way:
         network.relay.ip("link del r1")
@@ -66,13 +70,14 @@ def test_an_interface_that_is_deleted_and_made_anew(lab: Lab, elsewhere: Stream,
         configure(network.relay, "r1", BEHIND)
         configure(network.peer, "p0", PEER)
         network.peer.ip(*(f"route add default via {each}" for each in BEHIND.values()))
+        wait_until_up(*network)
         wait_until(lab.is_attached, WITHIN)
         way.wait_for_kernel(WITHIN)
         goes_on(lab, elsewhere)
 
 
 @pytest.mark.parametrize("families", FAMILIES)
-def test_the_only_interface_of_the_clients_is_deleted_and_made_anew(lab: Lab, families: tuple[Family, Family]) -> None:
+def test_relaying_resumes_after_the_only_client_interface_is_recreated(lab: Lab, families: tuple[Family, Family]) -> None:
     network = lab.network
     with talk(lab.relay, network, families) as way:
         network.relay.ip("link del r0")
@@ -82,12 +87,13 @@ def test_the_only_interface_of_the_clients_is_deleted_and_made_anew(lab: Lab, fa
         configure(network.relay, "r0", RELAY)
         configure(network.client, "c0", CLIENT)
         network.client.ip(*(f"route add default via {each}" for each in RELAY.values()))
+        wait_until_up(*network)
         wait_until(lab.is_attached, WITHIN)
         way.wait_for_kernel(WITHIN)
 
 
 @pytest.mark.parametrize("families", FAMILIES)
-def test_a_link_that_goes_down_and_comes_up(lab: Lab, elsewhere: Stream, families: tuple[Family, Family]) -> None:
+def test_relaying_resumes_after_a_link_was_down(lab: Lab, elsewhere: Stream, families: tuple[Family, Family]) -> None:
     network = lab.network
     for host, link in ((network.relay, "r1"), (network.peer, "p0")):
         host.set_knob(f"ipv6/conf/{link}/keep_addr_on_down", 1)
@@ -103,16 +109,16 @@ def test_a_link_that_goes_down_and_comes_up(lab: Lab, elsewhere: Stream, familie
         wait_until(is_left_to_the_sockets, WITHIN)
         goes_on(lab, elsewhere)
         network.relay.ip("link set r1 up")
-        # The other end takes up to a second for that, and a question that is asked before is repeated a second later.
+        # The other end needs up to a second, and an earlier neighbour solicitation is repeated a second later.
         wait_until(lambda: "state UP" in network.peer.links() and "state DOWN" not in network.relay.links())
         way.wait_for_kernel(WITHIN)
 
 
 @pytest.mark.parametrize("families", FAMILIES)
-def test_an_address_that_is_removed_and_given_back(lab: Lab, families: tuple[Family, Family]) -> None:
+def test_relaying_resumes_after_an_address_is_restored(lab: Lab, families: tuple[Family, Family]) -> None:
     network, address = lab.network, RELAY[families[0]]
     with talk(lab.relay, network, families) as way:
-        # The client has no reason to think that it is gone.
+        # The client does not notice the removal.
         network.client.ip(f"neigh replace {address} dev c0 lladdr {network.relay.mac('r0')}")
         network.relay.ip(f"addr del {address}/{64 if ':' in address else 24} dev r0")
 
@@ -129,14 +135,14 @@ def test_an_address_that_is_removed_and_given_back(lab: Lab, families: tuple[Fam
 
 
 @pytest.mark.parametrize("families", FAMILIES)
-def test_an_mtu_that_changes(lab: Lab, families: tuple[Family, Family]) -> None:
+def test_relaying_follows_changes_of_the_mtu(lab: Lab, families: tuple[Family, Family]) -> None:
     network = lab.network
     with talk(lab.relay, network, families) as way:
         headers = 28 if families[0] is Family.IPV4 else 48
         for mtu in (1300, 1500):
             network.peer.set_mtu("p0", mtu)
             network.relay.set_mtu("r1", mtu)
-            # What the client's own link takes has a header of 4 bytes in it.
+            # The MTU of the client's own link includes a ChannelData header of 4 bytes.
             longest = min(mtu, 1496) - headers
 
             def is_followed(longest: int = longest, limit: bool = mtu < 1496) -> bool:  # noqa: FBT001

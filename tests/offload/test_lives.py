@@ -1,4 +1,4 @@
-"""The kernel relays for a channel exactly as long as it lives."""
+"""The kernel relays for a channel exactly during its lifetime."""
 
 import contextlib
 import threading
@@ -14,7 +14,6 @@ import pytest
 
 from relay.actors.messages import Tick
 from relay.actors.server import ServerActor
-from relay.actors.system import System
 from relay.config import AttachMode, OffloadConfig
 from relay.core.addresses import Family
 from relay.core.attributes import LIFETIME, REQUESTED_ADDRESS_FAMILY
@@ -22,23 +21,28 @@ from relay.core.credentials import RelaySecret
 from relay.core.stun import Method
 from relay.offload import capabilities
 from relay.offload.datapath import open_datapath
-from tests.actors.conftest import CONFIG, JumpingClock
-from tests.conftest import needs_ipv6, wait_until
-from tests.offload.conftest import needs_bpf
-from tests.offload.relays import SECRET, Counts, Lab, Offloading, Talk, talk
-from tests.offload.topology import PEER, RELAY, Row, row
-from tests.turn_client import TIMEOUT, code_of
+from relay.system.system import System
+from tests.support.offload.fixtures import needs_bpf
+from tests.support.offload.relays import SECRET, Counts, Lab, Offloading, Talk, talk
+from tests.support.offload.topology import PEER, RELAY, Row, row
+from tests.support.requirements import needs_ipv6
+from tests.support.system import CONFIG, JumpingClock
+from tests.support.turn_client import TIMEOUT, code_of
+from tests.support.waiting import wait_until
 
 pytestmark = [needs_bpf, needs_ipv6, pytest.mark.usefixtures("object_file")]
 
 AFTER: Final = 500
-"""Packets that are sent in vain."""
+"""Number of packets sent after the end of a channel."""
 
 TRIES: Final = 10
 
+SOON: Final = 0.5
+"""Seconds until something expires for the kernel."""
+
 
 class Flood:
-    """As many packets as a thread can send, both ways."""
+    """A flood of packets in both directions, sent by a thread."""
 
     def __init__(self, way: Talk) -> None:
         self._way = way
@@ -55,7 +59,7 @@ class Flood:
         self._thread.join()
 
     def wait_for(self, count: int) -> None:
-        """Wait until so many more were sent."""
+        """Wait until this number of further packets was sent."""
         wanted = self.sent + count
         wait_until(lambda: self.sent >= wanted)
 
@@ -65,12 +69,12 @@ class Flood:
                 self._way.client.send(self._way.number, bytes(100))
                 self._way.peer.sendto(bytes(100), self._way.relayed[:2])
                 self.sent += 1
-            # The pace is the flood's: 20,000 a second each way, which the sockets can take, too.
+            # The rate is 20,000 packets per second in each direction, within the capacity of the sockets.
             time.sleep(0.0005)
 
 
 def drain(way: Talk) -> int:
-    """Throw away all that has arrived, and give how much that was."""
+    """Discard all arrived packets, and return their number."""
     count = 0
     for sock in (way.peer, way.client.socket):
         sock.settimeout(0)
@@ -83,9 +87,9 @@ def drain(way: Talk) -> int:
 
 
 def nothing_more_arrives(relay: Offloading, way: Talk, flood: Flood) -> Counts:
-    """See that nothing is relayed from now on, and give what the kernel did instead."""
+    """Check that nothing is relayed from now on, and return the kernel's counters."""
     before = relay.counts()
-    # What was on its way arrives, on a machine that is busy a little later.
+    # Packets in flight arrive, a little later on a busy machine.
     for _ in range(TRIES):
         flood.wait_for(AFTER)
         if not drain(way):
@@ -98,19 +102,18 @@ def nothing_more_arrives(relay: Offloading, way: Talk, flood: Flood) -> Counts:
 
 
 @pytest.mark.parametrize("families", [(Family.IPV4, Family.IPV4), (Family.IPV6, Family.IPV6)], ids=["IPv4", "IPv6"])
-def test_nothing_of_a_freed_allocation_is_relayed_once_that_was_answered(lab: Lab, families: tuple[Family, Family]) -> None:
+def test_no_packet_is_relayed_after_the_response_to_a_delete(lab: Lab, families: tuple[Family, Family]) -> None:
     before = lab.relay.state()["xdp_channels"]
-    for _ in range(5):
+    for _ in range(2):
         with talk(lab.relay, lab.network, families) as way, Flood(way) as flood:
-            flood.wait_for(AFTER)
-            assert min(way.by_kernel()) > AFTER / 2
+            wait_until(lambda way=way: min(way.by_kernel()) > AFTER)  # type: ignore[misc]
             assert way.client.refresh(0) is None
             counts = nothing_more_arrives(lab.relay, way, flood)
             assert counts.passed["unbound"] > AFTER
     assert lab.relay.state()["xdp_channels"] == before
 
 
-def test_nothing_of_a_deleted_family_is_relayed_once_that_was_answered(lab: Lab) -> None:
+def test_no_packet_of_a_deleted_family_is_relayed_after_the_response(lab: Lab) -> None:
     with (
         lab.relay.client(lab.network.client) as client,
         lab.network.peer.udp(PEER[Family.IPV4]) as peer4,
@@ -130,7 +133,7 @@ def test_nothing_of_a_deleted_family_is_relayed_once_that_was_answered(lab: Lab)
 
 
 def sockets_are_empty(network: Row) -> bool:
-    """Tell whether the sockets on the relay's machine have nothing that waits to be read."""
+    """Return whether the sockets on the relay's machine have no unread data."""
     with network.relay.entered():
         lines = [
             line for name in ("udp", "udp6") for line in Path(f"/proc/thread-self/net/{name}").read_text().splitlines()[1:]
@@ -139,22 +142,22 @@ def sockets_are_empty(network: Row) -> bool:
 
 
 class Here(Offloading):
-    """A relay in this process, whose clock can be put forward."""
+    """A relay in this process, with an adjustable clock."""
 
     def __init__(self, network: Row, system: System, clock: JumpingClock) -> None:
-        at = system._http["control"]
+        at = system.http["control"]
         super().__init__(network.relay, (at.host, at.port))
         self.clock = clock
         self.network = network
 
     def jump(self, seconds: float) -> None:
-        """Let time pass for all of it but the kernel."""
+        """Advance the time of the relay, but not of the kernel."""
         self.clock.jump(seconds)
         (server,) = pykka.ActorRegistry.get_by_class(ServerActor)
         server.ask(Tick(), timeout=TIMEOUT)
 
     def settle(self) -> None:
-        """Let it work off what the kernel left to its sockets: requests may be taken before that."""
+        """Wait until the relay has processed the packets left to its sockets, which requests may overtake."""
         wait_until(lambda: sockets_are_empty(self.network))
         for _ in range(3):
             self.jump(0)
@@ -166,18 +169,19 @@ HERE: Final = replace(
     public_ip6=IPv6Address(RELAY[Family.IPV6]),
     secret=RelaySecret(SECRET),
     service_port=3478,
+    unauthenticated_rate=0,  # A limit requires a clock that never goes back.
     offload=OffloadConfig(("r0", "r1"), AttachMode.GENERIC),
 )
 
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
-    # This thread is also that of the tests to come.
+    # Later tests use the same thread.
     monkeypatch.setattr(capabilities, "drop", lambda: None)
     clock = JumpingClock()
     with row() as network, contextlib.ExitStack() as stack:
         network.know_all()
-        # Its threads are where the one was that started them.
+        # Its threads inherit the network of this thread.
         with network.relay.entered():
             assert HERE.offload
             datapath = open_datapath(HERE, HERE.offload)
@@ -193,7 +197,7 @@ def talk_here(here: Here) -> Iterator[Talk]:
         yield way
 
 
-def test_a_channel_that_has_expired_is_back_when_it_is_refreshed_in_its_cool_down(here: Here) -> None:
+def test_an_expired_channel_relays_again_after_a_refresh(here: Here) -> None:
     with talk_here(here) as way:
         host, port, *_ = way.peer.getsockname()
         for _ in range(3):
@@ -205,13 +209,15 @@ def test_a_channel_that_has_expired_is_back_when_it_is_refreshed_in_its_cool_dow
             with Flood(way) as flood:
                 assert nothing_more_arrives(here, way, flood).passed["unbound"] > AFTER
             here.settle()
+            # Packets of the last second would be relayed with the ChannelBind.
+            here.jump(1)
             assert way.client.bind_channel(way.number, (host, port)) is None
             assert here.state()["xdp_channels"] == 1
             assert way.client.refresh(600) is None
             way.wait_for_kernel()
 
 
-def test_a_channel_that_is_refreshed_in_time_goes_on(here: Here) -> None:
+def test_a_channel_refreshed_in_time_relays_without_interruption(here: Here) -> None:
     with talk_here(here) as way:
         host, port, *_ = way.peer.getsockname()
         for _ in range(5):
@@ -223,7 +229,7 @@ def test_a_channel_that_is_refreshed_in_time_goes_on(here: Here) -> None:
             assert way.by_kernel() == (before[0] + 1, before[1] + 1), "it is the same channel still"
 
 
-def test_an_allocation_that_has_expired_is_the_kernels_no_more(here: Here) -> None:
+def test_channels_of_an_expired_allocation_are_removed_from_the_kernel(here: Here) -> None:
     with talk_here(here) as way, Flood(way) as flood:
         here.jump(601)
         assert here.state()["xdp_channels"] == 0
@@ -231,18 +237,18 @@ def test_an_allocation_that_has_expired_is_the_kernels_no_more(here: Here) -> No
 
 
 @pytest.mark.parametrize("which", ["channel", "allocation"])
-def test_the_kernel_needs_nobody_to_tell_it_that_the_time_is_over(here: Here, which: str) -> None:
-    """For the relay, less time has passed than for the kernel: the sockets go on where the kernel has stopped."""
-    here.jump(-598.5)
-    with here.client(here.network.client) as client, here.network.peer.udp(PEER[Family.IPV4]) as peer:
-        (relayed,) = client.allocate()
-        ends = time.monotonic() + 1.5
+def test_the_kernel_checks_deadlines_without_the_relay(here: Here, which: str) -> None:
+    """The relay's clock is behind the kernel's clock: the sockets relay after the kernel has stopped."""
+    with talk_here(here) as way:
+        client, channel = way.client, (way.number, (PEER[Family.IPV4], way.peer.getsockname()[1]))
+        here.jump(SOON - 600)
+        ends = time.monotonic() + SOON
         if which == "allocation":
+            assert client.refresh(600) is None
             here.jump(300)
-        way = Talk(here, client, peer, relayed)
-        if which == "channel":
+        else:
             assert client.refresh(3600) is None
-        way.wait_for_kernel()
+        assert client.bind_channel(*channel) is None
 
         def has_stopped() -> bool:
             before = here.counts()
@@ -250,8 +256,8 @@ def test_the_kernel_needs_nobody_to_tell_it_that_the_time_is_over(here: Here, wh
             return here.counts().since(before) == (0, 0, {"expired": 2})
 
         wait_until(has_stopped)
-        assert time.monotonic() > ends - 0.5
+        assert time.monotonic() > ends - 0.05
         here.jump(200)
         assert client.refresh(600) is None
-        assert client.bind_channel(way.number, (PEER[Family.IPV4], peer.getsockname()[1])) is None
+        assert client.bind_channel(*channel) is None
         way.wait_for_kernel()

@@ -1,4 +1,4 @@
-"""Who is behind an address changes while the kernel relays: it follows, and nothing but what was on its way is lost."""
+"""Neighbours change while the kernel relays: the relay follows, and only packets in flight are lost."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -7,11 +7,12 @@ from typing import Final, NamedTuple
 import pytest
 
 from relay.core.addresses import Family
-from tests.conftest import needs_ipv6, wait_until
-from tests.offload.conftest import needs_bpf
-from tests.offload.relays import MODES, WITHIN, Offloading, running, talk
-from tests.offload.stream import Stream
-from tests.offload.topology import PEER, Capture, Row, asks_for, row
+from tests.support.offload.fixtures import needs_bpf
+from tests.support.offload.relays import MODES, WITHIN, Offloading, running, talk
+from tests.support.offload.stream import Stream
+from tests.support.offload.topology import PEER, Capture, Row, asks_for, row
+from tests.support.requirements import needs_ipv6
+from tests.support.waiting import wait_until
 
 pytestmark = [needs_bpf, needs_ipv6, pytest.mark.usefixtures("object_file")]
 
@@ -48,7 +49,7 @@ def families(request: pytest.FixtureRequest) -> tuple[Family, Family]:
 
 @pytest.fixture(autouse=True)
 def _nobody_knows_anybody(lab: Lab) -> None:
-    """Whatever the test before has done."""
+    """Flush the neighbours of the previous test."""
     lab.network.relay.ip("neigh flush dev r0", "neigh flush dev r1")
     lab.network.client.ip("neigh flush dev c0")
     lab.network.peer.ip("neigh flush dev p0")
@@ -58,11 +59,11 @@ _macs = (f"02:00:00:77:{number >> 8:02x}:{number & 0xFF:02x}" for number in rang
 
 
 def arrives_by_kernel(lab: Lab, stream: Stream) -> Callable[[], bool]:
-    """Give what tells whether a stream gets through in the kernel from now on: ten packets each way."""
+    """Return a check whether the kernel relays a stream from now on: ten packets in each direction."""
 
     def does() -> bool:
         peer, client, counts = len(stream.at_peer), len(stream.at_client), lab.relay.counts()
-        # What arrives in a while is what is asked for: nothing else says that it is over.
+        # Arriving packets are the only sign of the end.
         time.sleep(0.02)
         later = lab.relay.counts().since(counts)
         arrived = [(len(stream.at_peer) - peer, later.to_peer)]
@@ -73,9 +74,7 @@ def arrives_by_kernel(lab: Lab, stream: Stream) -> Callable[[], bool]:
     return does
 
 
-def test_stale_neighbours_are_asked_again_though_all_packets_are_the_kernels(
-    lab: Lab, families: tuple[Family, Family]
-) -> None:
+def test_stale_neighbours_are_probed_while_the_kernel_relays_all_packets(lab: Lab, families: tuple[Family, Family]) -> None:
     with talk(lab.relay, lab.network, families) as way, Capture(lab.network.peer, "p0") as at_peer:
         with Stream(way) as stream:
             before = lab.relay.counts()
@@ -91,7 +90,7 @@ def test_stale_neighbours_are_asked_again_though_all_packets_are_the_kernels(
         assert counts.passed.total() < 20 < counts.to_peer, counts
 
 
-def test_a_neighbour_that_tells_of_its_new_mac_address_is_followed(lab: Lab, families: tuple[Family, Family]) -> None:
+def test_a_new_mac_address_announced_by_a_neighbour_is_used(lab: Lab, families: tuple[Family, Family]) -> None:
     with talk(lab.relay, lab.network, families) as way, Stream(way, loses=True) as stream:
         stream.wait_for(50)
         with Capture(lab.network.peer, "p0") as at_peer:
@@ -101,15 +100,15 @@ def test_a_neighbour_that_tells_of_its_new_mac_address_is_followed(lab: Lab, fam
             assert at_peer.take(lambda seen: seen.to == mac)
 
 
-def test_a_client_that_tells_of_its_new_mac_address_is_followed(lab: Lab, families: tuple[Family, Family]) -> None:
+def test_a_new_mac_address_announced_by_a_client_is_used(lab: Lab, families: tuple[Family, Family]) -> None:
     with talk(lab.relay, lab.network, families) as way, Stream(way, loses=True) as stream:
         stream.wait_for(50)
         lab.network.client.ip(f"link set c0 address {next(_macs)}")
         wait_until(arrives_by_kernel(lab, stream), WITHIN)
 
 
-def test_a_neighbour_that_is_lost_is_found_again(lab: Lab, families: tuple[Family, Family]) -> None:
-    """It changes its MAC address and tells nobody: what is sent to the old one is lost, until the kernel asks in vain."""
+def test_an_unannounced_mac_address_is_found_by_probes(lab: Lab, families: tuple[Family, Family]) -> None:
+    """A neighbour changes its MAC address without an announcement: packets are lost until probes by the kernel fail."""
     network = lab.network
     knobs = ("ipv4/conf/p0/arp_notify", "ipv6/conf/p0/ndisc_notify")
     with (
@@ -126,13 +125,13 @@ def test_a_neighbour_that_is_lost_is_found_again(lab: Lab, families: tuple[Famil
         finally:
             for knob in knobs:
                 network.peer.set_knob(knob, 1)
-        # Once it is stale: a packet by the sockets, some questions to where it was, some to everybody.
+        # Once stale: a packet by the sockets, some unicast probes, some broadcast probes.
         wait_until(lambda: any(each.to == mac for each in at_peer.take()))
         wait_until(arrives_by_kernel(lab, stream), WITHIN)
     assert stream.lost() > 0, "it had to be lost first"
 
 
-def test_a_neighbour_that_is_forgotten_is_asked_for_by_the_sockets(lab: Lab, families: tuple[Family, Family]) -> None:
+def test_a_deleted_neighbour_is_resolved_by_the_sockets(lab: Lab, families: tuple[Family, Family]) -> None:
     with talk(lab.relay, lab.network, families) as way, Stream(way) as stream:
         before = lab.relay.counts()
         lab.network.relay.ip("neigh flush dev r1", "neigh flush dev r0")
@@ -142,7 +141,7 @@ def test_a_neighbour_that_is_forgotten_is_asked_for_by_the_sockets(lab: Lab, fam
 
 
 @pytest.mark.parametrize("link", ["r0", "r1"])
-def test_packets_to_and_from_the_relays_own_new_mac_address(lab: Lab, families: tuple[Family, Family], link: str) -> None:
+def test_a_new_mac_address_of_the_relay_is_used(lab: Lab, families: tuple[Family, Family], link: str) -> None:
     network = lab.network
     with talk(lab.relay, network, families) as way, Stream(way, loses=True) as stream:
         stream.wait_for(50)

@@ -1,7 +1,9 @@
-"""What clients and peers get is the same, byte for byte, whether the kernel relays it or the sockets do."""
+"""Clients and peers get the same bytes from the kernel and from the sockets."""
 
+import ipaddress
 import select
 import socket
+import struct
 from collections import Counter
 from collections.abc import Callable
 from typing import Final
@@ -9,12 +11,13 @@ from typing import Final
 import pytest
 
 from relay.core.addresses import Family
-from tests.conftest import needs_ipv6
-from tests.interop.test_trains import CLASS_OPTIONS
-from tests.offload.conftest import needs_bpf
-from tests.offload.relays import SERVICE, Counts, Lab, talk
-from tests.offload.topology import PEER, RELAY, ROUTE_MTU, Capture, Seen
-from tests.turn_client import TurnClient
+from tests.support.offload.fixtures import needs_bpf
+from tests.support.offload.packets import checksum_of, pseudo_header, sum_of
+from tests.support.offload.relays import SERVICE, Lab, talk
+from tests.support.offload.topology import PEER, RELAY, ROUTE_MTU, Capture, Seen
+from tests.support.requirements import needs_ipv6
+from tests.support.turn_client import TurnClient
+from tests.support.udp import CLASS_OPTIONS
 
 pytestmark = [needs_bpf, needs_ipv6, pytest.mark.usefixtures("object_file")]
 
@@ -23,20 +26,22 @@ IP: Final = {Family.IPV4: 20, Family.IPV6: 40}
 UDP: Final = 8
 HEADER: Final = 4
 SHORTEST: Final = 60 - 14
-"""Bytes of the shortest IP packet that fills a frame."""
+"""Bytes of the shortest IP packet without padding."""
+IPV4_PREFIX: Final = bytes(10) + b"\xff\xff"
+"""Of an IPv4 address mapped to IPv6."""
 CLASSES: Final = (0, 0xB8, 0x02, 0x03, 0xFF)
 
 BOTH: Final = [pytest.param((one, other), id=f"{one.name}-{other.name}") for one in Family for other in Family]
 
 
 def sizes(sender: Family, receiver: Family, *, strip: int, put: int) -> dict[int, str]:
-    """Give sizes of payloads, with why the sockets relay them; "" if the kernel does.
+    """Return sizes of payloads, with the reason for relaying by the sockets, or "" for the kernel.
 
     Args:
-        sender: of what arrives at the relay.
-        receiver: of what it sends.
-        strip: bytes that are taken off.
-        put: bytes that come on.
+        sender: family of packets to the relay.
+        receiver: family of packets from the relay.
+        strip: removed bytes.
+        put: added bytes.
     """
     longest = ROUTE_MTU - IP[receiver] - UDP - put
     shortest = max(0, SHORTEST - IP[receiver] - UDP - put)
@@ -57,73 +62,103 @@ def payload(size: int, traffic_class: int) -> bytes:
     return (b"%04d/%02x " % (size, traffic_class) * (size // 8 + 1))[:size]
 
 
-Send = Callable[[bytes, int], None]
+Send = Callable[[bytes, int], bool]
+"""Sends a payload with a traffic class, and returns whether the checksum looks partial."""
 
 
-def sent_with_class(sock: socket.socket, data: bytes, to: tuple[str, int], traffic_class: int) -> None:
+def looks_partial(source: tuple[str, int], to: tuple[str, int], data: bytes) -> bool:
+    """Return whether the complete checksum equals the sum of the pseudo header, as 1 of 65,535 does."""
+    here, there = (ipaddress.ip_address(host).packed for host, _ in (source, to))
+    if ":" not in to[0]:
+        here, there = IPV4_PREFIX + here, IPV4_PREFIX + there
+    pseudo = pseudo_header(here, there, UDP + len(data))
+    header = struct.pack(">4H", source[1], to[1], UDP + len(data), 0)
+    return checksum_of(pseudo, header, data) == (sum_of(pseudo) or 0xFFFF)
+
+
+def sent_with_class(sock: socket.socket, data: bytes, to: tuple[str, int], traffic_class: int) -> bool:
     level, kind, _ = CLASS_OPTIONS[Family.IPV6 if sock.family == socket.AF_INET6 else Family.IPV4]
     sock.sendmsg([data], [(level, kind, traffic_class.to_bytes(4, "little"))], 0, to)
+    return looks_partial(sock.getsockname()[:2], to, data)
 
 
-def exchanged(send: Send, receiver: socket.socket, capture: Capture, all_sizes: dict[int, str]) -> list[Seen]:
-    """Send payloads of all sizes one after the other; give the packets that the receiver's machine got."""
+def exchanged(
+    send: Send, receiver: socket.socket, capture: Capture, all_sizes: dict[int, str]
+) -> tuple[list[Seen], Counter[str]]:
+    """Send payloads of all sizes in sequence.
+
+    Return the packets on the receiver's machine, and the number of packets by the reason for which the kernel passes them.
+    """
     capture.take()
-    for size in all_sizes:
+    reasons: Counter[str] = Counter()
+    for size, passed_for in all_sizes.items():
         for traffic_class in CLASSES:
-            send(payload(size, traffic_class), traffic_class)
+            is_ambiguous = send(payload(size, traffic_class), traffic_class)
+            reasons["partial_checksum" if is_ambiguous and passed_for != "fragments" else passed_for] += 1
             assert receiver.recv(65535).endswith(payload(size, traffic_class))
-    return capture.take()
+    return capture.take(), reasons
 
 
-def check_same(lab: Lab, send: Send, receiver: socket.socket, capture: Capture, all_sizes: dict[int, str]) -> Counts:
-    """Compare what arrives while the kernel relays, and while it doesn't; give what it counted while it did."""
+def check_same(
+    lab: Lab, send: Send, receiver: socket.socket, capture: Capture, all_sizes: dict[int, str], ways: tuple[int, int]
+) -> None:
+    """Compare packets with and without relaying by the kernel, and the kernel's counters to peers and to clients."""
     before = lab.relay.counts()
-    relayed = exchanged(send, receiver, capture, all_sizes)
+    relayed, reasons = exchanged(send, receiver, capture, all_sizes)
     counts = lab.relay.counts().since(before)
     lab.relay.detach()
     try:
-        by_sockets = exchanged(send, receiver, capture, all_sizes)
+        by_sockets, _ = exchanged(send, receiver, capture, all_sizes)
     finally:
         lab.relay.attach()
     assert [each.compared().hex(" ", 4) for each in relayed] == [each.compared().hex(" ", 4) for each in by_sockets]
     for each in (*relayed, *by_sockets):
         if each.is_whole:
             each.check_sums()
-    passed = Counter(each for each in all_sizes.values() if each and each != "fragments")
-    assert counts.passed == Counter({name: count * len(CLASSES) for name, count in passed.items()})
-    return counts
+    kernels = reasons.pop("")
+    del reasons["fragments"]
+    assert counts.passed == reasons
+    assert counts[:2] == (ways[0] * kernels, ways[1] * kernels)
 
 
-def kernels(all_sizes: dict[int, str]) -> int:
-    """How many packets the kernel relays of what is sent of all sizes."""
-    return len(CLASSES) * sum(not each for each in all_sizes.values())
-
-
-def test_peers_get_the_same_from_the_kernel(lab: Lab, families: tuple[Family, Family]) -> None:
+def test_peers_get_the_same_bytes_from_the_kernel(lab: Lab, families: tuple[Family, Family]) -> None:
     client_family, peer_family = families
     all_sizes = sizes(client_family, peer_family, strip=HEADER, put=0)
     with talk(lab.relay, lab.network, families) as way, Capture(lab.network.peer, "p0") as capture:
 
-        def send(data: bytes, traffic_class: int) -> None:
+        def send(data: bytes, traffic_class: int) -> bool:
             frame = way.number.to_bytes(2, "big") + len(data).to_bytes(2, "big") + data
-            sent_with_class(way.client.socket, frame, (RELAY[client_family], SERVICE), traffic_class)
+            return sent_with_class(way.client.socket, frame, (RELAY[client_family], SERVICE), traffic_class)
 
-        assert check_same(lab, send, way.peer, capture, all_sizes)[:2] == (kernels(all_sizes), 0)
+        check_same(lab, send, way.peer, capture, all_sizes, (1, 0))
 
 
-def test_clients_get_the_same_from_the_kernel(lab: Lab, families: tuple[Family, Family]) -> None:
+def test_clients_get_the_same_bytes_from_the_kernel(lab: Lab, families: tuple[Family, Family]) -> None:
     client_family, peer_family = families
     all_sizes = sizes(peer_family, client_family, strip=0, put=HEADER)
     with talk(lab.relay, lab.network, families) as way, Capture(lab.network.client, "c0") as capture:
 
-        def send(data: bytes, traffic_class: int) -> None:
-            sent_with_class(way.peer, data, (way.relayed[0], way.relayed[1]), traffic_class)
+        def send(data: bytes, traffic_class: int) -> bool:
+            return sent_with_class(way.peer, data, (way.relayed[0], way.relayed[1]), traffic_class)
 
-        assert check_same(lab, send, way.client.socket, capture, all_sizes)[:2] == (0, kernels(all_sizes))
+        check_same(lab, send, way.client.socket, capture, all_sizes, (0, 1))
+
+
+def test_the_sockets_relay_a_complete_checksum_that_looks_partial(lab: Lab) -> None:
+    with talk(lab.relay, lab.network) as way:
+        to = (RELAY[Family.IPV4], SERVICE)
+        header = way.number.to_bytes(2, "big") + (100).to_bytes(2, "big")
+        source = way.client.socket.getsockname()
+        payloads = (number.to_bytes(2, "big") + bytes(98) for number in range(1 << 16))
+        ambiguous = next(each for each in payloads if looks_partial(source, to, header + each))
+        before = lab.relay.counts()
+        assert sent_with_class(way.client.socket, header + ambiguous, to, 0)
+        assert way.peer.recv(1000) == ambiguous
+        assert lab.relay.counts().since(before).passed == Counter(partial_checksum=1)
 
 
 class Hairpin:
-    """Two clients with a channel to each other's relayed address."""
+    """Two clients with channels to the relayed address of each other."""
 
     def __init__(self, lab: Lab, one: TurnClient, other: TurnClient, relayed: Family) -> None:
         self.clients = one, other
@@ -141,7 +176,7 @@ class Hairpin:
 
 
 @pytest.mark.parametrize("relayed", Family, ids=lambda each: f"by-{each.name}")
-def test_two_clients_of_one_relay_get_the_same_from_the_kernel(
+def test_two_clients_of_a_relay_get_the_same_bytes_from_the_kernel(
     lab: Lab, families: tuple[Family, Family], relayed: Family
 ) -> None:
     client = lab.network.client
@@ -153,22 +188,21 @@ def test_two_clients_of_one_relay_get_the_same_from_the_kernel(
     ):
         Hairpin(lab, one, other, relayed)
 
-        def send(data: bytes, traffic_class: int) -> None:
+        def send(data: bytes, traffic_class: int) -> bool:
             frame = b"\x40\x01" + len(data).to_bytes(2, "big") + data
-            sent_with_class(one.socket, frame, (RELAY[families[0]], SERVICE), traffic_class)
+            return sent_with_class(one.socket, frame, (RELAY[families[0]], SERVICE), traffic_class)
 
-        count = kernels(all_sizes)
-        assert check_same(lab, send, other.socket, capture, all_sizes)[:2] == (count, count)
+        check_same(lab, send, other.socket, capture, all_sizes, (1, 1))
 
 
 @pytest.fixture(params=BOTH)
 def families(request: pytest.FixtureRequest) -> tuple[Family, Family]:
-    """Of the client and of the peer; or of two clients."""
+    """Families of the client and the peer, or of two clients."""
     found: tuple[Family, Family] = request.param
     return found
 
 
-def test_what_is_used_of_each_channel_is_told(lab: Lab) -> None:
+def test_usage_is_reported_by_channel(lab: Lab) -> None:
     with talk(lab.relay, lab.network) as way:
 
         def usage() -> dict[str, dict[str, float]]:
@@ -190,7 +224,7 @@ def test_what_is_used_of_each_channel_is_told(lab: Lab) -> None:
     assert later["xdp_sizes"]["to_peer"]["256+"] - totals["xdp_sizes"]["to_peer"].get("256+", 0) == 10
 
 
-def test_what_the_kernel_does_not_relay_the_sockets_do(lab: Lab) -> None:
+def test_the_sockets_relay_packets_passed_by_the_kernel(lab: Lab) -> None:
     with talk(lab.relay, lab.network) as way:
         for frame, why in (
             (b"\x41\x23\x00\x30" + bytes(48 + 3), "odd_length"),
@@ -209,8 +243,8 @@ def test_what_the_kernel_does_not_relay_the_sockets_do(lab: Lab) -> None:
         assert lab.relay.counts().since(before) == (0, 0, Counter(last_hop=1, no_checksum=1))
 
 
-def test_a_stranger_gets_nothing_through_the_kernel(lab: Lab) -> None:
-    """Another peer at the same host, and another client, who guess what there is to know."""
+def test_the_kernel_relays_no_packets_of_unauthenticated_senders(lab: Lab) -> None:
+    """Another peer on the same host, and another client, guess ports and channel numbers."""
     with (
         talk(lab.relay, lab.network) as way,
         lab.network.peer.udp(PEER[Family.IPV4]) as peer,

@@ -1,4 +1,4 @@
-"""Networks of all shapes around a relay: it finds the ways there, and follows when they change."""
+"""Networks of various shapes: the relay finds the next hops, and follows changes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,11 +7,13 @@ from typing import Final, NamedTuple
 import pytest
 
 from relay.core.addresses import Family
-from tests.conftest import needs_ipv6, wait_until
-from tests.offload.conftest import needs_bpf
-from tests.offload.relays import MODES, WITHIN, Offloading, Talk, running
-from tests.offload.stream import Stream
-from tests.offload.topology import CLIENT, PEER, RELAY, Capture, Host, Row, configure, connect, hosts, row
+from tests.support.machine import wait_until_up
+from tests.support.offload.fixtures import needs_bpf
+from tests.support.offload.relays import MODES, WITHIN, Offloading, Talk, running
+from tests.support.offload.stream import Stream
+from tests.support.offload.topology import CLIENT, PEER, RELAY, Capture, Host, Row, configure, connect, hosts, row
+from tests.support.requirements import needs_ipv6
+from tests.support.waiting import wait_until
 
 pytestmark = [needs_bpf, needs_ipv6, pytest.mark.usefixtures("object_file")]
 
@@ -22,13 +24,13 @@ FAMILIES: Final = [pytest.param((one, other), id=f"{one.name}-{other.name}") for
 
 @pytest.fixture(params=FAMILIES)
 def families(request: pytest.FixtureRequest) -> tuple[Family, Family]:
-    """Of the client and of the peer."""
+    """Families of the client and the peer."""
     found: tuple[Family, Family] = request.param
     return found
 
 
 class Roads(NamedTuple):
-    """A peer behind two gateways. To them the relay has the links r1 and r2, and the peer p1 and p2."""
+    """A peer behind two gateways. The relay reaches the gateways through r1 and r2, and the peer through p1 and p2."""
 
     relay: Host
     client: Host
@@ -37,7 +39,7 @@ class Roads(NamedTuple):
     offloading: Offloading
 
     def go_by(self, way: int) -> None:
-        """Have the relay send by one of the two."""
+        """Route the relay's packets through one of the two gateways."""
         self.relay.ip(
             f"route replace {FAR_PEER[Family.IPV4]} via 10.77.1{way}.254",
             f"route replace {FAR_PEER[Family.IPV6]} via fd77:1{way}::254",
@@ -67,11 +69,12 @@ def roads(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
                 f"route add {FAR_PEER[Family.IPV6]} via fd77:2{way}::2",
             )
         peer.ip("route add default via 10.77.21.254", "route add default via fd77:21::254")
+        wait_until_up(relay, client, peer, *both)
         with running(relay, tmp_path_factory.mktemp("relay"), request.param, links="r0,r1,r2") as offloading:
             yield Roads(relay, client, peer, (both[0], both[1]), offloading)
 
 
-def test_a_peer_behind_a_gateway_that_moves(roads: Roads, families: tuple[Family, Family]) -> None:
+def test_relaying_follows_a_changed_gateway(roads: Roads, families: tuple[Family, Family]) -> None:
     roads.go_by(1)
     with (
         roads.offloading.client(roads.client, families[0]) as client,
@@ -105,18 +108,19 @@ class Lab(NamedTuple):
 
 @pytest.fixture(scope="module", params=MODES)
 def one_armed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """Client, peer and relay at one switch; the relay has no other link."""
+    """Client, peer and relay on one switch; the relay has a single link."""
     with hosts("client", "relay", "peer", "switch") as (client, relay, peer, switch):
         switch.ip("link add b0 type bridge", "link set b0 up")
         for host, link, addresses in ((client, "c0", CLIENT), (relay, "r0", RELAY), (peer, "p0", ON_LINK)):
             connect(host, link, switch, f"to-{link}")
             switch.ip(f"link set to-{link} master b0 up")
             configure(host, link, addresses)
+        wait_until_up(client, relay, peer, switch)
         with running(relay, tmp_path_factory.mktemp("relay"), request.param, links="r0") as offloading:
             yield Lab(Row(client, relay, peer), offloading)
 
 
-def test_all_are_at_one_switch(one_armed: Lab, families: tuple[Family, Family]) -> None:
+def test_client_peer_and_relay_can_share_a_switch(one_armed: Lab, families: tuple[Family, Family]) -> None:
     network, relay = one_armed
     with relay.client(network.client, families[0]) as client, network.peer.udp(ON_LINK[families[1]]) as peer:
         way = Talk(relay, client, peer)
@@ -130,7 +134,7 @@ def test_all_are_at_one_switch(one_armed: Lab, families: tuple[Family, Family]) 
         assert (stream.lost(), stream.doubled()) == (0, 0)
 
 
-def test_two_clients_at_one_switch_meet(one_armed: Lab) -> None:
+def test_two_clients_on_the_same_switch_reach_each_other(one_armed: Lab) -> None:
     network, relay = one_armed
     with (
         relay.client(network.client, Family.IPV4) as one,
@@ -151,7 +155,7 @@ def test_two_clients_at_one_switch_meet(one_armed: Lab) -> None:
         wait_until(is_relayed)
 
 
-def test_what_goes_out_by_an_interface_without_the_program_the_sockets_send(tmp_path: Path) -> None:
+def test_the_sockets_send_through_interfaces_without_the_program(tmp_path: Path) -> None:
     with row() as network:
         network.know_all()
         with (
@@ -168,23 +172,23 @@ def test_what_goes_out_by_an_interface_without_the_program_the_sockets_send(tmp_
 
 @pytest.fixture
 def behind_nat(tmp_path: Path) -> Iterator[Lab]:
-    """A relay whose public address no interface has: its sockets take what comes to any."""
+    """A relay whose public address belongs to no interface: its sockets receive packets for any address."""
     with row() as network:
         network.know_all()
         with running(network.relay, tmp_path, "generic", public=["203.0.113.77"]) as relay:
             yield Lab(network, relay)
 
 
-def test_behind_nat_what_comes_to_any_address_is_relayed(behind_nat: Lab) -> None:
+def test_behind_nat_packets_for_any_address_are_relayed(behind_nat: Lab) -> None:
     network, relay = behind_nat
     with relay.client(network.client) as client, network.peer.udp(PEER[Family.IPV4]) as peer:
         way = Talk(relay, client, peer)
         assert way.relayed[0] == "203.0.113.77"
-        # Where the way out begins; whoever translates addresses would make that the public one.
+        # The source address of packets to the internet; NAT would replace it with the public address.
         way.relayed = ("10.77.2.1", way.relayed[1])
         way.wait_for_kernel()
         network.relay.ip("addr add 10.77.1.77/24 dev r0")
-        client._server = ("10.77.1.77", 3478)
+        client.server = ("10.77.1.77", 3478)
 
         def is_relayed() -> bool:
             before = relay.counts()

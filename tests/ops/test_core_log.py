@@ -1,4 +1,4 @@
-"""What the core tells of, as lines: each with what an operator looks for, and none with half of a credential."""
+"""Lines of the core's events: with the fields for operators, and without usernames."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ import pytest
 
 from relay.core.addresses import ClientAddress, Family
 from relay.core.attributes import ADDITIONAL_ADDRESS_FAMILY, REQUESTED_ADDRESS_FAMILY, REQUESTED_TRANSPORT
-from relay.core.authentication import ErrorCode
+from relay.core.errors import ErrorCode
 from relay.core.events import (
     CORE_EVENTS,
     AllocationCreated,
@@ -16,11 +16,12 @@ from relay.core.events import (
     RequestRefused,
 )
 from relay.core.stun import MessageClass, Method, encode
-from relay.ops.logs.core import WATCHED, CoreLog, wanted
-from relay.ops.logs.filter import Level, LogFilter
+from relay.logger import Level
+from relay.ops.logs.core import LOGGED_AS, log_event, wanted
+from relay.ops.logs.filter import LogFilter
 from relay.ops.logs.log import events_to
-from relay.ops.logs.repeats import USUAL
-from tests.core.driver import (
+from relay.ops.logs.rate_limiter import USUAL
+from tests.support.core import (
     CLIENT6,
     FORBIDDEN_PEER,
     HOSTS,
@@ -32,7 +33,7 @@ from tests.core.driver import (
     Relay,
     relay_with,
 )
-from tests.log_lines import KeptLog
+from tests.support.log_lines import KeptLog
 
 
 @pytest.fixture
@@ -42,8 +43,8 @@ def log() -> Iterator[KeptLog]:
         yield kept
 
 
-def lived_through() -> Relay:
-    """A relay of which all that there is to be told was written to the log."""
+def logged_relay() -> Relay:
+    """Run a relay through every event, and log the events."""
     relay = relay_with(max_allocations=1)
     relay.watch(*CORE_EVENTS)
     client = Client(relay)
@@ -61,26 +62,25 @@ def lived_through() -> Relay:
     relay.pass_time(700)
     relay.wake()
     client.refresh(0)
-    written = CoreLog(lambda: relay.now.monotonic)
     assert {type(event) for event in relay.events} == set(CORE_EVENTS)
     for event in relay.events:
-        written.write(event)
+        log_event(event, lambda: relay.now.monotonic)
     return relay
 
 
-def test_every_event_of_the_core_is_a_line_as_the_schema_says_at_its_level_and_target(log: KeptLog) -> None:
-    relay = lived_through()
+def test_every_core_event_matches_the_schema_level_and_target(log: KeptLog) -> None:
+    relay = logged_relay()
     lines = log.take()
     assert len(lines) == len(relay.events)
     for event, line in zip(relay.events, lines, strict=True):
-        target, level, words = WATCHED[type(event)]
+        target, level, name, _ = LOGGED_AS[type(event)]
         assert line["target"] == target
-        assert line["event"] == words
+        assert line["event"] == name
         assert line["level"] == {Level.WARN: "warning"}.get(level, level.name.lower())
 
 
-def test_lines_name_client_peer_channel_addresses_and_reasons(log: KeptLog) -> None:
-    lived_through()
+def test_lines_contain_client_peer_channel_addresses_and_reasons(log: KeptLog) -> None:
+    logged_relay()
     lines = {line["event"]: line for line in log.take()}
     common = {"timestamp", "level", "target", "event"}
 
@@ -117,40 +117,38 @@ def test_lines_name_client_peer_channel_addresses_and_reasons(log: KeptLog) -> N
     assert fields("answered") == {"client": client, "request": "refresh", "success": True}
 
 
-def test_a_refusal_whose_code_says_it_all_is_told_in_words_too(log: KeptLog) -> None:
-    events = CoreLog(lambda: 0.0)
-    events.write(RequestRefused(ClientAddress(("203.0.113.5", 1)), Method.REFRESH, ErrorCode.WRONG_CREDENTIALS))
-    events.write(Answered(ClientAddress(("203.0.113.5", 1)), Method.REFRESH, ErrorCode.STALE_NONCE))
+def test_an_error_without_a_reason_is_logged_with_the_name_of_its_code(log: KeptLog) -> None:
+    log_event(RequestRefused(ClientAddress(("203.0.113.5", 1)), Method.REFRESH, ErrorCode.WRONG_CREDENTIALS), lambda: 0.0)
+    log_event(Answered(ClientAddress(("203.0.113.5", 1)), Method.REFRESH, ErrorCode.STALE_NONCE), lambda: 0.0)
     assert [(line["code"], line["reason"]) for line in log.take()] == [(441, "wrong_credentials"), (438, "stale_nonce")]
 
 
-def test_events_that_come_too_often_are_left_out_and_counted_before_they_are_made_a_line(log: KeptLog) -> None:
-    events = CoreLog(lambda: 0.0, log.leaves_out)
+def test_rate_limited_events_are_counted_but_not_formatted(log: KeptLog) -> None:
     refused = RequestRefused(ClientAddress(("203.0.113.5", 1)), Method.REFRESH, ErrorCode.WRONG_CREDENTIALS)
     for _ in range(USUAL.burst):
-        events.write(refused)
+        log_event(refused, lambda: 0.0)
     assert len(log.take()) == USUAL.burst
-    # Nothing that a line is made of is in it: only who does not look can take it.
+    # Its fields can't be formatted.
     blank = RequestRefused.__new__(RequestRefused, None, None, None)  # type: ignore[arg-type]
     for _ in range(7):
-        events.write(blank)
+        log_event(blank, lambda: 0.0)
     assert log.take() == []
-    log.tell_left_out()
+    log.report_suppressed()
     assert [(line["what"], line["left_out"]) for line in log.take()] == [("request refused", 7)]
 
 
-def test_a_family_that_is_not_served_and_an_ipv6_client_are_shown(log: KeptLog) -> None:
+def test_an_unserved_family_and_an_ipv6_client_are_logged(log: KeptLog) -> None:
     relay = relay_with(public_hosts={Family.IPV4: HOSTS[Family.IPV4]})
     relay.watch(AllocationCreated)
     Client(relay, CLIENT6).allocate((ADDITIONAL_ADDRESS_FAMILY, Family.IPV6))
-    CoreLog(lambda: 0.0).write(relay.events[0])
+    log_event(relay.events[0], lambda: 0.0)
     (line,) = log.take()
     assert line["client"] == "[2001:db8:5::5]:40000"
     assert line["not_served"] == ["IPv6"]
 
 
-def test_no_line_has_a_username_in_it(log: KeptLog) -> None:
-    relay = lived_through()
+def test_no_line_contains_a_username(log: KeptLog) -> None:
+    relay = logged_relay()
     text = log.take_text()
     assert len(text) > 1000
     assert Client(relay).credential.username not in text
@@ -168,13 +166,13 @@ def test_no_line_has_a_username_in_it(log: KeptLog) -> None:
         ("off,relay.core.allocations=info", {AllocationCreated, AllocationFreed}),
     ],
 )
-def test_the_core_is_asked_for_no_more_than_the_filter_admits(directives: str, kinds: set[type]) -> None:
+def test_the_core_creates_only_events_admitted_by_the_filter(directives: str, kinds: set[type]) -> None:
     log_filter = LogFilter.parse(directives)
     assert wanted(lambda target, level: level >= log_filter.threshold(target)) == kinds
 
 
-def test_answers_and_channels_are_not_among_what_is_logged_by_default() -> None:
-    """With hundreds of clients, what is logged at info has to be readable."""
+def test_answers_and_channels_are_not_logged_by_default() -> None:
+    """The log at info must stay readable with hundreds of clients."""
     told = wanted(lambda target, level: level >= LogFilter().threshold(target))
     assert {kind.__name__ for kind in told} == {
         "AllocationCreated",

@@ -1,14 +1,14 @@
-"""What the log says of an exception: its kind and its stack always, its text unless that quotes a value."""
+"""Exceptions in the log: with type and stack, and without texts quoting a value."""
 
 import pytest
 
-from relay.ops.logs.lines import exception_text, exception_words
+from relay.ops.logs.render import exception_text, exception_words
 
 USERNAME = "1795465516:salt-of-somebody"
 
 
 def failing(error: BaseException, cause: BaseException | None = None) -> BaseException:
-    """An exception that was raised, so that it has a stack."""
+    """Return a raised exception, with a stack."""
     try:
         raise error from cause
     except type(error) as raised:
@@ -35,21 +35,21 @@ def look_up() -> BaseException:
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_a_value_that_an_exception_quotes_is_left_out_however_deep_it_is(error: BaseException) -> None:
+def test_values_quoted_by_exceptions_are_redacted_at_any_depth(error: BaseException) -> None:
     text = exception_text(error)
     assert "salt-of-somebody" not in text + exception_words(error)
     assert "its text is left out" in text
     assert "test_exception_texts.py" in text, "where it happened is there"
 
 
-def test_what_an_exception_says_of_itself_is_kept() -> None:
+def test_literal_exception_texts_are_kept() -> None:
     error = failing(OSError(24, "Too many open files"))
     assert exception_text(error).endswith("OSError: [Errno 24] Too many open files")
     assert exception_words(error) == "OSError: [Errno 24] Too many open files"
     assert "it failed" in exception_text(failing(RuntimeError("it failed"), failing(KeyError(USERNAME))))
 
 
-def test_an_exception_that_follows_from_itself_is_told_once() -> None:
+def test_a_cycle_of_exceptions_is_rendered_once() -> None:
     error = failing(KeyError(USERNAME))
     error.__context__ = failing(RuntimeError("another"), error)
     assert "salt-of-somebody" not in exception_text(error)

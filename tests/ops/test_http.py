@@ -1,4 +1,4 @@
-"""The pages: what is answered to whom, and how."""
+"""The pages: methods, statuses and headers."""
 
 import http.client
 import json
@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import pytest
 
-from relay.actors.pages import health_pages, offload_pages
 from relay.config import Endpoint
 from relay.ops.http.endpoint import HttpEndpoint, Page, Query
+from relay.ops.totals import NotReady
+from relay.system.pages import health_pages, offload_pages
 
 HOST = "127.0.0.1"
 
@@ -22,7 +23,7 @@ class Answer(NamedTuple):
 
 
 class Switch:
-    """Something that is attached or not, and may refuse to be."""
+    """An offload switch, which may fail."""
 
     def __init__(self) -> None:
         self.attached = True
@@ -41,11 +42,11 @@ def switch() -> Switch:
 
 @pytest.fixture
 def endpoint(switch: Switch) -> Iterator[HttpEndpoint]:
-    """An address with all pages there are."""
-    pages, actions = offload_pages(
+    """An address with all pages."""
+    pages, actions, _ = offload_pages(
         lambda: {"xdp_attached": switch.attached}, lambda: {"clients": {"198.51.100.7:40001": {}}}, switch
     )
-    opened = HttpEndpoint("control", Endpoint(HOST, 0), health_pages(lambda: True, lambda _: True) | pages, actions)
+    opened = HttpEndpoint("control", Endpoint(HOST, 0), health_pages(tuple, lambda _: True) | pages, actions)
     yield opened
     opened.stop()
 
@@ -61,20 +62,22 @@ def ask(endpoint: HttpEndpoint, method: str, path: str, body: bytes | None = Non
         connection.close()
 
 
-def test_get_shows_what_the_kernel_relays(endpoint: HttpEndpoint) -> None:
+def test_get_returns_the_offload_state(endpoint: HttpEndpoint) -> None:
     assert ask(endpoint, "GET", "/offload")[::2] == (HTTPStatus.OK, {"xdp_attached": True})
     assert ask(endpoint, "GET", "/offload/channels").body == {"clients": {"198.51.100.7:40001": {}}}
 
 
 @pytest.mark.parametrize("body", [None, b"", b"anything"])
-def test_post_switches_it_and_shows_how_it_then_is(endpoint: HttpEndpoint, switch: Switch, body: bytes | None) -> None:
+def test_post_switches_the_offload_and_returns_the_new_state(
+    endpoint: HttpEndpoint, switch: Switch, body: bytes | None
+) -> None:
     assert ask(endpoint, "POST", "/offload/detach", body)[::2] == (HTTPStatus.OK, {"xdp_attached": False})
     assert not switch.attached
     assert ask(endpoint, "POST", "/offload/attach", body)[::2] == (HTTPStatus.OK, {"xdp_attached": True})
     assert switch.attached
 
 
-def test_what_can_not_be_switched_is_503_with_how_it_is(endpoint: HttpEndpoint, switch: Switch) -> None:
+def test_a_failed_switch_is_503_with_the_state(endpoint: HttpEndpoint, switch: Switch) -> None:
     switch.works = False
     assert ask(endpoint, "POST", "/offload/detach")[::2] == (HTTPStatus.SERVICE_UNAVAILABLE, {"xdp_attached": True})
 
@@ -91,7 +94,7 @@ def test_what_can_not_be_switched_is_503_with_how_it_is(endpoint: HttpEndpoint, 
         ("HEAD", "/offload/detach", "POST"),
     ],
 )
-def test_another_method_is_405_with_those_that_are_allowed(
+def test_an_unsupported_method_is_405_with_allow(
     endpoint: HttpEndpoint, switch: Switch, method: str, path: str, allowed: str
 ) -> None:
     answer = ask(endpoint, method, path)
@@ -100,7 +103,7 @@ def test_another_method_is_405_with_those_that_are_allowed(
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/"), ("POST", "/"), ("GET", "/offload/"), ("POST", "/offload/stop")])
-def test_another_page_is_404_with_those_there_are(endpoint: HttpEndpoint, method: str, path: str) -> None:
+def test_an_unknown_page_is_404_with_the_existing_pages(endpoint: HttpEndpoint, method: str, path: str) -> None:
     answer = ask(endpoint, method, path)
     assert answer.status == HTTPStatus.NOT_FOUND
     assert answer.body["pages"] == [
@@ -115,17 +118,18 @@ def test_head_is_get_without_a_body(endpoint: HttpEndpoint) -> None:
     assert answer.headers["Content-Length"] == whole.headers["Content-Length"]
 
 
-def test_nothing_is_kept_by_caches(endpoint: HttpEndpoint) -> None:
+def test_responses_are_not_cached(endpoint: HttpEndpoint) -> None:
     answer = ask(endpoint, "GET", "/offload")
     assert (answer.headers["Cache-Control"], answer.headers["Content-Type"]) == ("no-store", "application/json")
 
 
-def test_an_address_without_actions_takes_no_post() -> None:
-    endpoint = HttpEndpoint("health", Endpoint(HOST, 0), health_pages(lambda: False, lambda _: True))
+def test_an_address_without_actions_rejects_post() -> None:
+    endpoint = HttpEndpoint("health", Endpoint(HOST, 0), health_pages(lambda: (NotReady.NO_IPV6_ROUTE,), lambda _: True))
     try:
         assert ask(endpoint, "POST", "/healthz").headers["Allow"] == "GET, HEAD"
         assert ask(endpoint, "POST", "/offload/detach").status == HTTPStatus.NOT_FOUND
-        assert ask(endpoint, "GET", "/readyz").status == HTTPStatus.SERVICE_UNAVAILABLE
+        not_ready = ask(endpoint, "GET", "/readyz")
+        assert (not_ready.status, not_ready.body["reasons"]) == (HTTPStatus.SERVICE_UNAVAILABLE, ["no_ipv6_route"])
     finally:
         endpoint.stop()
 
@@ -136,7 +140,7 @@ def echo(query: Query) -> Page:
 
 @pytest.fixture
 def echoing() -> Iterator[HttpEndpoint]:
-    """An address whose page shows the query, and one whose page is a text."""
+    """An address with a page for the query and a plain-text page."""
     text = Page(HTTPStatus.OK, "# HELP ü\n", "text/plain; version=0.0.4; charset=utf-8")
     opened = HttpEndpoint("control", Endpoint(HOST, 0), {"/echo": echo, "/text": lambda _: text}, {"/do": echo})
     yield opened
@@ -165,13 +169,13 @@ def test_a_page_gets_the_first_value_of_each_parameter(
 
 
 @pytest.mark.parametrize("query", ["&".join(f"a{number}=" for number in range(17)), "a=%FF", "%80=1"])
-def test_a_query_that_is_too_long_or_no_text_is_400(echoing: HttpEndpoint, query: str) -> None:
+def test_a_query_too_long_or_not_utf_8_is_400(echoing: HttpEndpoint, query: str) -> None:
     answer = ask(echoing, "GET", f"/echo?{query}")
     assert answer.status == HTTPStatus.BAD_REQUEST
     assert "16 parameters" in str(answer.body["error"])
 
 
-def test_a_page_may_be_a_text_of_its_own_kind(echoing: HttpEndpoint) -> None:
+def test_a_page_may_set_its_content_type(echoing: HttpEndpoint) -> None:
     connection = http.client.HTTPConnection(HOST, echoing.port, timeout=30)
     connection.request("GET", "/text")
     answer = connection.getresponse()

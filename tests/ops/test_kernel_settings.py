@@ -1,4 +1,4 @@
-"""Settings of the machine that would bite are said at the start, with a command that mends them; no others are."""
+"""Startup warnings about kernel settings that will cause problems, with the command that fixes each."""
 
 import json
 import os
@@ -16,8 +16,8 @@ import pytest
 from relay.config import Config
 from relay.net.udp import RECEIVE_BUFFER
 from relay.ops.kernel_settings import Finding, Machine, TaskLimit, findings, read_machine
-from tests.interop.conftest import Program
-from tests.machine import Machine as Network
+from tests.support.machine import Machine as Network
+from tests.support.program import Program
 
 FULL = Config(public_ip4=IPv4Address("192.0.2.1"))
 """A relay with as many allocations as there are ports: 16,384."""
@@ -41,28 +41,28 @@ COMMON = Machine(
 
 
 def finding(config: Config = FULL, **differences: object) -> Finding:
-    """Give the one thing that is said of a machine that differs from the common one."""
+    """Return the only warning for a machine with some differences from the common machine."""
     (found,) = findings(config, replace(COMMON, **differences))  # type: ignore[arg-type]
     return found
 
 
-def test_a_machine_that_was_set_up_is_not_spoken_of() -> None:
-    assert findings(FULL, COMMON) == []
+def test_a_tuned_machine_causes_no_warning() -> None:
+    assert list(findings(FULL, COMMON)) == []
 
 
-def test_what_can_not_be_read_is_not_spoken_of() -> None:
-    assert findings(FULL, Machine()) == []
+def test_an_unreadable_setting_causes_no_warning() -> None:
+    assert list(findings(FULL, Machine())) == []
 
 
-def test_a_small_receive_buffer_is_mended_by_the_value_that_the_relay_asks_for() -> None:
+def test_the_fix_for_rmem_max_is_the_requested_buffer() -> None:
     found = finding(receive_buffer=212_992)
     assert found.has == "212992"
     assert found.mend == f"sysctl -w net.core.rmem_max={RECEIVE_BUFFER}"
 
 
-def test_threads_of_the_whole_machine_count() -> None:
-    needed = 16_384 + 64
-    assert findings(FULL, replace(COMMON, pid_max=32_768, tasks=32_768 - needed)) == []
+def test_thread_limits_count_all_threads_of_the_machine() -> None:
+    needed = 16_384 + 80
+    assert list(findings(FULL, replace(COMMON, pid_max=32_768, tasks=32_768 - needed))) == []
     found = finding(pid_max=32_768, tasks=32_768 - needed + 1)
     assert (found.setting, found.needs) == ("kernel.pid_max", "32769")
     assert found.mend == "sysctl -w kernel.pid_max=4194304"
@@ -71,31 +71,31 @@ def test_threads_of_the_whole_machine_count() -> None:
     assert found.mend == "sysctl -w kernel.threads-max=21000"
 
 
-def test_a_users_limit_on_threads_is_mended_by_the_shell_or_the_unit() -> None:
+def test_the_fix_for_rlimit_nproc_is_ulimit_or_the_unit() -> None:
     found = finding(user_threads=4096)
     assert (found.setting, found.has) == ("RLIMIT_NPROC", "4096")
     assert found.mend == "ulimit -u 20000  # or LimitNPROC=20000 in the unit"
 
 
-def test_memory_maps_of_threads_are_counted() -> None:
+def test_max_map_count_includes_maps_of_threads() -> None:
     assert finding(max_map_count=32_768).mend == "sysctl -w vm.max_map_count=61000"
 
 
-def test_a_units_limit_on_threads_is_mended_by_systemd() -> None:
+def test_the_fix_for_a_units_pids_limit_is_tasks_max() -> None:
     file = "/sys/fs/cgroup/system.slice/firezone-relay.service/pids.max"
     found = finding(task_limit=TaskLimit(file, 4915, 3))
     assert (found.setting, found.has) == (file, "4915")
     assert found.mend == "systemctl set-property firezone-relay.service TasksMax=20000"
 
 
-def test_threads_that_the_control_group_has_already_count() -> None:
-    needed = 16_384 + 64
+def test_the_pids_limit_counts_existing_threads_of_the_cgroup() -> None:
+    needed = 16_384 + 80
     file = "/sys/fs/cgroup/pids.max"
-    assert findings(FULL, replace(COMMON, task_limit=TaskLimit(file, needed + 10, 10))) == []
+    assert list(findings(FULL, replace(COMMON, task_limit=TaskLimit(file, needed + 10, 10)))) == []
     assert finding(task_limit=TaskLimit(file, needed + 10, 11)).needs == f"{needed + 11}"
 
 
-def test_a_containers_limit_on_threads_is_mended_from_outside() -> None:
+def test_the_fix_for_a_containers_pids_limit_is_outside() -> None:
     mend = finding(task_limit=TaskLimit("/sys/fs/cgroup/pids.max", 1024, 3)).mend
     assert mend.startswith("echo 20000 >/sys/fs/cgroup/pids.max")
     assert "--pids-limit 20000" in mend
@@ -114,9 +114,9 @@ def test_a_containers_limit_on_threads_is_mended_from_outside() -> None:
         {"most_tracked": 8000},
     ],
 )
-def test_what_bites_a_full_relay_only_is_not_said_to_a_small_one(differences: dict[str, object]) -> None:
+def test_a_small_relay_gets_no_warning_for_limits_of_a_full_relay(differences: dict[str, object]) -> None:
     assert finding(FULL, **differences)
-    assert findings(SMALL, replace(COMMON, **differences)) == []  # type: ignore[arg-type]
+    assert list(findings(SMALL, replace(COMMON, **differences))) == []  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -126,12 +126,12 @@ def test_what_bites_a_full_relay_only_is_not_said_to_a_small_one(differences: di
         ("32768 60999", "8080,9148", "sysctl -w net.ipv4.ip_local_reserved_ports=8080,9148,49152-65535"),
         ("32768 60999", "49000-49151,50000-51000", "sysctl -w net.ipv4.ip_local_reserved_ports=49000-65535"),
         ("1024 65535", "49152-65534", "sysctl -w net.ipv4.ip_local_reserved_ports=49152-65535"),
-        # To take out what is all they have, or nearly, would leave other programs without ports.
+        # Reserving nearly all of the range would leave other programs without ports.
         ("49152 65535", "", "sysctl -w net.ipv4.ip_local_port_range='32768 49151'"),
         ("48000 65535", "", "sysctl -w net.ipv4.ip_local_port_range='32768 49151'"),
     ],
 )
-def test_ports_that_other_programs_are_given_are_taken_out_of_their_range(local: str, reserved: str, command: str) -> None:
+def test_the_fix_for_an_overlapping_ephemeral_range_excludes_relay_ports(local: str, reserved: str, command: str) -> None:
     first, last = map(int, local.split())
     ranges = tuple(
         range(int(ends[0]), int(ends[-1]) + 1) for ends in (each.split("-") for each in reserved.split(",")) if ends[0]
@@ -141,27 +141,27 @@ def test_ports_that_other_programs_are_given_are_taken_out_of_their_range(local:
     assert shlex.split(found.mend) == shlex.split(command)
 
 
-def test_where_there_are_more_ports_below_or_above_is_where_the_others_go() -> None:
+def test_the_ephemeral_range_moves_to_the_larger_free_range() -> None:
     low = replace(FULL, lowest_port=2000, highest_port=3000)
     found = finding(low, local_ports=range(2000, 3001), reserved_ports=())
     assert shlex.split(found.mend)[-1] == "net.ipv4.ip_local_port_range=3001 19384"
 
 
-def test_ports_are_no_matter_while_enough_are_not_given_out() -> None:
+def test_an_overlap_with_enough_free_ports_causes_no_warning() -> None:
     contested = replace(COMMON, reserved_ports=())
     outside = 65536 - 61000
-    assert findings(replace(FULL, max_allocations=outside), contested) == []
-    assert findings(replace(FULL, max_allocations=outside + 1), contested) != []
+    assert list(findings(replace(FULL, max_allocations=outside), contested)) == []
+    assert list(findings(replace(FULL, max_allocations=outside + 1), contested)) != []
 
 
-def test_a_table_of_connections_is_small_only_where_connections_are_tracked() -> None:
-    assert findings(FULL, replace(COMMON, most_tracked=4096, tracked=0)) == []
+def test_a_small_conntrack_table_matters_only_with_tracked_connections() -> None:
+    assert list(findings(FULL, replace(COMMON, most_tracked=4096, tracked=0))) == []
     found = finding(most_tracked=65_536)
     assert found.needs == f"{500 + 4 * 16_384}"
     assert found.mend == "sysctl -w net.netfilter.nf_conntrack_max=80000"
 
 
-def test_what_a_machine_has_is_read_from_its_files(tmp_path: Path) -> None:
+def test_settings_are_read_from_proc(tmp_path: Path) -> None:
     for name, text in {
         "proc/loadavg": "0.20 0.18 0.12 1/80 11206",
         "proc/sys/kernel/pid_max": "32768",
@@ -204,13 +204,13 @@ def test_what_a_machine_has_is_read_from_its_files(tmp_path: Path) -> None:
             "system.slice",
             900,
         ),
-        # The host's path, seen from inside of a container, where the container's group is at the top.
+        # The host's path inside a container, where the container's cgroup is mounted at the root.
         ("0::/kubepods/pod1/abc", {".": "1024"}, "cgroup", 1024),
         ("0::/", {".": "1024"}, "cgroup", 1024),
         ("9:name=systemd:/\n8:pids:/docker/abc\n0::/", {"pids/docker/abc": "1024", "pids": "max"}, "abc", 1024),
     ],
 )
-def test_the_limit_that_counts_is_that_of_the_control_group_with_the_least_room(
+def test_the_cgroup_with_the_lowest_pids_limit_applies(
     tmp_path: Path, groups: str, limits: dict[str, str], tightest: str, limit: int
 ) -> None:
     (tmp_path / "proc/self").mkdir(parents=True)
@@ -227,7 +227,7 @@ def test_the_limit_that_counts_is_that_of_the_control_group_with_the_least_room(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="who is no root can't become another user")
-def test_a_users_limit_on_threads_counts_unless_that_user_is_root() -> None:
+def test_rlimit_nproc_does_not_apply_to_root() -> None:
     code = """
 import os, resource
 from relay.ops.kernel_settings import read_machine
@@ -240,15 +240,15 @@ print(read_machine(1).user_threads)
     assert done.stdout.split() == ["None", "4096"]
 
 
-def test_no_file_that_is_missing_is_missed(tmp_path: Path) -> None:
-    """As in a sandbox that shows nothing of the machine."""
+def test_missing_files_cause_no_warning(tmp_path: Path) -> None:
+    """A sandbox may hide all files."""
     machine = read_machine(RECEIVE_BUFFER, tmp_path)
     assert replace(machine, user_threads=None) == Machine()
 
 
 @pytest.fixture
 def network() -> Iterator[Network]:
-    """A network whose ports are given out as on a fresh machine."""
+    """A network namespace with the default ephemeral port range."""
     try:
         made = Network()
     except OSError as error:
@@ -259,8 +259,8 @@ def network() -> Iterator[Network]:
         yield made
 
 
-def test_the_command_that_it_says_ends_the_warning(network: Network) -> None:
-    """All of the program, on a network with the kernel's own settings, before and after doing what it says."""
+def test_the_suggested_command_removes_the_warning(network: Network) -> None:
+    """Run the program with the kernel's default settings, before and after the suggested command."""
 
     def commands(allocations: int) -> list[str]:
         with network.entered():

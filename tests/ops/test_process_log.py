@@ -1,45 +1,50 @@
-"""What a relay says that a bug ends: in its log, and not beside it."""
+"""The last event of a relay ended by a bug."""
 
 import queue
+import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
-from relay import process
-from relay.config import BadUseError, LogFormat
+from relay.config import Config, Endpoint, LogFormat, UsageError
 from relay.ops.logs.filter import LogFilter
 from relay.ops.logs.log import writing
-from tests.actors.conftest import CONFIG
-from tests.log_lines import valid
+from relay.system.events import Event
+from relay.system.process import serve
+from tests.support.log_lines import valid
+from tests.support.system import ANYWHERE, CONFIG
 
 
-def served(monkeypatch: pytest.MonkeyPatch, path: Path, error: Exception) -> int:
-    """Give the exit code of a relay that fails at its start."""
+class Broken(queue.SimpleQueue[Event]):
+    """A failing queue."""
 
-    def fail(*_: object, **__: object) -> NoReturn:
-        raise error
+    def get(self, *_: object, **__: object) -> NoReturn:
+        raise ZeroDivisionError("by \x1b[31m\n")
 
-    monkeypatch.setattr(process, "System", fail)
+
+def served(config: Config, path: Path) -> int:
+    """Run a relay with a bug; return its exit code."""
     with path.open("w") as target, writing(LogFormat.JSON, LogFilter.parse("error"), target) as log:
-        return process._serve(CONFIG, queue.SimpleQueue(), None, log)
+        return serve(config, Broken(), None, log)
 
 
-def test_a_bug_ends_it_with_1_and_one_line_with_its_stack(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_bug_ends_the_relay_with_code_1_and_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "log"
-    assert served(monkeypatch, path, ZeroDivisionError("by \x1b[31m\n")) == 1
+    assert served(CONFIG, path) == 1
     entry = valid(path.read_text())
     assert (entry["level"], entry["event"]) == ("critical", "the relay failed: please report this")
-    assert "in fail" in entry["exception"]
+    assert "in get" in entry["exception"]
     assert capsys.readouterr() == ("", "")
     assert sys.exc_info() == (None, None, None)
 
 
-def test_what_the_user_can_mend_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_usage_error_is_not_logged(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    with pytest.raises(BadUseError):
-        served(monkeypatch, path, BadUseError("give another address"))
+    with socket.create_server((ANYWHERE.host, 0)) as other:
+        taken = Endpoint(ANYWHERE.host, other.getsockname()[1])
+        with pytest.raises(UsageError):
+            served(replace(CONFIG, health=taken), path)
     assert path.read_text() == ""

@@ -1,4 +1,4 @@
-"""The line that says what flows: once in ten seconds, and only if something does."""
+"""The line about relayed traffic: every ten seconds, and only if something was relayed."""
 
 import queue
 import threading
@@ -8,15 +8,15 @@ import pytest
 
 from relay.ops.logs.log import events_to
 from relay.ops.logs.stats import MANY_DROPS, PERIOD, Flow, StatsLine, report
-from tests.log_lines import KeptLog
+from tests.support.log_lines import KeptLog
 
 NOTHING = Flow(0, 0, 0, 0, 0, 0, 0, 0)
 PATIENCE = 30
-"""Seconds; no test takes so long unless it fails."""
+"""Seconds until a test fails."""
 
 
 class Pace:
-    """Lets a stats line look once whenever a test says so."""
+    """Runs the thread of a stats line step by step."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -44,7 +44,7 @@ class Pace:
         assert self._waiting.acquire(timeout=PATIENCE)
 
     def look(self, seconds: float = PERIOD) -> None:
-        """Let time pass and the line look; wait until it waits again."""
+        """Advance the clock, and run the thread through one period."""
         self.now += seconds
         self._words.put(False)  # noqa: FBT003 - as an event's wait() says
         self.until_it_waits()
@@ -62,7 +62,7 @@ def log() -> Iterator[KeptLog]:
 
 @pytest.fixture
 def pace(log: KeptLog) -> Iterator[Pace]:
-    """A stats line that has begun, and writes to that log."""
+    """A started stats line, with its log."""
     assert log.take() == []
     pace = Pace()
     stats = StatsLine(pace.read, pace.count, pace.clock, pace.wait)
@@ -73,7 +73,7 @@ def pace(log: KeptLog) -> Iterator[Pace]:
     stats.stop()
 
 
-def test_nothing_is_said_while_nothing_flows(log: KeptLog, pace: Pace) -> None:
+def test_nothing_is_logged_without_traffic(log: KeptLog, pace: Pace) -> None:
     pace.flow = NOTHING._replace(allocations=5, channels=5, drops=MANY_DROPS - 1)
     for _ in range(3):
         pace.look()
@@ -81,7 +81,7 @@ def test_nothing_is_said_while_nothing_flows(log: KeptLog, pace: Pace) -> None:
     assert set(pace.asked) == {PERIOD}
 
 
-def test_what_flowed_since_the_last_look_is_said_with_rates(log: KeptLog, pace: Pace) -> None:
+def test_the_traffic_of_a_period_is_logged_with_rates(log: KeptLog, pace: Pace) -> None:
     pace.flow = Flow(1000, 1_000_000, 3000, 250_000, 0, 7, 20, 30)
     pace.look()
     pace.flow = Flow(1500, 1_500_000, 3000, 250_000, 0, 7, 21, 31)
@@ -108,7 +108,7 @@ def test_what_flowed_since_the_last_look_is_said_with_rates(log: KeptLog, pace: 
     assert second["megabits_per_second"] == 0.8
 
 
-def test_what_the_kernel_relayed_is_named_once_it_has_relayed_anything() -> None:
+def test_kernel_packets_are_logged_once_the_kernel_has_relayed_any() -> None:
     before, after = NOTHING, Flow(10, 100, 0, 0, 8, 0, 1, 1)
     told = report(before, after, 10)
     assert told is not None
@@ -117,7 +117,7 @@ def test_what_the_kernel_relayed_is_named_once_it_has_relayed_anything() -> None
     assert "kernel_packets" not in (report(before, after._replace(kernel_packets=0), 10) or {})
 
 
-def test_many_drops_are_worth_a_line_though_nothing_is_relayed(log: KeptLog, pace: Pace) -> None:
+def test_many_drops_are_logged_without_traffic(log: KeptLog, pace: Pace) -> None:
     pace.flow = NOTHING._replace(drops=MANY_DROPS)
     pace.look()
     pace.look()
@@ -125,18 +125,18 @@ def test_many_drops_are_worth_a_line_though_nothing_is_relayed(log: KeptLog, pac
     assert entry["drops"] == MANY_DROPS
 
 
-def test_what_else_is_due_is_done_each_time(pace: Pace) -> None:
+def test_the_periodic_function_is_called_each_period(pace: Pace) -> None:
     pace.look()
     pace.look()
     assert pace.also == 2
 
 
-def test_counters_that_can_not_be_read_are_said_once_and_tried_again(log: KeptLog) -> None:
+def test_unreadable_counters_are_logged_once_and_read_again(log: KeptLog) -> None:
     pace = Pace()
     stats = StatsLine(pace.read, pace.count, pace.clock, pace.wait)
     stats.start()
     pace.until_it_waits()
-    pace.flow = None  # type: ignore[assignment]  # what can't be read
+    pace.flow = None  # type: ignore[assignment]  # unreadable
     pace.look()
     pace.look()
     pace.flow = NOTHING._replace(to_peer_packets=5)
@@ -147,13 +147,14 @@ def test_counters_that_can_not_be_read_are_said_once_and_tried_again(log: KeptLo
         "what flows can't be read: please report this; further times are only counted",
         "relayed",
     ]
-    assert stats.faults == 2
+    assert stats.bugs == 2
 
 
-def test_it_stops_at_once_though_it_waits_for_ten_seconds() -> None:
+def test_the_thread_stops_at_once() -> None:
     pace = Pace()
+    before = set(threading.enumerate())
     stats = StatsLine(pace.read, pace.count)
     stats.start()
     stats.stop()
-    assert not stats._thread.is_alive()
+    assert set(threading.enumerate()) <= before
     assert pace.also == 0

@@ -1,4 +1,4 @@
-"""What systemd hears, from a relay that it started and one that it did not."""
+"""Messages to systemd, with and without systemd as the parent."""
 
 import os
 import select
@@ -9,35 +9,34 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from structlog.testing import capture_logs
 
-from relay.ops import systemd as ops_systemd
-from relay.ops.systemd import Systemd
-from tests.conftest import PATIENCE, wait_until
+from relay.ops.systemd import CLOSE_TIMEOUT, Systemd
+from tests.support.log_lines import capture_logs
+from tests.support.waiting import PATIENCE, wait_until
 
 WATCHDOG = {"WATCHDOG_USEC": "40000"}
-"""A watchdog that wants to hear of the relay every 20 ms."""
+"""A watchdog with an interval of 20 ms."""
 
 WORKS, HANGS = True, False
-"""What the server actor answers."""
+"""Results of liveness checks."""
 
 
 class Notified:
-    """systemd's end."""
+    """systemd's end of the notify socket."""
 
     def __init__(self, name: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.settimeout(30)
-        # "" has the kernel make a name up: an abstract one, that begins with a NUL.
+        # For "" the kernel chooses an abstract name, which begins with a NUL.
         self.socket.bind(name)
         self.environ = {"NOTIFY_SOCKET": name or "@" + self.socket.getsockname()[1:].decode()}
 
     def next(self) -> list[str]:
-        """Give the fields of a message."""
+        """Return the fields of a message."""
         return self.socket.recv(4096).decode().split("\n")
 
     def is_silent(self) -> bool:
-        """Tell whether no message waits."""
+        """Return whether no message is queued."""
         return select.select([self.socket], [], [], 0)[0] == []
 
 
@@ -50,11 +49,11 @@ def notified(tmp_path: Path) -> Iterator[Notified]:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Systemd]]:
-    """Make what is closed at the end."""
+    """Create notifiers, and close them at the end."""
     made: list[Systemd] = []
 
-    def start(environ: dict[str, str], **more: str) -> Systemd:
-        made.append(Systemd(environ | more))
+    def start(environ: dict[str, str], *, close_timeout: float = CLOSE_TIMEOUT, **more: str) -> Systemd:
+        made.append(Systemd(environ | more, close_timeout=close_timeout))
         return made[-1]
 
     yield start
@@ -70,7 +69,7 @@ def watchdog_threads() -> list[threading.Thread]:
 
 
 class Asked:
-    """The server actor, as the watchdog sees it: it gives an answer for each question, the last one from then on."""
+    """A liveness check with scripted results; the last result repeats."""
 
     def __init__(self, *answers: bool | Exception) -> None:
         self.answers = list(answers)
@@ -86,12 +85,12 @@ class Asked:
         return answer
 
     def wait(self, times: int) -> None:
-        """Wait until the watchdog has asked so often."""
+        """Wait for a number of checks."""
         for _ in range(times):
             assert self.times.acquire(timeout=30)
 
 
-def test_without_systemd_nothing_happens_and_nothing_is_logged(start: Start) -> None:
+def test_without_systemd_nothing_is_sent_or_logged(start: Start) -> None:
     with capture_logs() as logs:
         systemd = start(WATCHDOG)
         systemd.watch(Asked(WORKS))
@@ -102,42 +101,42 @@ def test_without_systemd_nothing_happens_and_nothing_is_logged(start: Start) -> 
     assert logs == []
 
 
-def test_ready_is_said_with_a_status_to_a_socket_with_a_path(notified: Notified, start: Start) -> None:
+def test_ready_is_sent_with_a_status_to_a_path_socket(notified: Notified, start: Start) -> None:
     start(notified.environ).ready("answers clients")
     assert notified.next() == ["READY=1", "STATUS=answers clients"]
 
 
-def test_an_address_that_begins_with_an_at_sign_is_a_name_in_the_kernel(start: Start) -> None:
+def test_an_address_with_an_at_sign_is_an_abstract_socket(start: Start) -> None:
     notified = Notified("")
     with notified.socket:
         start(notified.environ).ready("answers clients")
         assert notified.next() == ["READY=1", "STATUS=answers clients"]
 
 
-def test_a_status_alone_is_said_alone(notified: Notified, start: Start) -> None:
+def test_a_status_is_sent_alone(notified: Notified, start: Start) -> None:
     start(notified.environ).status("1 allocation")
     assert notified.next() == ["STATUS=1 allocation"]
 
 
 @pytest.mark.parametrize("line_break", ["\n", "\r", "\0", "\u2028", "\udcff"])
-def test_a_status_can_not_add_a_field_or_spoil_the_message(notified: Notified, start: Start, line_break: str) -> None:
+def test_a_status_cannot_inject_a_field(notified: Notified, start: Start, line_break: str) -> None:
     start(notified.environ).ready(f"ready{line_break}WATCHDOG=trigger")
     assert notified.next() == ["READY=1", "STATUS=ready WATCHDOG=trigger"]
 
 
-def test_a_status_however_long_leaves_the_message_as_long_as_systemd_takes(notified: Notified, start: Start) -> None:
+def test_a_long_status_is_cut_to_the_limit_of_systemd(notified: Notified, start: Start) -> None:
     start(notified.environ).ready("\U0001f4e6" * 10_000)
     message = notified.socket.recv(65536)
     assert message.startswith(b"READY=1\nSTATUS=\xf0")
     assert len(message) <= 4096
 
 
-def test_a_stop_is_said_with_the_microseconds_it_may_take(notified: Notified, start: Start) -> None:
+def test_stopping_is_sent_with_an_extended_timeout(notified: Notified, start: Start) -> None:
     start(notified.environ).stopping("drains", 90.5)
     assert notified.next() == ["STOPPING=1", "STATUS=drains", "EXTEND_TIMEOUT_USEC=90500000"]
 
 
-def test_nobody_listening_is_said_once_and_ends_nothing(tmp_path: Path, start: Start) -> None:
+def test_a_missing_socket_is_logged_once(tmp_path: Path, start: Start) -> None:
     with capture_logs() as logs:
         systemd = start({"NOTIFY_SOCKET": str(tmp_path / "nobody")})
         systemd.ready("ready")
@@ -146,7 +145,7 @@ def test_nobody_listening_is_said_once_and_ends_nothing(tmp_path: Path, start: S
     assert (entry["event"], entry["log_level"]) == ("systemd can't be told", "warning")
 
 
-def test_a_systemd_that_comes_back_at_the_same_address_hears_again(tmp_path: Path, start: Start) -> None:
+def test_messages_reach_a_socket_that_was_created_again(tmp_path: Path, start: Start) -> None:
     path = tmp_path / "notify"
     before = Notified(str(path))
     systemd = start(before.environ)
@@ -159,7 +158,7 @@ def test_a_systemd_that_comes_back_at_the_same_address_hears_again(tmp_path: Pat
         assert after.next() == ["STATUS=heard"]
 
 
-def test_a_systemd_that_does_not_read_is_not_waited_for(notified: Notified, start: Start) -> None:
+def test_a_full_socket_does_not_block(notified: Notified, start: Start) -> None:
     queue = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text())
     systemd = start(notified.environ)
     with capture_logs() as logs:
@@ -183,9 +182,7 @@ def test_a_systemd_that_does_not_read_is_not_waited_for(notified: Notified, star
         ("WATCHDOG_PID", "me"),
     ],
 )
-def test_garbage_in_the_environment_is_logged_once_and_ignored(
-    notified: Notified, start: Start, name: str, garbage: str
-) -> None:
+def test_an_invalid_variable_is_logged_once_and_ignored(notified: Notified, start: Start, name: str, garbage: str) -> None:
     with capture_logs() as logs:
         systemd = start(notified.environ, **{name: garbage})
         systemd.watch(Asked(WORKS))
@@ -196,22 +193,22 @@ def test_garbage_in_the_environment_is_logged_once_and_ignored(
     assert notified.is_silent() == (name == "NOTIFY_SOCKET")
 
 
-def test_a_watchdog_whose_process_is_garbage_is_told_that_the_relay_works(notified: Notified, start: Start) -> None:
+def test_an_invalid_watchdog_pid_does_not_disable_the_watchdog(notified: Notified, start: Start) -> None:
     start(notified.environ | WATCHDOG, WATCHDOG_PID="me").watch(Asked(WORKS))
     assert notified.next() == ["WATCHDOG=1"]
 
 
-def test_without_a_watchdog_nobody_is_asked(notified: Notified, start: Start) -> None:
+def test_without_watchdog_usec_no_thread_starts(notified: Notified, start: Start) -> None:
     start(notified.environ).watch(Asked(WORKS))
     assert watchdog_threads() == []
 
 
-def test_the_watchdog_of_another_process_is_not_told(notified: Notified, start: Start) -> None:
+def test_the_watchdog_of_another_process_is_ignored(notified: Notified, start: Start) -> None:
     start(notified.environ | WATCHDOG, WATCHDOG_PID=str(os.getppid())).watch(Asked(WORKS))
     assert watchdog_threads() == []
 
 
-def test_the_watchdog_hears_of_a_relay_that_works_again_and_again(notified: Notified, start: Start) -> None:
+def test_the_watchdog_is_notified_repeatedly(notified: Notified, start: Start) -> None:
     asked = Asked(WORKS)
     start(notified.environ | WATCHDOG, WATCHDOG_PID=str(os.getpid())).watch(asked)
     assert [notified.next() for _ in range(5)] == [["WATCHDOG=1"]] * 5
@@ -219,9 +216,17 @@ def test_the_watchdog_hears_of_a_relay_that_works_again_and_again(notified: Noti
     assert all(0.01 < seconds < 0.02 for seconds in asked.patience), "an answer comes before the next question"
 
 
-def test_the_watchdog_hears_nothing_while_the_relay_does_not_work_and_the_log_has_it_once(
-    notified: Notified, start: Start
-) -> None:
+def test_a_report_is_due_shortly_before_the_watchdogs_timeout_at_each_check(notified: Notified) -> None:
+    reports: list[float] = []
+    systemd = Systemd(notified.environ | WATCHDOG, report_after=reports.append)
+    systemd.watch(Asked(WORKS))
+    assert [notified.next() for _ in range(3)] == [["WATCHDOG=1"]] * 3
+    systemd.close()
+    assert len(reports) >= 3
+    assert reports == pytest.approx([0.036] * len(reports))
+
+
+def test_a_hang_stops_notifications_and_is_logged_once(notified: Notified, start: Start) -> None:
     asked = Asked(HANGS)
     with capture_logs() as logs:
         start(notified.environ | WATCHDOG).watch(asked)
@@ -231,13 +236,13 @@ def test_the_watchdog_hears_nothing_while_the_relay_does_not_work_and_the_log_ha
     assert (entry["event"], entry["log_level"]) == ("the server actor does not answer", "error")
 
 
-def test_the_watchdog_hears_of_a_relay_that_works_again(notified: Notified, start: Start) -> None:
+def test_the_watchdog_is_notified_after_a_recovery(notified: Notified, start: Start) -> None:
     with capture_logs():
         start(notified.environ | WATCHDOG).watch(Asked(HANGS, HANGS, WORKS))
         assert notified.next() == ["WATCHDOG=1"]
 
 
-def test_a_question_that_fails_is_no_answer_and_not_the_last_one(notified: Notified, start: Start) -> None:
+def test_an_exception_in_a_check_counts_as_a_hang_and_checks_continue(notified: Notified, start: Start) -> None:
     failure = RuntimeError("a bug")
     with capture_logs() as logs:
         start(notified.environ | WATCHDOG).watch(Asked(failure, failure, WORKS))
@@ -246,9 +251,8 @@ def test_a_question_that_fails_is_no_answer_and_not_the_last_one(notified: Notif
     assert entry["exc_info"] is failure
 
 
-def test_closed_it_says_nothing_more(notified: Notified, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops_systemd, "CLOSE_TIMEOUT", 2 * PATIENCE)
-    systemd = start(notified.environ, WATCHDOG_USEC="3600000000")
+def test_nothing_is_sent_after_close(notified: Notified, start: Start) -> None:
+    systemd = start(notified.environ, close_timeout=2 * PATIENCE, WATCHDOG_USEC="3600000000")
     systemd.watch(Asked(WORKS))
     began = time.monotonic()
     systemd.close()
@@ -260,16 +264,14 @@ def test_closed_it_says_nothing_more(notified: Notified, start: Start, monkeypat
 
 
 @pytest.mark.parametrize("answer", [True, False])
-def test_a_question_under_way_holds_up_no_close_and_its_answer_is_not_told(
-    notified: Notified, start: Start, *, answer: bool
-) -> None:
+def test_close_does_not_wait_for_a_pending_check(notified: Notified, start: Start, *, answer: bool) -> None:
     asked, may_answer = threading.Event(), threading.Event()
 
     def is_alive(_: float) -> bool:
         asked.set()
         return may_answer.wait(3 * PATIENCE) and answer
 
-    systemd = start(notified.environ | WATCHDOG)
+    systemd = start(notified.environ | WATCHDOG, close_timeout=0.02)
     with capture_logs() as logs:
         systemd.watch(is_alive)
         assert asked.wait(PATIENCE)

@@ -1,4 +1,4 @@
-"""Threads share one CPU and the interpreter as the operator says, and are left as they were found."""
+"""CPU affinity, scheduling and switch interval follow the settings, and are restored at the end."""
 
 import contextlib
 import ctypes
@@ -7,6 +7,7 @@ import os
 import platform
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -17,22 +18,22 @@ from pathlib import Path
 
 import pytest
 
-from relay.actors.system import System
-from relay.config import BadUseError, Endpoint, PortalAccess
+from relay.config import Endpoint, PortalAccess, Timeouts, UsageError
 from relay.core.credentials import RelaySecret, mint
 from relay.core.portal.endpoint import PortalToken, PortalUrl
-from relay.ops.threads import STACK_SIZE, current_cpu, yield_cpu
-from tests.actors.conftest import CONFIG, Relay, RelayMaker
-from tests.actors.conftest import make_relay as make_relay  # noqa: PLC0414 - a fixture
-from tests.actors.conftest import relay as relay  # noqa: PLC0414 - likewise
-from tests.conftest import wait_until
-from tests.interop.conftest import Program
-from tests.turn_client import TurnClient, udp_socket
+from relay.net.threads import STACK_SIZE, current_cpu, names, yield_cpu
+from relay.system.system import System
+from tests.support.program import Program
+from tests.support.system import CONFIG, Relay, RelayMaker
+from tests.support.system import make_relay as make_relay  # noqa: PLC0414 - a fixture
+from tests.support.system import relay as relay  # noqa: PLC0414 - likewise
+from tests.support.turn_client import TurnClient, udp_socket
+from tests.support.waiting import wait_until
 
 SECRET = "secret of the threads"
 SCHEDULERS = {0: "interrupts", os.SCHED_BATCH: "waits"}
 
-# The ways to call what sandboxes forbid (systemd's @resources, for one), by machine.
+# Numbers of system calls that sandboxes forbid (such as systemd's @resources), by architecture.
 CALLS = {
     "x86_64": {"sched_setaffinity": 203, "sched_setscheduler": 144},
     "aarch64": {"sched_setaffinity": 122, "sched_setscheduler": 119},
@@ -40,7 +41,7 @@ CALLS = {
 
 
 def shared() -> tuple[set[int], float, int]:
-    """What this thread was given of the machine, and what new ones would be."""
+    """Return affinity and switch interval of this thread, and the defaults of new threads."""
     return os.sched_getaffinity(0), sys.getswitchinterval(), threading.stack_size()
 
 
@@ -52,10 +53,10 @@ def _all_is_put_back() -> Iterator[None]:
 
 
 def affinities(pid: int | str) -> dict[int, str]:
-    """Give the CPUs that each thread of a process may use, as the kernel writes them."""
+    """Return the CPU list of each thread of a process, in the kernel's format."""
     found = {}
     for task in Path(f"/proc/{pid}/task").iterdir():
-        # It may end while it is looked at.
+        # A thread may end meanwhile.
         with contextlib.suppress(OSError):
             lines = dict(line.split(":", 1) for line in (task / "status").read_text().splitlines())
             found[int(task.name)] = lines["Cpus_allowed_list"].strip()
@@ -63,7 +64,7 @@ def affinities(pid: int | str) -> dict[int, str]:
 
 
 def schedulers() -> dict[int, str]:
-    """Tell for each thread of this process whether it interrupts others or waits for them."""
+    """Return for each thread of this process whether its wake-ups preempt other threads."""
     found = {}
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):
@@ -72,13 +73,13 @@ def schedulers() -> dict[int, str]:
 
 
 def named(prefix: str) -> set[int]:
-    """Give the threads whose names begin so."""
+    """Return the threads with a name prefix."""
     return {each.native_id for each in threading.enumerate() if each.native_id and each.name.startswith(prefix)}
 
 
 def cpus_of_a_relay(make_relay: RelayMaker, **settings: object) -> set[str]:
-    """Start a relay with threads of all kinds, and give the CPUs of those threads and of the main one."""
-    # Those of an earlier test may be about to end.
+    """Start a relay with threads of all kinds, and return the CPUs of these threads and the main thread."""
+    # Threads of an earlier test may be ending.
     before = set(affinities("self")) - {threading.get_native_id()}
     make_relay(**settings).client().allocate()
     found = {cpus for thread, cpus in affinities("self").items() if thread not in before}
@@ -86,68 +87,84 @@ def cpus_of_a_relay(make_relay: RelayMaker, **settings: object) -> set[str]:
     return found
 
 
-def test_all_threads_are_on_one_cpu_that_the_process_may_use(make_relay: RelayMaker) -> None:
+def test_all_threads_run_on_one_allowed_cpu(make_relay: RelayMaker) -> None:
     usable = os.sched_getaffinity(0)
     (cpu,) = cpus_of_a_relay(make_relay)
     assert int(cpu) in usable
 
 
 @pytest.mark.parametrize("cpu", sorted(os.sched_getaffinity(0)))
-def test_all_threads_are_on_the_cpu_that_was_asked_for(make_relay: RelayMaker, cpu: int) -> None:
+def test_all_threads_run_on_the_requested_cpu(make_relay: RelayMaker, cpu: int) -> None:
     assert cpus_of_a_relay(make_relay, cpu=cpu) == {str(cpu)}
 
 
-def test_threads_that_are_to_be_left_alone_stay_on_all_cpus(make_relay: RelayMaker) -> None:
+def test_threads_keep_all_cpus_without_affinity(make_relay: RelayMaker) -> None:
     before = affinities("self")[threading.get_native_id()]
     assert cpus_of_a_relay(make_relay, cpu=None) == {before}
 
 
-def test_a_cpu_that_the_process_may_not_use_is_bad_use_and_changes_nothing() -> None:
+def test_a_disallowed_cpu_is_a_usage_error_and_changes_nothing() -> None:
     before = shared()
     with (
-        pytest.raises(BadUseError, match="can't run on CPU 99999: --cpu-affinity takes one of"),
+        pytest.raises(UsageError, match="can't run on CPU 99999: --cpu-affinity takes one of"),
         System(replace(CONFIG, cpu=99_999)),
     ):
         pytest.fail("it started")
     assert shared() == before
 
 
-def test_a_start_that_fails_puts_all_back() -> None:
+def test_a_failed_start_restores_affinity_and_switch_interval() -> None:
     before = shared()
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = Endpoint("127.0.0.1", other.getsockname()[1])
-        with pytest.raises(BadUseError, match="in use"), System(replace(CONFIG, health=taken)):
+        with pytest.raises(UsageError, match="in use"), System(replace(CONFIG, health=taken)):
             pytest.fail("it started")
     assert shared() == before
 
 
-def test_the_switch_interval_is_as_asked_for_until_the_system_ends() -> None:
+def test_the_switch_interval_is_restored_at_the_end() -> None:
     before = sys.getswitchinterval()
     with System(replace(CONFIG, switch_interval=0.25)):
         assert sys.getswitchinterval() == pytest.approx(0.25)
     assert sys.getswitchinterval() == before
 
 
-def test_threads_that_relay_wait_for_others_and_those_that_others_wait_for_do_not(make_relay: RelayMaker) -> None:
-    """Data is much, and a wake-up that interrupts costs two switches; requests are few, and must get through the data."""
+def test_only_relaying_threads_use_the_batch_scheduler(make_relay: RelayMaker) -> None:
+    """Preemption costs two context switches per data packet. The few requests must preempt data."""
     earlier = set(schedulers()) - {threading.get_native_id()}
-    client = make_relay().client()
+    client = make_relay(timeouts=Timeouts(look_at_neighbours=3600)).client()
     before = set(schedulers())
     client.allocate()
     of_the_allocation = set(schedulers()) - before
     assert len(of_the_allocation) == 1
-    # Pages are for who can wait, too.
+    # HTTP pages may be slow, too.
     relaying = of_the_allocation | named("listener-") | named("health") | named("control")
     assert len(relaying) > len(CONFIG.public_hosts)
-    # A thread says so of itself, as the first thing it does.
+    # Each thread sets its own scheduler first.
     wait_until(lambda: {how for thread, how in schedulers().items() if thread in relaying} == {"waits"})
     others = {thread: how for thread, how in schedulers().items() if thread not in relaying | earlier}
     assert set(others.values()) == {"interrupts"}
     assert named("requests-") | named("server") <= set(others)
 
 
-def test_the_portals_threads_do_not_wait_for_those_that_relay() -> None:
-    """One that relays without end must not cost the relay its place in the network."""
+def test_relaying_threads_preempt_a_busy_neighbour(make_relay: RelayMaker) -> None:
+    """Otherwise nearly every packet waits for the neighbour's time slice, 3 ms."""
+    client = make_relay(timeouts=Timeouts(look_at_neighbours=0.01)).client()
+    (cpu,) = os.sched_getaffinity(next(iter(named("listener-"))))
+    code = f"import os; os.sched_setaffinity(0, [{cpu}])\nwhile True: pass"
+    with subprocess.Popen((sys.executable, "-c", code)) as neighbour:
+        try:
+            wait_until(lambda: {schedulers()[thread] for thread in named("listener-")} == {"interrupts"})
+            before = set(schedulers())
+            client.allocate()
+            (of_the_allocation,) = set(schedulers()) - before
+            wait_until(lambda: schedulers()[of_the_allocation] == "interrupts")
+        finally:
+            neighbour.kill()
+
+
+def test_portal_threads_do_not_use_the_batch_scheduler() -> None:
+    """A busy relaying thread must not starve the connection to the portal."""
     with socket.create_server(("127.0.0.1", 0)) as portal:
         url = PortalUrl.parse(f"ws://127.0.0.1:{portal.getsockname()[1]}")
         with System(replace(CONFIG, portal=PortalAccess(url, PortalToken.parse("token")))):
@@ -159,23 +176,24 @@ def test_the_portals_threads_do_not_wait_for_those_that_relay() -> None:
 
 
 def test_new_threads_have_small_stacks(relay: Relay) -> None:
-    """8 MiB for each of thousands of allocations would be more address space than many a container may have."""
+    """8 MiB for each of thousands of allocations could exceed the address space limit of a container."""
     libc = ctypes.CDLL(None)
-    before = set(sys._current_frames())
+    before = set(names())
     relay.client().allocate()
-    # It may be answered before its thread has run.
-    wait_until(lambda: not set(sys._current_frames()) <= before)
-    listeners = {each.ident for each in threading.enumerate() if each.ident and each.name.startswith("listener-")}
-    for thread in (set(sys._current_frames()) - before) | listeners:
+    # The response may be sent before the thread has run.
+    wait_until(lambda: not set(names()) <= before)
+    listeners = {thread for thread, name in names().items() if name.startswith("listener-")}
+    assert listeners
+    for thread in (set(names()) - before) | listeners:
         attributes, size = ctypes.create_string_buffer(64), ctypes.c_size_t()
         assert libc.pthread_getattr_np(ctypes.c_ulong(thread), attributes) == 0
         assert libc.pthread_attr_getstacksize(attributes, ctypes.byref(size)) == 0
         libc.pthread_attr_destroy(attributes)
-        # The C library may add a page or two of its own.
+        # The C library may add a page or two.
         assert STACK_SIZE <= size.value <= STACK_SIZE + 64 * 1024
 
 
-def test_who_yields_lets_other_threads_have_the_interpreter() -> None:
+def test_a_yield_releases_the_interpreter_lock() -> None:
     started, done = threading.Event(), threading.Event()
 
     def spin() -> None:
@@ -185,7 +203,7 @@ def test_who_yields_lets_other_threads_have_the_interpreter() -> None:
 
     spinning = threading.Thread(target=spin, daemon=True)
     interval = sys.getswitchinterval()
-    # Whoever gave up the CPU alone would be made to give up the interpreter only after so long.
+    # A thread that yields only the CPU would keep the interpreter lock for this interval.
     sys.setswitchinterval(100)
     try:
         before = time.monotonic()
@@ -198,19 +216,19 @@ def test_who_yields_lets_other_threads_have_the_interpreter() -> None:
         sys.setswitchinterval(interval)
 
 
-def test_the_current_cpu_is_one_that_the_process_may_use() -> None:
+def test_the_current_cpu_is_allowed() -> None:
     before = os.sched_getaffinity(0)
     try:
         for cpu in before:
             os.sched_setaffinity(0, {cpu})
-            # By the time of a system call after it, this thread was moved.
+            # The kernel moves the thread by its next system call.
             assert current_cpu() == cpu
     finally:
         os.sched_setaffinity(0, before)
 
 
 def run_program(directory: Path, *options: str, variables: dict[str, str] | None = None) -> set[str]:
-    """Start a program, see that it relays, and give the CPUs that its threads may use."""
+    """Start a program, check that packets are relayed, and return the CPUs of its threads."""
     secret = directory / "secret"
     secret.write_text(SECRET)
     program = Program(
@@ -239,12 +257,12 @@ CPU = str(max(os.sched_getaffinity(0)))
 @pytest.mark.parametrize(
     ("options", "variables"), [(("--cpu-affinity", CPU), {}), ((), {"CPU_AFFINITY": CPU}), (("--cpu-affinity", "off"), {})]
 )
-def test_the_program_does_as_its_option_or_variable_says(
+def test_the_program_applies_option_and_variable(
     tmp_path: Path, options: tuple[str, ...], variables: dict[str, str]
 ) -> None:
     everywhere = affinities("self")[threading.get_native_id()]
     expected = {everywhere} if "off" in options else {CPU, everywhere}
-    # Those that wait for signals and write the log were there before.
+    # The threads for signals and the log started earlier.
     assert run_program(tmp_path, *options, variables=variables) == expected
 
 
@@ -253,7 +271,7 @@ class _Instructions(ctypes.Structure):
 
 
 def forbid(*calls: str) -> None:
-    """Let system calls fail with EPERM from now on, in this thread and the processes that it starts."""
+    """Make system calls fail with EPERM, in this thread and its child processes."""
     numbers = CALLS[platform.machine()]
     program = struct.pack("=HBBI", 0x20, 0, 0, 0)  # the number of the call
     for call in calls:
@@ -270,13 +288,13 @@ def forbid(*calls: str) -> None:
 
 @pytest.mark.skipif(platform.machine() not in CALLS, reason="the numbers of its system calls are not known here")
 @pytest.mark.parametrize("call", ["sched_setaffinity", "sched_setscheduler"])
-def test_a_sandbox_that_forbids_to_share_cpus_keeps_no_relay_from_running(tmp_path: Path, call: str) -> None:
-    """Many forbid all of systemd's @resources."""
+def test_the_relay_runs_in_a_sandbox_without_scheduler_calls(tmp_path: Path, call: str) -> None:
+    """Many sandboxes forbid all of systemd's @resources."""
 
     def start() -> set[str]:
         forbid(call)
         return run_program(tmp_path)
 
-    # What is forbidden can't be allowed again: that takes a thread which ends.
+    # A seccomp filter is permanent, so use a temporary thread.
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(start).result(110)

@@ -1,4 +1,3 @@
-import io
 import json
 import os
 import time
@@ -7,40 +6,38 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from rich.console import Console
 
 from relay.core.addresses import Family
-from relay.core.credentials import Credential
-from relay.probe.report import write_table
-from relay.probe.results import Report
-from tests.probe.shell import SECRET, Shell
+from tests.support.process import run
+from tests.support.program import kept_environment
+from tests.support.shell import SECRET, Shell
 
 Command = Callable[..., Result]
 
 QUICK = ("--count", 5, "--rate", 500, "--timeout", 30)
 KEYS = {
     "target", "server", "ok", "failed_step", "advice", "mapped_address", "binding_rtt_ms", "realm", "software",
-    "lifetime_s", "relayed_addresses", "address_errors", "packets", "steps",
+    "lifetime_s", "relayed_addresses", "address_errors", "packets", "path_mtu", "steps",
 }  # fmt: skip
 
 
 @pytest.fixture
 def secret_file(tmp_path: Path) -> Path:
     path = tmp_path / "secret"
-    path.write_text(f"  {SECRET.reveal()}\n\n")
+    path.write_text(f"  {SECRET.expose()}\n\n")
     return path
 
 
-def test_a_good_relay_gives_a_line_for_each_step(command: Command, secret_file: Path) -> None:
+def test_a_working_relay_prints_a_line_for_each_step(command: Command, secret_file: Path) -> None:
     with Shell([Family.IPV4]) as shell:
         result = command(f"127.0.0.1:{shell.port}", "--relay-secret-file", secret_file, *QUICK)
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert lines[0] == f"Probe of 127.0.0.1:{shell.port}/udp"
     assert [line.split("  ")[0] for line in lines[1:-1]] == [
-        "Binding", "Challenge", "Allocate", "ChannelBind IPv4", "Peer path IPv4", "Packets IPv4", "Refresh",
+        "Binding", "Challenge", "Allocate", "ChannelBind IPv4", "Peer path IPv4", "Packets IPv4", "Path MTU IPv4", "Refresh",
     ]  # fmt: skip
-    assert lines[-1] == "All is well."
+    assert lines[-1] == "All steps succeeded."
     assert "to peer 5/5, to client 5/5, round trip 5/5" in result.stdout
     assert result.stderr == ""
 
@@ -50,10 +47,10 @@ def test_a_name_is_resolved(command: Command) -> None:
         result = command(f"localhost:{shell.port}", *QUICK)
     assert result.exit_code == 0
     assert result.stdout.startswith(f"Probe of localhost:{shell.port}/udp at 127.0.0.1:{shell.port}\n")
-    assert result.stdout.endswith("Nothing failed; some was skipped.\n")
+    assert result.stdout.endswith("Nothing failed, but steps were skipped.\n")
 
 
-def test_a_wrong_password_names_allocate_and_is_not_shown(command: Command) -> None:
+def test_a_wrong_password_fails_at_allocate_and_is_not_printed(command: Command) -> None:
     password = {"FIREZONE_RELAY_PASSWORD": "hush-hush"}
     with Shell([Family.IPV4]) as shell:
         result = command(f"127.0.0.1:{shell.port}", "--username", f"{int(time.time()) + 600}:x", *QUICK, env=password)
@@ -63,15 +60,31 @@ def test_a_wrong_password_names_allocate_and_is_not_shown(command: Command) -> N
     assert "hush" not in result.output
 
 
-def test_no_server_fails_within_its_time(command: Command, silent_port: int) -> None:
+def test_a_stun_uri_is_tested_with_binding_only(command: Command) -> None:
+    with Shell([Family.IPV4]) as shell:
+        result = command(f"stun:127.0.0.1:{shell.port}", *QUICK)
+    assert result.exit_code == 0
+    assert [line.split("  ")[0] for line in result.stdout.splitlines()[1:]] == ["Binding", "All steps succeeded."]
+
+
+def test_the_secret_file_in_the_environment_is_used_unless_a_username_is_given(command: Command, secret_file: Path) -> None:
+    environment = {"RELAY_SECRET_FILE": str(secret_file)}
+    with Shell([Family.IPV4]) as shell:
+        target = f"turn:127.0.0.1:{shell.port}?transport=udp"
+        assert command(target, *QUICK, "--size", 1300, env=environment).exit_code == 0
+        result = command(target, "--username", f"{int(time.time()) + 600}:x", "--password", "x", *QUICK, env=environment)
+    assert "answered with 401" in result.stdout
+
+
+def test_a_missing_server_fails_within_the_timeout(command: Command, silent_port: int) -> None:
     started = time.monotonic()
     result = command(f"127.0.0.1:{silent_port}", "--timeout", 0.3)
     assert time.monotonic() - started < 30
     assert result.exit_code == 1
-    assert result.stdout.splitlines()[-1].startswith("Failed: Binding: no answer")
+    assert result.stdout.splitlines()[-1].startswith("Failed: Binding: no response")
 
 
-def test_json_has_the_same_fields_whatever_happens(command: Command, secret_file: Path, silent_port: int) -> None:
+def test_json_always_has_the_same_fields(command: Command, secret_file: Path, silent_port: int) -> None:
     with Shell([Family.IPV4]) as shell:
         good = command(f"127.0.0.1:{shell.port}", "--json", "--relay-secret-file", secret_file, *QUICK)
     bad = command(f"127.0.0.1:{silent_port}", "--json", "--timeout", 0.2)
@@ -112,29 +125,32 @@ def test_an_absent_credential_ignores_a_password_in_the_environment(command: Com
         (("127.0.0.1", "--username", "a" * 509, "--password", "p"), "508"),
         (("127.0.0.1", "--username", "\udcff", "--password", "p"), "UTF-8"),
         (("127.0.0.1", "--password", "a"), "--username"),
-        (("127.0.0.1", "--username", "a", "--password", "b", "--relay-secret-file", "x"), "not both"),
-        (("127.0.0.1", "--password", "b", "--relay-secret-file", "x"), "not both"),
+        (("127.0.0.1", "--username", "a", "--password", "b", "--relay-secret-file", "x"), "use one kind of credential"),
+        (("127.0.0.1", "--password", "b", "--relay-secret-file", "x"), "use one kind of credential"),
         (("127.0.0.1", "--relay-secret-file", "/no/such/file"), "/no/such/file"),
-        (("127.0.0.1", "--relay-secret-file", os.devnull), "no regular file"),
-        (("127.0.0.1", "--relay-secret-file", "/"), "no regular file"),
+        (("127.0.0.1", "--relay-secret-file", os.devnull), "not a regular file"),
+        (("127.0.0.1", "--relay-secret-file", "/"), "not a regular file"),
         (("127.0.0.1", "--count", "0"), "--count"),
         (("127.0.0.1", "--rate", "0"), "--rate"),
-        (("127.0.0.1", "--timeout", "nan"), "--timeout"),
+        (("127.0.0.1", "--timeout", "0"), "--timeout"),
+        (("127.0.0.1", "--size", "20"), "--size"),
+        (("127.0.0.1", "--max-loss", "101"), "--max-loss"),
+        (("turns:127.0.0.1",), "turn:HOST:PORT"),
         ((), "HOST"),
     ],
 )
-def test_bad_use_exits_with_2_and_says_what_is_wrong(command: Command, arguments: tuple[str, ...], words: str) -> None:
+def test_a_usage_error_exits_with_2_and_the_problem(command: Command, arguments: tuple[str, ...], words: str) -> None:
     result = command(*arguments)
     assert result.exit_code == 2
     assert words in result.stderr.splitlines()[-1]
     assert result.stdout == ""
 
 
-def test_a_secret_that_is_no_text_is_bad_use(command: Command, tmp_path: Path) -> None:
+def test_a_secret_that_is_not_utf_8_is_a_usage_error(command: Command, tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     result = command("127.0.0.1", "--relay-secret-file", tmp_path / "binary")
     assert result.exit_code == 2
-    assert "no text" in result.stderr
+    assert "is not UTF-8 text" in result.stderr
 
 
 def test_help_has_an_example(command: Command) -> None:
@@ -143,25 +159,18 @@ def test_help_has_an_example(command: Command) -> None:
     assert "probe relay.example.com --relay-secret-file" in result.stdout
 
 
-def on_terminal(report: Report, **options: object) -> str:
-    screen = io.StringIO()
-    write_table(report, Console(file=screen, force_terminal=True, width=120, markup=False, **options))  # type: ignore[arg-type]
-    return screen.getvalue()
-
-
-def test_a_terminal_gets_signs_and_colours_and_others_words(
-    run: Callable[..., Report], families: tuple[Family, ...], credential: Credential
-) -> None:
-    with Shell(families) as shell:
-        good = run(shell)
-        bad = run(shell, credential._replace(password="wrong"))
-    colourful = on_terminal(good, color_system="standard")
-    assert "\N{CHECK MARK} ok" in colourful
-    assert "\x1b[32m" in colourful
-    assert "\N{BALLOT X} FAILED" in on_terminal(bad, color_system="standard")
-    plain = on_terminal(bad, color_system=None)
-    assert "FAILED" in plain
-    assert "\N{BALLOT X}" not in plain
-    if Family.IPV6 in families:
-        # Brackets are no markup.
-        assert "[::1]:" in colourful
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_a_terminal_gets_colours_unless_no_color_is_set(no_color: str, silent_port: int) -> None:
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs, "w") as screen:
+        done = run(
+            "probe",
+            f"127.0.0.1:{silent_port}",
+            "--timeout",
+            "0.1",
+            env=kept_environment() | {"NO_COLOR": no_color},
+            stdout=screen.fileno(),
+        )
+    assert done.returncode == 1
+    assert ("\x1b[31m" in os.read(ours, 4096).decode()) is (no_color == "")
+    os.close(ours)

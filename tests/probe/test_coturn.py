@@ -1,4 +1,4 @@
-"""The probe against coturn, which is none of ours."""
+"""The probe against coturn."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,8 @@ import pytest
 
 from relay.core.addresses import Family
 from relay.core.credentials import Credential
-from relay.probe.results import Outcome, Report, StepName
-from tests.probe.conftest import Coturn
+from relay.tools.probe.results import Outcome, Report, StepName
+from tests.support.probe import Coturn
 
 Run = Callable[..., Report]
 Start = Callable[..., Coturn]
@@ -32,14 +32,14 @@ def test_coturn_relays_for_both_families(start_coturn: Start, run: Run) -> None:
     assert list(report.traffic) == [Family.IPV4, Family.IPV6]
 
 
-def test_coturn_refuses_a_wrong_password(start_coturn: Start, run: Run) -> None:
+def test_coturn_rejects_a_wrong_password(start_coturn: Start, run: Run) -> None:
     coturn = start_coturn()
     report = run(coturn.port, Credential(coturn.username, "wrong"))
     [failed] = report.failures
     assert (failed.name, failed.code) == (StepName.ALLOCATE, 401)
 
 
-def test_coturn_refuses_loopback_peers_and_loops(start_coturn: Start, run: Run) -> None:
+def test_coturn_rejects_loopback_peers_and_loops(start_coturn: Start, run: Run) -> None:
     coturn = start_coturn()
     report = run(coturn.port, Credential(coturn.username, coturn.password))
     assert [(step.name, step.outcome) for step in report.steps[3:]] == [

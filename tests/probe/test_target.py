@@ -1,27 +1,38 @@
 import socket
 import threading
 
+import click
 import pytest
 
-from relay.probe.errors import printable
-from relay.probe.target import Target, TargetError, parse_target, resolve
+from relay.config import Endpoint
+from relay.tools.probe.client import printable
+from relay.tools.probe.command import parse_target, resolve
 
 
 @pytest.mark.parametrize(
     ("text", "target"),
     [
-        ("relay.example.com", Target("relay.example.com", 3478)),
-        ("relay.example.com:99", Target("relay.example.com", 99)),
-        ("192.0.2.1", Target("192.0.2.1", 3478)),
-        ("192.0.2.1:65535", Target("192.0.2.1", 65535)),
-        ("2001:db8::1", Target("2001:db8::1", 3478)),
-        ("[2001:db8::1]", Target("2001:db8::1", 3478)),
-        ("[2001:db8::1]:5000", Target("2001:db8::1", 5000)),
-        ("fe80::1%lo", Target("fe80::1%lo", 3478)),
+        ("relay.example.com", Endpoint("relay.example.com", 3478)),
+        ("relay.example.com:99", Endpoint("relay.example.com", 99)),
+        ("192.0.2.1", Endpoint("192.0.2.1", 3478)),
+        ("192.0.2.1:65535", Endpoint("192.0.2.1", 65535)),
+        ("2001:db8::1", Endpoint("2001:db8::1", 3478)),
+        ("[2001:db8::1]", Endpoint("2001:db8::1", 3478)),
+        ("[2001:db8::1]:5000", Endpoint("2001:db8::1", 5000)),
+        ("fe80::1%lo", Endpoint("fe80::1%lo", 3478)),
+        ("turn:relay.example.com", Endpoint("relay.example.com", 3478)),
+        ("turn:relay.example.com:99?transport=udp", Endpoint("relay.example.com", 99)),
+        ("TURN:[2001:db8::1]:5000?transport=UDP", Endpoint("2001:db8::1", 5000)),
+        ("turn:2001:db8::1?transport=udp", Endpoint("2001:db8::1", 3478)),
+        ("turn:99", Endpoint("turn", 99)),
     ],
 )
-def test_hosts_are_read(text: str, target: Target) -> None:
-    assert parse_target(text) == target
+def test_hosts_and_uris_are_parsed(text: str, target: Endpoint) -> None:
+    assert parse_target(text) == (target, True)
+
+
+def test_a_stun_uri_is_a_server_that_need_not_relay() -> None:
+    assert parse_target("stun:192.0.2.1:99") == (Endpoint("192.0.2.1", 99), False)
 
 
 @pytest.mark.parametrize(
@@ -38,45 +49,48 @@ def test_hosts_are_read(text: str, target: Target) -> None:
         "[::1]3478",
         "[]",
         "[host]:1",
-        "1:2:3",
-        "turn:host",
+        "turn:",
+        "turn:host?transport=tcp",
+        "turns:host",
+        "turns:host:5349?transport=tcp",
+        "http:host",
     ],
 )
-def test_misspelt_hosts_are_refused(text: str) -> None:
-    with pytest.raises(TargetError):
+def test_invalid_hosts_are_rejected(text: str) -> None:
+    with pytest.raises(ValueError, match="write HOST, HOST:PORT"):
         parse_target(text)
 
 
 def test_a_port_is_shown_with_its_host() -> None:
-    assert str(parse_target("::1")) == "[::1]:3478"
-    assert str(parse_target("relay.example.com:1")) == "relay.example.com:1"
+    assert str(parse_target("::1")[0]) == "[::1]:3478"
+    assert str(parse_target("relay.example.com:1")[0]) == "relay.example.com:1"
 
 
-def test_addresses_are_looked_up_once_each() -> None:
-    assert resolve(Target("127.0.0.1", 5)) == (("127.0.0.1", 5),)
+def test_addresses_are_resolved_once_each() -> None:
+    assert resolve(Endpoint("127.0.0.1", 5)) == (("127.0.0.1", 5),)
 
 
-@pytest.mark.parametrize("host", ["no-such-name.invalid", "a..b", "x" * 70])
-def test_unknown_names_are_refused(host: str) -> None:
-    with pytest.raises(TargetError, match="unknown"):
-        resolve(Target(host, 1))
+@pytest.mark.parametrize("host", ["no-such-name.invalid", "a..b", "x" * 70, "1:2:3"])
+def test_unknown_names_are_rejected(host: str) -> None:
+    with pytest.raises(click.UsageError, match="unknown"):
+        resolve(Endpoint(host, 1))
 
 
-def test_a_lookup_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    given_up = threading.Event()
+def test_a_lookup_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_end = threading.Event()
 
-    def hang(*_: object, **__: object) -> list[object]:
-        given_up.wait(100)
+    def hang(*_: object, **__: object) -> list[tuple[object, ...]]:
+        may_end.wait(100)
         return []
 
     monkeypatch.setattr(socket, "getaddrinfo", hang)
     try:
-        with pytest.raises(TargetError, match="DNS"):
-            resolve(Target("host", 1), timeout=0.05)
+        with pytest.raises(click.UsageError, match="DNS"):
+            resolve(Endpoint("host", 1), timeout=0.05)
     finally:
-        given_up.set()
+        may_end.set()
 
 
-def test_text_of_a_server_cannot_steer_a_terminal() -> None:
+def test_server_text_is_escaped_for_the_terminal() -> None:
     assert printable("\x1b[2Jrealm\r\n\N{RIGHT-TO-LEFT OVERRIDE}'\\") == r"\x1b[2Jrealm\r\n\u202e'" + "\\"
     assert len(printable("x" * 5000)) < 200

@@ -1,4 +1,4 @@
-"""How many answers may go to each address that has proven nothing: what docs/limits.md says, without the relay's table."""
+"""The rate limit of responses to unauthenticated addresses in docs/limits.md, without the relay's table."""
 
 from tests.simulation.wire import Address
 
@@ -8,18 +8,18 @@ _NANOSECONDS = 1_000_000_000
 class Budgets:
     """A token bucket for each network.
 
-    In the relay's table a source may share both of its two buckets, of many thousands; too seldom to be looked for here.
+    Collisions in the relay's table of many thousands of buckets are too rare to be modelled here.
     """
 
     def __init__(self, rate: int, burst: int) -> None:
         self._token = round(_NANOSECONDS / rate) if rate else 0
-        """Nanoseconds in which a bucket gets one."""
-        # Half a token is taken for a whole one, so that rounding never decides.
+        """Nanoseconds per token."""
+        # Half a token counts as a whole token, to tolerate rounding.
         self._most_missing = burst * self._token - (self._token - self._token // 2)
         self._full_at: dict[str, int] = {}
 
     def take(self, client: Address, now: float) -> bool:
-        """Take a token for one answer; False if there is none."""
+        """Use a token for a response; return False without a token."""
         if not self._token:
             return True
         network, at = network_of(client), int(now * _NANOSECONDS)
@@ -31,5 +31,5 @@ class Budgets:
 
 
 def network_of(address: Address) -> str:
-    """Give what belongs to one customer: an IPv4 address, or the first half of an IPv6 one."""
+    """Return a customer's network: an IPv4 address, or the first half of an IPv6 address."""
     return address[0] if "." in address[0] else address[0].partition("::")[0]

@@ -1,4 +1,4 @@
-"""TURN clients: what they want from the relay, and what they do with it."""
+"""TURN clients, their requests and their packets."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +19,7 @@ _FAMILIES = {1: {1}, 2: {2}, 3: {1, 2}}
 
 
 class Surroundings(Protocol):
-    """What a client knows of the world."""
+    """A client's access to the world."""
 
     @property
     def seed(self) -> int: ...
@@ -34,34 +34,37 @@ class Surroundings(Protocol):
     def post(self) -> Post: ...
 
     def credential(self, seconds: float) -> Credential | None:
-        """Ask the portal for one; None if there is no relay."""
+        """Request a credential from the portal; None without a relay."""
 
     @property
     def patience(self) -> float:
-        """Seconds within which a client has an allocation if nothing stands against it."""
+        """Maximum seconds until a client has an allocation under good conditions."""
 
     def is_outdated(self, credential: Credential) -> bool:
-        """Tell whether the relay that it is for is gone."""
+        """Return whether the credential's relay has stopped."""
 
     def is_withheld(self, transaction: bytes) -> bool:
-        """Tell whether a request was not answered since too many were, to that address."""
+        """Return whether the rate limit of the address suppressed a response."""
 
     def new_address(self, *, is_ipv6: bool) -> Address:
-        """Give an address that nobody had."""
+        """Return an unused address."""
 
     def choose_peer(self, client: "Client", family: int) -> Address | None:
-        """Find someone to talk to."""
+        """Return a peer to talk to."""
+
+    def call(self, client: "Client", peer: Address) -> None:
+        """Let a peer that is a client of the same relay bind a channel back to the client."""
 
     def owner_of(self, address: Address) -> int | None:
-        """Tell who is at an address, or behind a relayed one."""
+        """Return the party at an address, or behind a relayed address."""
 
     def note(self, what: str, about: object) -> None:
-        """Write it into the trace."""
+        """Write an entry to the trace."""
 
 
 @dataclass(slots=True)
 class Bound:
-    """A channel, as its client sees it."""
+    """A client's view of a channel."""
 
     number: int
     peer: Address
@@ -70,7 +73,7 @@ class Bound:
 
 
 class Client:
-    """Someone who wants to talk through the relay."""
+    """A client of the relay."""
 
     def __init__(self, id_: int, profile: Profile, world: Surroundings) -> None:
         self.id = id_
@@ -82,15 +85,15 @@ class Client:
         self.asking.impatience = profile.impatience
         self.asking.without_nonce = profile.first_shows_credential
         self.relayed: dict[int, Address] = {}
-        """By family; empty without an allocation."""
+        """Relayed addresses by family; empty without an allocation."""
         self.channels: dict[int, Bound] = {}
         self.is_active = False
         self.wants_since: float | None = None
-        """Since when it has waited for an allocation."""
+        """Time since which the client has waited for an allocation."""
         self.refusals: set[int] = set()
-        """What it was refused an allocation with, since it last had one."""
+        """Error codes since the last allocation."""
         self.recovered: Counter[int] = Counter()
-        """By code: how often it had one after all."""
+        """Number of allocations after an error, by code."""
         self.sessions = 0
         self.sent = 0
         self.got = 0
@@ -108,7 +111,7 @@ class Client:
     # Sessions.
 
     def begin(self) -> None:
-        """Begin a session, and another one after it, until it is told to stop."""
+        """Run sessions until stopped."""
         self.is_active = True
         self.sessions += 1
         self._new_era()
@@ -119,28 +122,28 @@ class Client:
         self._want_credential()
 
     def stop(self) -> None:
-        """Begin nothing any more."""
+        """Start no further sessions."""
         if self.is_active:
             self._end_session(self.sessions)
-        # Whoever pauses does not come back either.
+        # A pausing client does not return.
         self.sessions += 1
 
     def move(self) -> None:
-        """Get another address without knowing: a NAT has forgotten the old one."""
+        """Change the address unnoticed, because a NAT has dropped the old mapping."""
         if self.address[1]:
             self._move()
 
     def hear_of_relay(self) -> None:
-        """Begin anew with a relay that is there since lately."""
+        """Start again with a new relay."""
         if self.is_active:
             self._new_era()
             self._want_credential()
 
     def check(self) -> None:
-        """Look whether it has what it is owed.
+        """Check whether the client has an allocation in time.
 
         Raises:
-            BrokenError: it has waited for too long.
+            BrokenError: the client has waited too long.
         """
         if self.wants_since is not None and self.link.is_calm:
             since = max(self.wants_since, self.link.calm_since, self.asking.disturbed_at)
@@ -165,7 +168,7 @@ class Client:
             self._scheduler.after(60, self._begin_again, session)
 
     def _new_era(self) -> None:
-        """Leave all behind that was about an allocation."""
+        """Reset the state of an allocation."""
         self._era += 1
         self.asking.forget()
         self.relayed.clear()
@@ -178,7 +181,7 @@ class Client:
         self._network.settle_at(self.address, self.id, self.receive, self.link)
 
     def _later(self, seconds: float, deed: Callable[[], None]) -> None:
-        """Do something, if it is still about the same allocation."""
+        """Run an action if the client still has the same allocation."""
         self._scheduler.after(seconds, self._if_still, self._era, deed)
 
     def _if_still(self, era: int, deed: Callable[[], None]) -> None:
@@ -196,7 +199,7 @@ class Client:
             self._allocate()
 
     def _allocate(self) -> None:
-        """Ask for an allocation, as often as it takes."""
+        """Request an allocation until success."""
         since = self.wants_since
         self._new_era()
         self.wants_since = self._scheduler.now if since is None else since
@@ -209,7 +212,7 @@ class Client:
             attributes += ((wire.LIFETIME, self.profile.lifetime.to_bytes(4, "big")),)
         self.asking.ask(wire.ALLOCATE, attributes, self._take_allocated)
         if self.profile.roams_after and self.random.random() < 0.2:
-            # The relay may be busy with the first one still.
+            # The first request may still be pending at the relay.
             self._later(0.5 * self.random.random(), self._roam)
 
     def _take_allocated(self, answer: Wire | None) -> None:
@@ -220,14 +223,14 @@ class Client:
             case 0 if answer is not None:
                 self._begin_relaying(answer)
             case 437:
-                # Something is in the way from an earlier time, with other credentials perhaps.
+                # An earlier allocation exists, perhaps with other credentials.
                 if self.random.random() < 0.3:
                     self._try_to_use()
                 self.asking.ask(wire.REFRESH, ((wire.LIFETIME, bytes(4)),), lambda _: self._allocate())
             case 401:
                 self._later(1, self._want_credential)
             case 440 if self._asks != 3:
-                # The other family, then: one of them is served.
+                # Try the other family, because the relay supports at least one.
                 self.refusals.add(440)
                 self._asks = 3 - self._asks
                 self._allocate()
@@ -239,7 +242,7 @@ class Client:
                 raise BrokenError(f"client {self.id} ({self.profile.name}) is refused an allocation with {code}")
 
     def _try_to_use(self) -> None:
-        """Try whether what was allocated with other credentials can be used with these: it can't."""
+        """Check that an allocation of other credentials cannot be used with the current credentials."""
         self.asking.ask(wire.REFRESH, ((wire.LIFETIME, (3000).to_bytes(4, "big")),), lambda _: None)
         peer = self._world.choose_peer(self, 1)
         if peer is not None:
@@ -282,12 +285,12 @@ class Client:
             self._allocate()
 
     def _roam(self) -> None:
-        """Go on from another address, as whoever one was."""
+        """Continue from another address with the same username."""
         self._move()
         self._allocate()
 
     def _drop_family(self) -> None:
-        """Give one of two relayed addresses back."""
+        """Delete one of two relayed addresses."""
         family = self.random.choice((1, 2))
         attributes = ((wire.LIFETIME, bytes(4)), (wire.REQUESTED_FAMILY, bytes((family, 0, 0, 0))))
         self.asking.ask(wire.REFRESH, attributes, lambda answer: self._take_dropped(answer, family))
@@ -298,17 +301,17 @@ class Client:
             for number in [n for n, each in self.channels.items() if (2 if ":" in each.peer[0] else 1) == family]:
                 del self.channels[number]
             if not self.relayed:
-                # It was the only one.
+                # The last relayed address is deleted.
                 self._allocate()
 
     # Channels.
 
     def _bind_new(self, number: int) -> None:
-        """Bind a channel to whoever there is to talk to."""
+        """Bind a channel to an available peer."""
         families = list(self.relayed)
         if not families:
             return
-        # One that has no relayed address of the peer's family is told so.
+        # Without a relayed address of the peer's family, the client gets 443.
         peer = self._world.choose_peer(self, self.random.choice(families if self.random.random() < 0.97 else (1, 2)))
         if peer is None or any(peer == each.peer for each in self.channels.values()):
             return
@@ -316,24 +319,33 @@ class Client:
             self.asking.ask(wire.CREATE_PERMISSION, (peer_attribute(peer),), lambda _: None)
         self._bind(Bound(number, peer, self._scheduler.now))
 
+    def bind_back(self, peer: Address) -> None:
+        """Bind a channel to a client of the same relay."""
+        if all(peer != each.peer for each in self.channels.values()):
+            self._bind(Bound(0x4F00, peer, self._scheduler.now))
+
     def _bind(self, bound: Bound) -> None:
         channel = (wire.CHANNEL_NUMBER, bound.number.to_bytes(2, "big") + b"\0\0")
         self.asking.ask(
             wire.CHANNEL_BIND, (channel, peer_attribute(bound.peer)), lambda answer: self._take_bound(bound, answer)
         )
+        if self.profile.is_hasty:
+            for _ in range(self.random.choice((1, 3, 6))):
+                self.say(bound.number, self._world.owner_of(bound.peer))
 
     def _take_bound(self, bound: Bound, answer: Wire | None) -> None:
         code = None if answer is None else answer.code
         if code == 0:
             bound.at, bound.is_bound = self._scheduler.now, True
             self.channels[bound.number] = bound
+            self._world.call(self, bound.peer)
             self._later(self.profile.rebinds_after * (0.9 + 0.2 * self.random.random()), lambda: self._rebind(bound))
         elif code == 437:
             self._allocate()
         elif code == 401:
             self._later(1, self._want_credential)
-        elif code in (400, 508):
-            # Its number or its peer is kept for another, or there are too many: that passes.
+        elif code in (400, 403, 508):
+            # Temporary: the number or the peer is reserved, the machine has the peer's address, or the limit is reached.
             self.channels.pop(bound.number, None)
             self._later(100 + 100 * self.random.random(), lambda: self._bind_new(bound.number))
         elif code is None:
@@ -368,14 +380,14 @@ class Client:
             self.say(number, letter.sender)
 
     def say(self, number: int, to: int | None) -> None:
-        """Send a packet on a channel, with padding now and then."""
+        """Send a packet on a channel, sometimes with padding."""
         draw = self.random.random()
         payload = b"" if to is None or draw < 0.01 else self._post.write(self.id, to)
         self.sent += 1
         self._send(wire.channel_data(number, payload, bytes(-len(payload) % 4) if draw < 0.2 else b""))
 
     def _talk(self) -> None:
-        """Send a few packets on one channel, and more later; also on those that may have ended meanwhile."""
+        """Send a few packets on a channel, and more later, including on channels that may have expired meanwhile."""
         bound = [each for each in self.channels.values() if each.is_bound]
         if bound:
             channel = self.random.choice(bound)

@@ -1,4 +1,4 @@
-"""Time that passes from one event to the next, and the exception by which a run ends early."""
+"""A clock that advances from event to event, and the exception of a failed run."""
 
 import heapq
 from collections.abc import Callable
@@ -8,15 +8,15 @@ Deed: TypeAlias = Callable[..., None]
 
 
 class BrokenError(Exception):
-    """Something came out otherwise than it must."""
+    """A check of the simulation failed."""
 
 
 class Scheduler:
-    """What is to happen, and when; events of one moment happen in the order in which they were asked for."""
+    """Future events by time; simultaneous events run in insertion order."""
 
     def __init__(self, start: float) -> None:
         self.now = start
-        """Seconds; exact, so that the moment at which something ends can be hit."""
+        """Seconds; exact, to hit deadlines exactly."""
         self.events = 0
         self._sequence = 0
         self._heap: list[tuple[float, int, Deed, tuple[Any, ...]]] = []
@@ -24,8 +24,8 @@ class Scheduler:
     def __len__(self) -> int:
         return len(self._heap)
 
-    def at(self, moment: float, deed: Deed, *arguments: Any) -> None:  # noqa: ANN401 - what the deed takes
-        """Let something happen; at once, if its moment is over."""
+    def at(self, moment: float, deed: Deed, *arguments: Any) -> None:  # noqa: ANN401 - arguments of the action
+        """Schedule an action; past times mean immediately."""
         self._sequence += 1
         heapq.heappush(self._heap, (max(moment, self.now), self._sequence, deed, arguments))
 
@@ -34,7 +34,7 @@ class Scheduler:
         heapq.heappush(self._heap, (self.now + seconds, self._sequence, deed, arguments))
 
     def run(self, until: float) -> None:
-        """Let everything happen that is to happen until then."""
+        """Run all events until a time."""
         heap, pop = self._heap, heapq.heappop
         while heap and heap[0][0] <= until:
             self.now, _, deed, arguments = pop(heap)

@@ -1,28 +1,28 @@
-"""What is wrong with a machine at the moment."""
+"""Current faults of a machine."""
 
 from dataclasses import dataclass
 
 USUALLY_SLOW = 0.03
-"""Share of binds that are reported on late, or never, when all is well."""
+"""Share of binds with a late or missing report on a healthy machine."""
 
 
 @dataclass(slots=True)
 class Health:
-    """Everything that a machine fails its relay in."""
+    """All faults of the relay's machine."""
 
     foreign_ports: frozenset[int] = frozenset()
-    """Those that other programs have."""
+    """Ports used by other programs."""
     is_exhausted: bool = False
-    """No descriptor or thread is to be had."""
+    """No descriptors or threads are available."""
     slow_binds: float = USUALLY_SLOW
-    """Share of binds that are reported on late, or never."""
+    """Share of binds with a late or missing report."""
     lateness: float = 0.001
-    """Seconds by which a wake-up comes late, at most."""
+    """Maximum delay of a wake-up in seconds."""
     stopped_until: float = 0.0
     clock_error: float = 0.0
-    """Seconds by which the wall clock is wrong."""
+    """Error of the wall clock in seconds."""
 
     def recover(self) -> None:
-        """Be well again, but for a stop, which ends by itself."""
+        """Remove all faults except a pause, which ends by itself."""
         self.foreign_ports, self.is_exhausted, self.slow_binds = frozenset(), False, USUALLY_SLOW
         self.lateness, self.clock_error = 0.001, 0.0

@@ -1,6 +1,6 @@
-"""Who has which allocation and which channels, and until when: as the RFCs have it, from what passes at the relay's edge.
+"""Allocations and channels with their lifetimes by the rules of the RFCs, derived from packets at the relay's sockets.
 
-It knows moments and durations; nothing happens in it by itself but the end of allocations.
+The model stores times and durations. Its only event is the end of allocations.
 """
 
 import heapq
@@ -13,12 +13,13 @@ from tests.simulation.wire import Address
 CHANNEL_LIVES = 600
 CHANNEL_KEPT = 900
 BIND_WAIT = 5
+EARLY_WAIT = 1.0
 NONCE_LIVES = 3600
 
 
 @dataclass(slots=True)
 class Channel:
-    """A number and a peer that are bound to each other."""
+    """A binding of a number and a peer."""
 
     number: int
     peer: Address
@@ -33,7 +34,7 @@ class Channel:
 
 @dataclass(slots=True, eq=False)
 class Allocation:
-    """What one client holds."""
+    """A client's allocation."""
 
     client: Address
     username: str
@@ -47,7 +48,7 @@ class Allocation:
     ends: float
     id: int = 0
     ports: list[int] = field(default_factory=list)
-    """The last one is its own; the others were refused."""
+    """The last port is the allocated port; earlier ports were in use."""
     is_established: bool = False
     is_free: bool = False
     success: bytes = b""
@@ -63,7 +64,7 @@ class Allocation:
         return channel if channel is not None and now < channel.bound + CHANNEL_LIVES else None
 
     def bind(self, number: int, peer: Address, now: float) -> Channel | None:
-        """Bind or refresh a channel; None if either is kept for another."""
+        """Bind or refresh a channel; return None if the number or the peer is reserved."""
         for held in (self.channels.get(number), self.by_peer.get(peer)):
             if held is not None and held.is_kept(now) and (held.number, held.peer) != (number, peer):
                 return None
@@ -85,15 +86,15 @@ class Allocation:
 
 
 class Holdings:
-    """All allocations there are."""
+    """All allocations."""
 
     def __init__(self, ports: range) -> None:
         self.by_client: dict[Address, Allocation] = {}
         self.by_username: dict[str, Allocation] = {}
         self.by_id: dict[int, Allocation] = {}
-        """Those that have asked for sockets."""
+        """Allocations with requested sockets."""
         self.by_port: dict[int, Allocation] = {}
-        """With the ports that were refused, until an allocation is answered."""
+        """Taken ports, including ports in use by other programs until the response."""
         self._ports = ports
         self._free = [sum(port % 2 == odd for port in ports) for odd in (0, 1)]
         self._ends: list[tuple[float, int, Allocation]] = []
@@ -113,7 +114,7 @@ class Holdings:
         heapq.heappush(self._ends, (moment, self._sequence, allocation))
 
     def take_port(self, allocation: Allocation, port: int) -> bool:
-        """Give a port to an allocation; False if it may not have it."""
+        """Assign a port to an allocation; return False for an unsuitable port."""
         if port not in self._ports or port in self.by_port or (allocation.even and port % 2):
             return False
         allocation.ports.append(port)
@@ -135,7 +136,7 @@ class Holdings:
             self._return(port)
 
     def due(self, now: float) -> Iterator[Allocation]:
-        """Give those that are at their end; each is to be freed before the next is asked for."""
+        """Yield expired allocations; the caller frees each before the next."""
         while self.earliest_end() <= now:
             yield self._ends[0][2]
 

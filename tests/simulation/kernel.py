@@ -1,4 +1,4 @@
-"""The kernel's tables, as far as the core commands them: it relays by them alone, and knows of no client and no request."""
+"""The kernel's tables from the core's commands: the kernel relays by these tables only, without knowledge of requests."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -9,32 +9,33 @@ from tests.simulation.wire import Address
 
 
 class Entry(NamedTuple):
-    """A channel that the kernel relays."""
+    """A channel relayed by the kernel."""
 
     client: Address
     number: int
     port: int
     peer: Address
     until: float
+    inside: bool
 
 
 class Kernel:
-    """Relays what it was told to, for as long as it was told."""
+    """Relays installed channels until they expire."""
 
     def __init__(self) -> None:
         self.by_channel: dict[tuple[Address, int], Entry] = {}
         self.by_peer: dict[tuple[int, Address], Entry] = {}
 
     def take(self, commands: Iterable[Command]) -> None:
-        """Carry out what concerns it.
+        """Execute the kernel's commands.
 
         Raises:
-            BrokenError: it makes no sense, to tables as they are.
+            BrokenError: the command contradicts the tables.
         """
         for command in commands:
             match command:
-                case InstallChannel(client, number, port, peer, until):
-                    self._install(Entry(client, number, port, peer, until))
+                case InstallChannel():
+                    self._install(Entry(*command))
                 case RemoveChannel(client, number, port, peer):
                     entry = self.by_channel.pop((client, number), None)
                     if entry is None or entry[:4] != command or self.by_peer.pop((port, peer), None) is not entry:

@@ -1,4 +1,4 @@
-"""A network that loses, doubles, delays and reorders datagrams, and is cut now and then."""
+"""A network that loses, duplicates, delays and reorders datagrams, and is sometimes partitioned."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,28 +9,28 @@ from tests.simulation.clock import Scheduler
 from tests.simulation.wire import Address
 
 Receive: TypeAlias = Callable[[bytes, Address, int], None]
-"""Takes a datagram, where it is from, and its traffic class."""
+"""Receives a datagram with its source and its traffic class."""
 
 CALM_LOSS = 0.02
-"""The largest share of lost datagrams with which who waits for an answer is still owed one."""
+"""The largest loss rate at which a client must still get a response."""
 
 LONGEST_DETOUR = 4.0
-"""Seconds by which a datagram may come late."""
+"""Maximum delay of a datagram in seconds."""
 
 
 @dataclass(slots=True)
 class Link:
-    """How someone is connected to the rest."""
+    """The link of a party to the network."""
 
     loss: float = 0.0
     double: float = 0.0
     detour: float = 0.0
-    """Share of datagrams that come up to seconds late."""
+    """Share of datagrams with a delay of up to several seconds."""
     delay: float = 0.01
     jitter: float = 0.02
     is_cut: bool = False
     calm_since: float = 0.0
-    """Since when all that is sent may be relied upon to arrive at the second or third attempt."""
+    """Time since which the second or third retransmission is certain to arrive."""
 
     @property
     def is_calm(self) -> bool:
@@ -38,7 +38,7 @@ class Link:
 
 
 class Place(NamedTuple):
-    """Someone at an address."""
+    """A party at an address."""
 
     owner: int
     receive: Receive
@@ -46,23 +46,23 @@ class Place(NamedTuple):
 
 
 class Relayed(NamedTuple):
-    """Where the network ends at the relay."""
+    """The relay's end of the network."""
 
     hosts: frozenset[str]
     from_client: Receive
     from_peer: Callable[[bytes, Address, int, Address], None]
-    """Has as its last argument the relayed address that was sent to."""
+    """The last argument is the destination, a relayed address."""
 
 
 class Network:
-    """All addresses, and what is on its way between them."""
+    """All addresses, and the datagrams in flight."""
 
     def __init__(self, scheduler: Scheduler, random: Random) -> None:
         self.sent = 0
         self.doubled = 0
         self.lost = 0
         self.strayed = 0
-        """Arrived where nobody is any more."""
+        """Number of datagrams to addresses without a party."""
         self.delivered = 0
         self.relay: Relayed | None = None
         self._places: dict[Address, Place] = {}
@@ -78,7 +78,7 @@ class Network:
         self._places[address] = Place(owner, receive, link)
 
     def leave(self, address: Address) -> None:
-        """Let nobody be at an address any more: so a NAT forgets a mapping."""
+        """Remove the party at an address, as when a NAT drops a mapping."""
         self._places.pop(address, None)
 
     def owner_of(self, address: Address) -> int | None:
@@ -86,7 +86,7 @@ class Network:
         return None if place is None else place.owner
 
     def send(self, data: bytes, source: Address, destination: Address, traffic_class: int, link: Link | None = None) -> None:
-        """Send a datagram over the link of whoever sends it, or, from the relay, of whoever it is for."""
+        """Send a datagram over the sender's link, or over the receiver's link if the relay sends."""
         self.sent += 1
         if link is None:
             place = self._places.get(destination)
@@ -111,7 +111,8 @@ class Network:
         if place is not None:
             self.delivered += 1
             place.receive(data, source, traffic_class)
-        elif relay is not None and destination[0] in relay.hosts:
+        elif relay is not None and destination[0] in relay.hosts and source[0] not in relay.hosts:
+            # The NAT in front of the relay does not return the relay's own packets.
             self.delivered += 1
             if destination[1] == 3478:
                 relay.from_client(data, source, traffic_class)

@@ -1,4 +1,4 @@
-"""What a seed stands for: how large the world is, and what goes wrong in it."""
+"""Parameters of a seed: the size and the faults of its world."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -11,52 +11,53 @@ from tests.simulation.setting import Setting
 HOUR, DAY = 3600.0, 86400.0
 
 _LIMITS = (((500, 5000), 49), ((500, 5000), 49), ((0, 1), 49), ((10, 20), 4), ((2, 3), 2), ((1, 1), 2))
-"""Rate and burst of answers to whoever has proven nothing, and the NATs that all clients are behind."""
+"""Rate and burst of unauthenticated responses, and the number of NATs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """The whole of a run, but for its seed."""
+    """All parameters of a run except its seed."""
 
     hours: float
-    """For which clients come and go, before all is quiet."""
+    """Hours with active clients, before the quiet end."""
     clients: int
     peers: int
     setting: Setting
     pace: float = 1.0
-    """By which packets come less often, and sessions last longer."""
+    """Factor of longer intervals between packets and longer sessions."""
     weather: float = 600.0
-    """Seconds, on average, between two times of bad weather; 0 for none, as in the next ones."""
+    """Average seconds between two times of bad weather; 0 disables them. The next fields are similar."""
     partitions: float = 900.0
     rebinds: float = 60.0
-    """Of a NAT, somewhere."""
+    """Rebinding of a NAT."""
     machine: float = 400.0
-    """In which ports, descriptors or the time of the machine are not to be had."""
+    """Faults of the machine: a lack of ports or descriptors, or pauses."""
     portal: float = 700.0
     restarts: float = 4000.0
+    handovers: float = 300.0
     noise: float = 5.0
     batching: float = 0.0
-    """Seconds for which arrivals wait to be read together."""
+    """Seconds for which datagrams wait to be read in a batch."""
     nats: int = 49
-    """Behind which all clients are, of each family."""
+    """Number of NATs per family; all clients are behind a NAT."""
 
     TROUBLES: ClassVar[tuple[str, ...]] = (
-        "weather", "partitions", "rebinds", "machine", "portal", "restarts", "noise", "batching",
+        "weather", "partitions", "rebinds", "machine", "portal", "restarts", "handovers", "noise", "batching",
     )  # fmt: skip
 
     @classmethod
     def of(cls, seed: int) -> "Parameters":
-        """Give what a seed stands for."""
+        """Return the parameters of a seed."""
         random = Random(f"{seed} parameters")
         clients = random.choice((20, 60, 120, 240))
         hours = random.choice((0.4, 0.7, 1.3))
-        # Where ports are short, they are used again soon.
+        # Scarce ports are reused soon.
         first = random.choice((49152, 50001))
         count = clients * 3 if random.random() < 0.6 else clients // 2
         limits = Random(f"{seed} limits")
         (rate, burst), nats = limits.choice(_LIMITS)
         return cls(
-            # Nonces live for an hour.
+            # Nonces are valid for an hour.
             hours=hours,
             clients=clients,
             pace=max(1.0, clients / 60) * (2 if hours > 1 else 1),
@@ -78,22 +79,22 @@ class Parameters:
 
     @property
     def patience(self) -> float:
-        """Seconds within which a client has an allocation if nothing stands against it.
+        """Maximum seconds until a client has an allocation under good conditions.
 
-        One request that times out, and the few that follow. Where answers are limited, all clients behind a NAT may want
-        one at once, and each of them more than one: copies are answered as well.
+        The time of a request that times out, and of a few further requests. With a rate limit, all clients behind a NAT may
+        need responses at once, including responses to retransmissions.
         """
         rate = self.setting.rate
         return 100.0 + (3.0 * self.clients / self.nats / rate if rate else 0.0)
 
     def without(self, troubles: Iterable[str]) -> "Parameters":
-        """Give the same world without some of its troubles."""
+        """Return the same world without some of its troubles."""
         nothing: dict[str, Any] = dict.fromkeys(troubles, 0.0)
         return dataclasses.replace(self, **nothing)
 
     def for_days(self, days: float) -> "Parameters":
-        """Give the same world for longer, with fewer events an hour: so that a month can be waited for."""
+        """Return the same world with a longer duration and fewer events per hour, to make a month feasible."""
         return dataclasses.replace(
             self, hours=days * 24, pace=24.0, weather=1800, partitions=2400, rebinds=300, machine=1200, portal=7200,
-            restarts=40000, noise=60,
+            restarts=40000, handovers=7200, noise=60,
         )  # fmt: skip

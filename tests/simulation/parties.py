@@ -1,4 +1,4 @@
-"""Everyone who sends payloads: what is in one, and what everyone checks in each that they get."""
+"""Senders of payloads, the content of a payload, and the checks of each received payload."""
 
 import struct
 from typing import NamedTuple
@@ -11,7 +11,7 @@ _SIZES = (0, 0, 1, 7, 32, 60, 156, 156, 156, 700, 1180)
 
 
 class Letter(NamedTuple):
-    """What a payload says of itself."""
+    """The content of a payload."""
 
     number: int
     sender: int
@@ -19,7 +19,7 @@ class Letter(NamedTuple):
 
 
 class Post:
-    """Numbers payloads, and reads them again."""
+    """Numbers payloads, and parses received payloads."""
 
     def __init__(self) -> None:
         self.written = 0
@@ -32,10 +32,9 @@ class Post:
         return _compose(self.written, sender, receiver)
 
     def note_receiver(self, payload: bytes, receiver: int | None) -> None:
-        """See who will get what the relay was right to relay.
+        """Determine the receiver of a correctly relayed payload.
 
-        Whoever sends to a relayed address, or on a channel, that has got another owner since, sends to that one: no relay
-        could know better.
+        If the relayed address or the channel has a new owner, the new owner gets the payload. No relay can prevent this.
         """
         if receiver is not None and payload:
             number, _, meant = _HEAD.unpack_from(payload)
@@ -45,10 +44,10 @@ class Post:
                     del self._misdirected[next(iter(self._misdirected))]
 
     def open(self, payload: bytes, receiver: int) -> Letter | None:
-        """Read what someone got; None if it is empty.
+        """Parse a received payload; return None for an empty payload.
 
         Raises:
-            BrokenError: it was altered, or is somebody else's.
+            BrokenError: the payload was changed, or is for another receiver.
         """
         if not payload:
             return None

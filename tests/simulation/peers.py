@@ -1,4 +1,4 @@
-"""Peers: whoever clients talk to through the relay. One of them may talk to many clients from one address."""
+"""Peers of clients. A peer may talk to many clients from a single address."""
 
 from collections import deque
 from random import Random
@@ -10,7 +10,7 @@ from tests.simulation.wire import Address
 
 
 class Peer:
-    """Answers what it gets, and says something to relayed addresses that it heard of lately, also when they are over."""
+    """Replies to packets, and sends packets to recent relayed addresses, including ended allocations."""
 
     def __init__(self, id_: int, address: Address, seed: str, scheduler: Scheduler, network: Network, post: Post) -> None:
         self.id = id_
@@ -19,7 +19,7 @@ class Peer:
         self.got = 0
         self._random = Random(f"{seed} peer {id_}")
         self._heard: deque[tuple[Address, int]] = deque(maxlen=30)
-        """Relayed addresses, and who was behind them."""
+        """Relayed addresses and their clients."""
         self._scheduler = scheduler
         self._network = network
         self._post = post

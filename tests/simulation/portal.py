@@ -1,42 +1,45 @@
-"""A portal that restarts and can't be reached now and then, and the relay's link to it."""
+"""A portal that sometimes restarts or is unreachable, and the relay's connection to the portal."""
 
 import json
 from random import Random
 from typing import Any, NamedTuple
 
 from relay.core.addresses import Family
-from relay.core.instant import Instant
 from relay.core.portal.channel import PortalChannel
-from relay.core.portal.commands import Abandon, Begin, Close, Connect, Fatal, Left, PortalCommand, SendText
+from relay.core.portal.commands import Abandon, Begin, Close, Connect, ConnectionId, Fatal, Left, PortalCommand, SendText
 from relay.core.portal.endpoint import PortalConfig, PortalToken, PortalUrl
-from relay.core.portal.refusal import Refusal
+from relay.core.portal.events import Connected, ConnectionEvent, ConnectionLost, TextReceived, UpgradeRefused
+from relay.core.timestamp import Timestamp
 from tests.simulation import wire
 from tests.simulation.clock import BrokenError, Scheduler
 from tests.simulation.machine import HOSTS, UNIX_AT_ZERO, Machine
 
 LONGEST_ABSENCE = 110.0
-"""Seconds from when a portal is well again to when a relay has joined it: a wait of 30 s, an attempt that hangs for 15 s,
-another wait, or 50 s until a silent connection is given up; and a while for the rest."""
+"""Maximum seconds from the portal's recovery to the relay's join: a wait of 30 s, a hanging attempt of 15 s and another
+wait, plus a margin."""
 
 LONGEST_SILENCE = 10.5
-"""Seconds between two frames of a relay, at most."""
+"""Maximum seconds between two frames of a relay."""
+
+PORTALS_PATIENCE = 41.0
+"""Seconds without a frame of the relay after which the portal closes a connection. The relay must replace it earlier."""
 
 NEVER_JOINED_LIMIT = 14
 LOST_LIMIT = 24 * 3600 - 60
-"""Seconds for which a relay has to try to join at its start, and later."""
+"""Seconds for which a relay must try to join at its start, and later."""
 
 
 class Credential(NamedTuple):
-    """What a client is given to talk to the relay with."""
+    """A client's credential for the relay."""
 
     username: str
     key: bytes
     relay: int
-    """Which one takes it."""
+    """The relay that accepts the credential."""
 
 
 class Connection:
-    """One connection, as both sides see it."""
+    """Both ends of a connection."""
 
     def __init__(self, link: "PortalLink", number: int) -> None:
         self.link = link
@@ -45,10 +48,13 @@ class Connection:
         self.is_over = False
         self.has_joined = False
         self.heard_at = 0.0
+        """Time of the last frame sent by the relay."""
+        self.received_at = 0.0
+        """Time of the last frame received by the portal."""
 
 
 class Portal:
-    """The portal: knows which relay is online, and mints credentials for it."""
+    """The portal: knows the online relay, and creates credentials."""
 
     def __init__(self, seed: str, scheduler: Scheduler) -> None:
         self.random = Random(f"{seed} portal")
@@ -56,7 +62,7 @@ class Portal:
         self.is_reachable = True
         self.well_since = scheduler.now
         self.heard_at = scheduler.now
-        """When the relay last said something that arrived."""
+        """Time of the last frame received from the relay."""
         self.joins = 0
         self._connection: Connection | None = None
         self._secrets: dict[int, str] = {}
@@ -68,7 +74,7 @@ class Portal:
         return self._connection is not None and self._connection.has_joined
 
     def mint(self, seconds: float, username: str | None = None) -> Credential | None:
-        """Give a client a credential, or its old username again; None if no relay is online."""
+        """Return a client's new credential, or a credential with its old username; None without an online relay."""
         if self._connection is None or not self._connection.has_joined or not self.is_up:
             return None
         self._salt += 1
@@ -76,32 +82,34 @@ class Portal:
         relay = self._connection.link.machine_number
         return Credential(name, wire.long_term_key(name, self._secrets[relay]), relay)
 
-    # What goes wrong.
+    # Faults.
 
     def crash(self, seconds: float) -> None:
-        """Restart: all connections are lost, and none is taken for a while."""
+        """Restart: all connections are lost, and new connections are refused for a while."""
         self.is_up = False
         self._lose("connection reset")
         self._scheduler.after(seconds, self._be_well)
 
     def cut_off(self, seconds: float) -> None:
-        """Be out of reach: nothing arrives, and nobody is told."""
+        """Become unreachable: frames are lost silently."""
         self.is_reachable = False
         self._scheduler.after(seconds, self._be_well)
 
     def forget_channel(self) -> None:
-        """Lose the channel, but not the connection."""
+        """Lose the channel but keep the connection."""
         connection = self._connection
-        # TCP would bring word of it once the portal can be reached again; here it would be lost.
+        # TCP would deliver the close once the portal is reachable again; here it would be lost.
         if connection is not None and connection.has_joined and self.is_reachable:
             connection.has_joined = False
+            self.well_since = self._scheduler.now
             self._say(connection, "relay", "phx_reply", {"status": "error", "response": {"reason": "unmatched topic"}})
 
     def close_channel(self) -> None:
         """End the connection as a load balancer does."""
+        self.well_since = self._scheduler.now
         self._lose("closed by the portal")
 
-    # What the relay does.
+    # Actions of the relay.
 
     def take_connection(self, connection: Connection) -> None:
         if not self.is_reachable:
@@ -112,11 +120,11 @@ class Portal:
             if draw < 0.3:
                 link.report_lost(connection, "connection refused")
             else:
-                link.report_refused(connection, Refusal(503, "5") if draw < 0.6 else Refusal(502))
+                link.report_refused(connection, UpgradeRefused(503, "5") if draw < 0.6 else UpgradeRefused(502))
             return
         self._connection = connection
         connection.is_open = True
-        connection.heard_at = self._scheduler.now
+        connection.heard_at = connection.received_at = self._scheduler.now
         link.report_connected(connection)
 
     def take_text(self, connection: Connection, text: str) -> None:
@@ -126,7 +134,7 @@ class Portal:
         connection.heard_at = self._scheduler.now
         if not self.is_reachable or connection is not self._connection:
             return
-        self.heard_at = self._scheduler.now
+        self.heard_at = connection.received_at = self._scheduler.now
         frame = json.loads(text)
         match frame["topic"], frame["event"]:
             case "relay", "phx_join":
@@ -169,7 +177,7 @@ class Portal:
 
 
 class PortalLink:
-    """The relay's side: drives its portal channel, and opens the gate of its machine."""
+    """The relay's side: drives the portal channel, and opens the gate of its machine."""
 
     def __init__(self, machine: Machine, number: int, portal: Portal, scheduler: Scheduler) -> None:
         config = PortalConfig(
@@ -199,45 +207,50 @@ class PortalLink:
         self._carry_out()
 
     def check(self) -> None:
-        """Look whether the relay is where it must be by now.
+        """Check whether the relay has joined in time.
 
         Raises:
-            BrokenError: the portal has been well for long enough, and has no relay.
+            BrokenError: the portal has been reachable long enough, and has no relay.
         """
         well_for = self._scheduler.now - max(self._portal.well_since, self._started_at)
         is_well = self._portal.is_up and self._portal.is_reachable
-        if is_well and well_for > LONGEST_ABSENCE and not self._portal.has_relay and not self.is_leaving:
+        # A relay that has correctly given up stays offline until the world replaces it.
+        is_to_be_there = not self.is_leaving and self.fatal is None
+        if is_well and well_for > LONGEST_ABSENCE and not self._portal.has_relay and is_to_be_there:
             raise BrokenError(f"the portal has been well for {well_for:.0f} s, and the relay is {self.channel.state}")
 
-    # Reports, each some milliseconds after what it is about; also such as come too late.
+    # Reports, each some milliseconds after its cause; some are late.
 
     def report_connected(self, connection: Connection) -> None:
-        self._later(connection, self.channel.handle_connected, connection.number)
+        self._later(connection, Connected())
 
-    def report_refused(self, connection: Connection, refusal: Refusal) -> None:
+    def report_refused(self, connection: Connection, refusal: UpgradeRefused) -> None:
         connection.is_over = True
-        self._later(connection, self.channel.handle_refused, connection.number, refusal)
+        self._later(connection, refusal)
 
     def report_lost(self, connection: Connection, reason: str) -> None:
         connection.is_over = True
-        self._later(connection, self.channel.handle_lost, connection.number, reason)
+        self._later(connection, ConnectionLost(reason))
 
     def report_text(self, connection: Connection, text: str) -> None:
-        self._later(connection, self.channel.handle_text, connection.number, text)
+        self._later(connection, TextReceived(text))
 
-    def _later(self, connection: Connection, handle: Any, *arguments: Any) -> None:  # noqa: ANN401 - one of the channel's inputs
-        self._scheduler.after(0.02, self._report, connection, handle, arguments)
+    def _later(self, connection: Connection, event: ConnectionEvent) -> None:
+        self._scheduler.after(0.02, self._report, connection, event)
 
-    def _report(self, connection: Connection, handle: Any, arguments: tuple[Any, ...]) -> None:  # noqa: ANN401 - as above
+    def _report(self, connection: Connection, event: ConnectionEvent) -> None:
         if connection.is_over and connection is self._current:
             self._current = None
         if not self._machine.is_over:
-            handle(*arguments, self._now())
+            self.channel.handle_event(ConnectionId(connection.number), event, self._now())
             self._carry_out()
 
     # Commands.
 
     def _carry_out(self) -> None:
+        current = self._current
+        if current is not None and current.is_open and self._scheduler.now > current.received_at + PORTALS_PATIENCE:
+            raise BrokenError("the relay has kept a connection that the portal has closed for its silence")
         while commands := self.channel.drain():
             for command in commands:
                 self._do(command)
@@ -289,5 +302,5 @@ class PortalLink:
             self.channel.handle_timeout(self._now())
             self._carry_out()
 
-    def _now(self) -> Instant:
-        return Instant(self._scheduler.now, self._machine.unix)
+    def _now(self) -> Timestamp:
+        return Timestamp(self._scheduler.now, self._machine.unix)

@@ -1,4 +1,4 @@
-"""Packets at the very moments at which something ends: chance alone would seldom hit them."""
+"""Packets exactly at deadlines, which random times would rarely hit."""
 
 from random import Random
 
@@ -11,16 +11,16 @@ from tests.simulation.properties import check_tables
 from tests.simulation.wire import channel_data
 
 SHARE = 0.2
-"""Of channels whose end is looked at."""
+"""Share of channels with a probe at the end."""
 
 LOOKS = 0.05
-"""Of those, at whose tables: that takes a while."""
+"""Share of these channels with a check of the tables at the removal, which is slow."""
 
 TICK = 2**-10
 
 
 class Probes:
-    """Sends on channels, both ways, when they end, and when their allocation does."""
+    """Sends packets in both directions when channels and their allocations end."""
 
     def __init__(self, machine: Machine, scheduler: Scheduler, network: Network, post: Post, seed: str) -> None:
         self._machine = machine
@@ -30,7 +30,7 @@ class Probes:
         self._random = Random(f"{seed} probes")
 
     def plan(self, allocation: Allocation, channel: Channel) -> None:
-        """Come back when a channel, just bound, ends if nothing happens until then."""
+        """Schedule probes around a channel's expiry."""
         if self._random.random() > SHARE:
             return
         ends = min(channel.bound + CHANNEL_LIVES, allocation.ends)

@@ -1,4 +1,4 @@
-"""The kinds of clients that there are."""
+"""Kinds of clients."""
 
 from random import Random
 from typing import Any, NamedTuple
@@ -7,42 +7,44 @@ DAY = 86400.0
 
 
 class Profile(NamedTuple):
-    """How a client behaves."""
+    """A client's behaviour."""
 
     name: str
     is_ipv6: bool
-    """How it talks to the relay."""
+    """Family of the connection to the relay."""
     asks: int
     """1 for a relayed address of IPv4, 2 for one of IPv6, 3 for both."""
     first_shows_credential: bool
-    """Its first request has a username and no nonce, as Firezone's has."""
+    """The first request has a username and no nonce, as in Firezone."""
     fingerprint: bool
     even_port: bool
     lifetime: int | None
     refreshes: bool
-    """Or else lets its allocation end."""
+    """Whether the client refreshes its allocation."""
     channels: int
     rebinds_after: float
-    """Seconds; beyond 600 its channels end before, beyond 900 they are forgotten."""
+    """Seconds between channel refreshes. Channels expire after 600 and are removed after 900."""
+    is_hasty: bool
+    """Sends packets right behind each ChannelBind, like Firezone."""
     swaps: bool
-    """Binds what has ended to others."""
+    """Binds expired numbers and peers to new partners."""
     stays: bool
-    """Begins each session from the same address, with new credentials."""
+    """Starts each session from the same address with new credentials."""
     leaves: bool
-    """Deletes its allocation at the end, or else vanishes."""
+    """Whether the client deletes its allocation at the end."""
     roams_after: float
-    """Seconds, on average, after which it moves to another address with the same username; 0 for never."""
+    """Average seconds until the client moves to another address with the same username; 0 for never."""
     credential_lives: float
     impatience: float
     session: float
     """Seconds, on average."""
     pause: float
     gap: float
-    """Seconds between packets, on average."""
+    """Average seconds between packets."""
 
 
 def profile_of(random: Random, pace: float) -> Profile:
-    """Draw a client, of one of the kinds that there are."""
+    """Draw a client of a random kind."""
     name, changes = random.choice(_KINDS)
     asks = random.choice((1, 1, 2, 3))
     common = Profile(
@@ -56,6 +58,7 @@ def profile_of(random: Random, pace: float) -> Profile:
         refreshes=True,
         channels=random.choice((1, 1, 2, 4)),
         rebinds_after=random.choice((240.0, 300.0, 500.0)),
+        is_hasty=False,
         swaps=False,
         stays=False,
         leaves=random.random() < 0.6,
@@ -71,7 +74,10 @@ def profile_of(random: Random, pace: float) -> Profile:
 
 _KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("ICE", {"channels": 4, "session": 400.0, "leaves": True}),
-    ("Firezone", {"first_shows_credential": True, "stays": True, "leaves": False, "channels": 3, "session": 500.0}),
+    (
+        "Firezone",
+        {"is_hasty": True, "first_shows_credential": True, "stays": True, "leaves": False, "channels": 3, "session": 500.0},
+    ),
     ("roaming", {"roams_after": 200.0}),
     ("impatient", {"impatience": 0.5}),
     ("forgetful", {"refreshes": False}),
@@ -80,6 +86,6 @@ _KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("binding anew", {"rebinds_after": 950.0, "swaps": True, "lifetime": 3600}),
     ("vanishing", {"leaves": False, "session": 150.0, "pause": 900.0}),
     ("of short credentials", {"credential_lives": 400.0}),
-    ("dual", {"asks": 3, "channels": 4}),
+    ("dual", {"asks": 3, "channels": 4, "is_hasty": True}),
     ("plain", {}),
 )

@@ -1,4 +1,4 @@
-"""What must hold of the relay's tables and counters, whenever one looks, and when all is quiet."""
+"""Invariants of the relay's tables and counters, at any time and at the end."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,13 @@ _BY_NAME = {
     "unbound peer": (DropReason.UNBOUND_PEER,),
     "short": (DropReason.SHORT_CHANNEL_DATA,),
     "flood": (DropReason.FLOOD,),
+    "early limit": (DropReason.EARLY_LIMIT,),
 }
-"""Drops that the referee counts under a name of its own."""
+"""Drops with a different name in the referee."""
 
 
 def check_tables(machine: Machine) -> None:
-    """Hold the core's tables, and the kernel's, against who holds what by the RFCs.
+    """Compare the core's and the kernel's tables with the model.
 
     Raises:
         BrokenError: they differ.
@@ -37,18 +38,24 @@ def check_tables(machine: Machine) -> None:
         for channel in held.channels.values()
         if channel.is_live(now)
     }
-    _same("live channels", {key: (each.allocation, each.peer) for key, each in tables.live_channels.items()}, live)
-    _same("live peers", {(each.allocation, each.peer) for each in tables.live_peers.values()}, set(live.values()))
+    outside = {key: to for key, to in live.items() if not machine.referee.is_inside(to[1])}
+    inside = {key: to for key, to in live.items() if key not in outside}
+    for channels, right in ((tables.live_channels, outside), (tables.inside_channels, inside)):
+        found = {(client, n): (each.allocation, each.peer) for client, of in channels.items() for n, each in of.items()}
+        _same("live channels", found, right)
+    _same("live peers", {(id_, peer) for id_, of in tables.live_peers.items() for peer in of}, set(live.values()))
+    ports = {held.ports[-1]: held.id for held in holdings.by_client.values() if held.is_established}
+    _same("ports", tables.by_port, ports)
     kept = {
         (held.id, channel.number, channel.peer)
         for held in holdings.by_client.values()
         for channel in held.channels.values()
         if channel.is_kept(now)
     }
-    channels = {(id_, n, each.peer) for id_, held in tables.by_id.items() for n, each in held.channels.items()}
-    _same("channels", channels, kept)
+    held = {(id_, n, each.peer) for id_, held in tables.by_id.items() for n, each in held.channels.items()}
+    _same("channels", held, kept)
     _same("sockets", machine.sockets, {held.ports[-1]: id_ for id_, held in holdings.by_id.items() if held.is_established})
-    _same("free ports", len(machine.server._lifecycle._ports), holdings.free_ports(even=False))
+    _same("free ports", len(machine.server.free_ports), holdings.free_ports(even=False))
     if machine.setting.offloads:
         kernel = machine.kernel
         _same(
@@ -60,7 +67,7 @@ def check_tables(machine: Machine) -> None:
 
 
 def check_counters(machine: Machine) -> None:
-    """Hold the core's counters against what was seen to go in and out.
+    """Compare the core's counters with the observed packets.
 
     Raises:
         BrokenError: they differ.
@@ -68,6 +75,7 @@ def check_counters(machine: Machine) -> None:
     counters, referee = machine.server.counters, machine.referee
     _same("packets to peers", [counters.to_peer_packets, counters.to_peer_bytes], referee.to_peer)
     _same("packets to clients", [counters.to_client_packets, counters.to_client_bytes], referee.to_client)
+    _same("early packets", [counters.early_held, counters.early_relayed], referee.early_counts)
     answers = {(int(method), 0): n for method, n in counters.successes.items()}
     answers |= {(int(method), int(code)): n for (method, code), n in counters.errors.items()}
     _same("answers", answers, dict(referee.answers))
@@ -82,7 +90,7 @@ def check_counters(machine: Machine) -> None:
 
 
 def _check_told(machine: Machine) -> None:
-    """Hold what it told of against what it counted."""
+    """Compare events with counters."""
     told, counters = machine.told, machine.server.counters
     _same("allocations told of", told[AllocationCreated], counters.allocations_made)
     ends = told[AllocationCreated] - told[AllocationFreed]
@@ -97,10 +105,10 @@ def _check_told(machine: Machine) -> None:
 
 
 def check_quiet(world: "World") -> None:
-    """Look for anything that is left of all that was.
+    """Check that no state is left.
 
     Raises:
-        BrokenError: something is.
+        BrokenError: state is left.
     """
     machine = world.machine
     if world.network.under_way:
@@ -120,7 +128,10 @@ def check_quiet(world: "World") -> None:
 
 
 def _sizes(server: object) -> Iterator[tuple[str, int]]:
-    """Give each container that can be reached from an object, by the way to it, with its size; counters left aside."""
+    """Return the size of each container reachable from an object, by path.
+
+    Counters, the cache of peers and the history of refused requests, which is bounded, stay.
+    """
     seen: set[int] = set()
     to_do: list[tuple[str, Any]] = [("server", server)]
     while to_do:
@@ -131,14 +142,14 @@ def _sizes(server: object) -> Iterator[tuple[str, int]]:
         for name in (*getattr(each, "__dict__", ()), *getattr(type(each), "__slots__", ())):
             value = getattr(each, name, None)
             at = f"{path}.{name}"
-            if isinstance(value, dict | list | set | tuple) and name != "counters":
+            if isinstance(value, dict | list | set | tuple) and name not in ("counters", "_judged"):
                 yield at, _entries(value)
-            elif name not in ("counters", "_counters"):
+            elif name not in ("counters", "_counters", "history", "_history"):
                 to_do.append((at, value))
 
 
 def _entries(container: Any) -> int:  # noqa: ANN401 - any container
-    """Count what is in a container, and in those in it."""
+    """Return the number of elements in a container and its nested containers."""
     if not isinstance(container, dict | list | set | tuple):
         return 0
     inner = container.values() if isinstance(container, dict) else container
@@ -151,7 +162,7 @@ def _same(what: str, seen: object, right: object) -> None:
 
 
 def _only(one: object, other: object) -> object:
-    """Give what is in one only, if that can be told."""
+    """Return the elements in only the first container, if possible."""
     if isinstance(one, dict) and isinstance(other, dict):
         return {key: value for key, value in one.items() if other.get(key) != value}
     if isinstance(one, int | list):

@@ -1,7 +1,7 @@
-"""Stands at the relay's edge, and says of each thing that goes in what has to come out.
+"""The reference model of the relay: the expected outputs for all inputs.
 
-It reads what clients send and works out from the RFCs, with tables of its own, which answers are owed, which packets are
-relayed and where to, and what ends when. `settle` holds the relay's commands against that.
+The referee decodes all datagrams. From the RFCs and its own tables it derives the expected responses, the relayed packets
+and the end of allocations. `settle` compares the relay's commands with these expectations.
 """
 
 import math
@@ -9,48 +9,50 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from relay.core.commands import BindPort, Command, Drained, FreeAllocation, SendToClient, SendToPeer
+from relay.core.commands import BindPort, Command, Drained, FreeAllocation, SendToClient, SendToPeer, cut
 from relay.core.events import AllocationFreed
-from relay.core.trains import cut
 from tests.simulation import wire
 from tests.simulation.budgets import Budgets
 from tests.simulation.clock import BrokenError
-from tests.simulation.holdings import BIND_WAIT, NONCE_LIVES, Allocation, Channel, Holdings
+from tests.simulation.holdings import BIND_WAIT, CHANNEL_LIVES, EARLY_WAIT, NONCE_LIVES, Allocation, Channel, Holdings
 from tests.simulation.requests import Judge
 from tests.simulation.setting import Setting
 from tests.simulation.wire import Address, Wire
 
-STRANGERS_OF_FLOOD = 16
-"""Requests from addresses without an allocation that are heard in each batch of a flood."""
+REQUESTS_OF_FLOOD = 16
+"""Handled requests per batch of a flood: of each client, and of all addresses without an allocation."""
+
+EARLY_OF_CLIENT, EARLY_OF_ALL, EARLY_COSTS = 512 << 10, 8 << 20, 1024
+"""Bytes of waiting data, and bytes that each datagram counts in addition."""
 
 WITHHELD_KEPT = 8192
-"""Transactions: more than are under way."""
+"""Number of stored transactions, more than are ever pending."""
 
 
 class Rules(NamedTuple):
-    """What the relay was told at its start."""
+    """The configuration of the relay."""
 
     secret: str
     hosts: dict[int, str]
-    """Of relayed addresses, by family."""
+    """Hosts of relayed addresses by family."""
     setting: Setting
     is_forbidden: Callable[[Address], bool]
-    """Whether packets to a peer are refused."""
+    """Whether packets to a peer are forbidden."""
 
 
 class Expected(NamedTuple):
-    """An answer that is owed."""
+    """An expected response."""
 
     client: Address
     request: Wire
     code: int
     key: bytes | None
-    """Signs it."""
+    """The integrity key of the response."""
     values: tuple[tuple[int, bytes], ...] = ()
-    """Attributes that it has to have."""
+    """Required attributes."""
     establishes: Allocation | None = None
     repeats: bytes = b""
-    """The answer that it has to be, byte by byte."""
+    """The required bytes of the response, if it is a repetition."""
 
 
 Relayed = tuple[bytes, int]
@@ -58,33 +60,42 @@ Relayed = tuple[bytes, int]
 
 
 class Referee:
-    """Knows what the relay owes."""
+    """The expected outputs of the relay."""
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
         self.holdings = Holdings(rules.setting.ports)
         self.answers: Counter[tuple[int, int]] = Counter()
-        """By method and code, 0 for success."""
+        """Responses by method and code, 0 for success."""
         self.withheld: Counter[tuple[int, int]] = Counter()
-        """As the answers: those that were not given, since their address had had enough."""
+        """Rate-limited responses by method and code."""
         self.withheld_of: dict[bytes, None] = {}
-        """The last transactions with such a one."""
+        """The last transactions with a rate-limited response."""
         self.budgets = Budgets(rules.setting.rate, rules.setting.burst)
         self.drops: Counter[str] = Counter()
+        self.inside: Counter[str] = Counter()
+        """Packets between allocations of this relay."""
         self.to_peer = [0, 0]
-        """Packets and bytes, as in the next one."""
+        """Packets and bytes to peers; below, to clients."""
         self.to_client = [0, 0]
         self.told_bytes = [0, 0]
-        """To peers and to clients, by allocations that are over, as the relay tells if it does."""
+        """Bytes to peers and to clients, summed over all `AllocationFreed` events."""
         self.frees: Counter[str] = Counter()
         self.established = 0
         self.is_draining = False
         self.has_drained = False
         self.bound: list[tuple[Allocation, Channel]] = []
-        """Channels that were bound or refreshed, until whoever wants to know has taken them."""
+        """Channels that were bound or refreshed since the last `clear`."""
+        self.early: dict[tuple[int, int], tuple[float, list[tuple[bytes, int]]]] = {}
+        """ChannelData and traffic classes that wait for a ChannelBind, by allocation and number, with the first arrival."""
+        self.early_sizes: Counter[int] = Counter()
+        """The size of the waiting data, by allocation."""
+        self.early_counts = [0, 0]
+        """Datagrams that waited, and datagrams that were relayed afterwards."""
         self.nonces: dict[bytes, tuple[Address, int]] = {}
+        self.over: set[bytes | None] = set()
+        """MESSAGE-INTEGRITY of the requests that made or deleted an allocation."""
         self._last_id = 0
-        self._strangers_left = math.inf
         self._judge = Judge(self)
         self._checks: dict[type, Callable[[Any, float], None]] = {
             SendToPeer: self._check_to_peer,
@@ -102,6 +113,10 @@ class Referee:
     # Inputs.
 
     def pass_time(self, now: float) -> None:
+        for key, (since, waiting) in [*self.early.items()]:
+            if since + EARLY_WAIT <= now:
+                self.drops["unbound channel"] += len(waiting)
+                self._take_early(key)
         holdings = self.holdings
         for allocation in holdings.due(now):
             if allocation.is_established:
@@ -110,17 +125,23 @@ class Referee:
                 self.end(allocation, "refused")
                 self.owe(Expected(allocation.client, self._request_of(allocation), 508, allocation.key))
 
+    def lose_peers(self, hosts: frozenset[str], now: float) -> None:
+        """End the live channels to some hosts, as if they had expired."""
+        self.pass_time(now)
+        for allocation in self.holdings.by_id.values():
+            for channel in allocation.channels.values():
+                if channel.peer[0] in hosts and channel.is_live(now):
+                    channel.bound = now - CHANNEL_LIVES
+
     def take_from_client(self, data: bytes, client: Address, traffic_class: int, now: float, unix: float) -> None:
         self.pass_time(now)
         if data and 64 <= data[0] < 128:
             relayed = self.relayed_to_peer(data, client, now)
             if relayed is not None:
-                allocation, peer, payload = relayed
-                self.count(self.to_peer, payload)
-                self._relaying[allocation.id, peer].append((payload, traffic_class))
+                self._owe_to_peer(*relayed, traffic_class, now)
+            else:
+                self._let_wait(data, client, traffic_class, now)
         elif data and data[0] < 4:
-            if client not in self.holdings.by_client and not self._look_at_stranger():
-                return
             request = wire.read(data) if client[1] and len(data) <= 1500 else None
             if request is None or request.kind != wire.REQUEST:
                 self.drops["STUN"] += 1
@@ -129,23 +150,28 @@ class Referee:
         else:
             self.drops["no protocol"] += 1
 
-    def begin_batch(self, *, is_flood: bool) -> None:
-        """Begin what arrived together; in a flood, not all strangers in it are heard."""
-        self._strangers_left = STRANGERS_OF_FLOOD if is_flood else math.inf
+    def check_shed(self, batch: Iterable[tuple[bytes, Address]], kept: Iterable[tuple[bytes, Address]]) -> None:
+        """Check the datagrams that remain of a batch in a flood: only surplus requests are dropped.
 
-    def _look_at_stranger(self) -> bool:
-        self._strangers_left -= 1
-        if self._strangers_left < 0:
-            self.drops["flood"] += 1
-        return self._strangers_left >= 0
+        Raises:
+            BrokenError: the remaining datagrams differ.
+        """
+        left: dict[object, int] = {}
+        right = []
+        for data, client in batch:
+            if data and data[0] < 4:
+                sender = client if client in self.holdings.by_client else "strangers"
+                left[sender] = left.get(sender, REQUESTS_OF_FLOOD) - 1
+                if left[sender] < 0:
+                    self.drops["flood"] += 1
+                    continue
+            right.append((data, client))
+        if right != [*kept]:
+            raise BrokenError("in a flood, other datagrams are left than those that must be")
 
     def take_from_peer(self, allocation: int, data: bytes, peer: Address, traffic_class: int, now: float) -> None:
         self.pass_time(now)
-        relayed = self.relayed_to_client(allocation, peer, now)
-        if relayed is not None:
-            client, number = relayed
-            self.count(self.to_client, data)
-            self._relaying[client, number].append((wire.channel_data(number, data), traffic_class))
+        self._owe_to_client(allocation, peer, data, traffic_class, now)
 
     def take_bound(self, allocation: int, now: float) -> None:
         self.pass_time(now)
@@ -184,18 +210,68 @@ class Referee:
         self.end(refused, "refused")
         self.owe(Expected(refused.client, self._request_of(refused), 508, refused.key))
 
-    def take_failed(self, allocation: int, now: float) -> None:
+    def take_failed(self, allocation: int, now: float, reason: str) -> None:
         self.pass_time(now)
         failed = self.holdings.by_id.get(allocation)
         if failed is not None:
-            self.end(failed, "failed")
+            self.end(failed, reason)
             if not failed.is_established:
                 self.owe(Expected(failed.client, self._request_of(failed), 508, failed.key))
 
-    # What is relayed. Both are asked for what the kernel relays, too.
+    def _owe_to_peer(self, allocation: Allocation, peer: Address, payload: bytes, traffic_class: int, now: float) -> None:
+        self.count(self.to_peer, payload)
+        other = self.holdings.by_port.get(peer[1]) if self.is_inside(peer) else None
+        if other is None or not other.is_established:
+            self._relaying[allocation.id, peer].append((payload, traffic_class))
+        else:
+            source = self.address_of(allocation, 2 if ":" in peer[0] else 1)
+            before = self.to_client[0]
+            self._owe_to_client(other.id, source, payload, traffic_class, now)
+            self.inside["delivered" if self.to_client[0] > before else "dropped"] += 1
+
+    def _owe_to_client(self, allocation: int, peer: Address, payload: bytes, traffic_class: int, now: float) -> None:
+        relayed = self.relayed_to_client(allocation, peer, now)
+        if relayed is not None:
+            client, number = relayed
+            self.count(self.to_client, payload)
+            self._relaying[client, number].append((wire.channel_data(number, payload), traffic_class))
+
+    def is_inside(self, peer: Address) -> bool:
+        """Check whether a permitted peer is a relayed address of this relay."""
+        return peer[0] in self.rules.hosts.values()
+
+    # ChannelData before its ChannelBind.
+
+    def _let_wait(self, data: bytes, client: Address, traffic_class: int, now: float) -> None:
+        """Let valid ChannelData of a client with an allocation wait for a ChannelBind."""
+        allocation = self.holdings.by_client.get(client)
+        is_valid = len(data) >= 4 and 4 + (data[2] << 8 | data[3]) <= len(data)
+        if is_valid and allocation is not None and allocation.is_established:
+            self.drops["unbound channel"] -= 1
+            size = self.early_sizes[allocation.id]
+            if size >= min(EARLY_OF_CLIENT, (EARLY_OF_ALL - self.early_sizes.total()) // 8):
+                self.drops["early limit"] += 1
+                return
+            self.early_sizes[allocation.id] = size + len(data) + EARLY_COSTS
+            self.early_counts[0] += 1
+            _, waiting = self.early.setdefault((allocation.id, data[0] << 8 | data[1]), (now, []))
+            waiting.append((data, traffic_class))
+
+    def relay_early(self, allocation: Allocation, channel: Channel, now: float) -> None:
+        for data, traffic_class in self._take_early((allocation.id, channel.number)):
+            self.early_counts[1] += 1
+            self._owe_to_peer(allocation, channel.peer, data[4 : 4 + (data[2] << 8 | data[3])], traffic_class, now)
+
+    def _take_early(self, key: tuple[int, int]) -> list[tuple[bytes, int]]:
+        _, waiting = self.early.pop(key, (0.0, []))
+        self.early_sizes[key[0]] -= sum(len(data) + EARLY_COSTS for data, _ in waiting)
+        self.early_sizes += Counter()  # without zeros
+        return waiting
+
+    # Relayed packets. These methods are also called for packets that the kernel relays.
 
     def relayed_to_peer(self, data: bytes, client: Address, now: float) -> tuple[Allocation, Address, bytes] | None:
-        """Say where ChannelData has to go; None if it must not be relayed."""
+        """Return the destination of ChannelData, or None if the datagram must be dropped."""
         end = 4 + (data[2] << 8 | data[3]) if len(data) >= 4 else math.inf
         if end > len(data):
             self.drops["short"] += 1
@@ -208,7 +284,7 @@ class Referee:
         return allocation, channel.peer, data[4 : int(end)]
 
     def relayed_to_client(self, allocation: int, peer: Address, now: float) -> tuple[Address, int] | None:
-        """Say which client, on which channel, gets what a peer sent; None if nobody must."""
+        """Return the client and the channel for data of a peer, or None if the datagram must be dropped."""
         held = self.holdings.by_id.get(allocation)
         channel = None if held is None else held.live_peer(peer, now)
         if held is None or channel is None or held.ends <= now:
@@ -221,7 +297,7 @@ class Referee:
         counter[0] += 1
         counter[1] += len(payload)
 
-    # What is owed.
+    # Expectations.
 
     def owe(self, expected: Expected) -> None:
         self.answers[expected.request.method, expected.code] += 1
@@ -255,6 +331,11 @@ class Referee:
         about = self.nonces.get(nonce)
         return about is not None and about[0] == client and int(now) - about[1] < NONCE_LIVES
 
+    def made_nonce(self, nonce: bytes, client: Address) -> bool:
+        """Return whether this relay made a nonce for a client, however long ago."""
+        about = self.nonces.get(nonce)
+        return about is not None and about[0] == client
+
     def address_of(self, allocation: Allocation, family: int) -> Address:
         host, port = self.rules.hosts[family], allocation.ports[-1]
         return (host, port) if family == 1 else (host, port, 0, 0)
@@ -262,10 +343,10 @@ class Referee:
     # Outputs.
 
     def settle(self, commands: Iterable[Command], now: float) -> None:
-        """Hold all that came out against all that went in.
+        """Compare all commands with the expectations.
 
         Raises:
-            BrokenError: they differ.
+            BrokenError: a command differs or is missing.
         """
         for command in commands:
             check = self._checks.get(type(command))
@@ -291,7 +372,7 @@ class Referee:
 
     def _check_relayed(self, flow: tuple[object, object], command: SendToPeer | SendToClient) -> None:
         owed = self._relaying.get(flow)
-        for datagram in cut(command.data, command.segment):
+        for datagram in cut(command.data, command.segment_size):
             if not owed:
                 raise BrokenError(f"relayed to {flow} what must not be: {datagram[:40].hex()}")
             if owed.popleft() != (datagram, command.traffic_class):
@@ -344,7 +425,7 @@ class Referee:
 
     def _check_free(self, command: FreeAllocation, _: float) -> None:
         id_, reason = command.allocation, str(command.reason)
-        # Several may have the same end, and no order among them.
+        # Several allocations may end at once, in any order.
         for ending in self._ending:
             if (ending[0].id, ending[1]) == (id_, reason):
                 self._ending.remove(ending)
@@ -362,12 +443,12 @@ class Referee:
 
     @staticmethod
     def _request_of(allocation: Allocation) -> Wire:
-        """Give what is known of the Allocate that made it."""
+        """Return the known parts of the Allocate request of an allocation."""
         return Wire(wire.REQUEST, wire.ALLOCATE, allocation.transaction, [], b"", None, allocation.fingerprint)
 
 
 def _what_is_wrong(answer: Wire, expected: Expected) -> str:
-    """Say what is wrong with an answer; nothing if all is well."""
+    """Return the first error in a response, or an empty string."""
     kind = wire.ERROR if expected.code else wire.SUCCESS
     if (answer.kind, answer.method, answer.code) != (kind, expected.request.method, expected.code):
         return f"should be {expected.code or 'one of success'}"

@@ -1,4 +1,4 @@
-"""Which answer each request is owed: the RFCs' rules about one client's request, in the order in which they apply."""
+"""The expected response to each request: the rules of the RFCs in their order."""
 
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ _KNOWN = (1, 6, 8, 9, 0xA, 0xC, 0xD, 0x12, 0x13, 0x14, 0x15, 0x16, 0x17, 0x18, 0
 
 
 class Judge:
-    """Says what a request is answered, and enters what follows from it."""
+    """Predicts the response to a request, and records its effects."""
 
     def __init__(self, referee: "Referee") -> None:
         self._referee = referee
@@ -38,7 +38,7 @@ class Judge:
             self._judge_proven(request, client, username, key, now)
 
     def _challenge(self, request: Wire, client: Address, now: float, unix: float) -> int:
-        """Give the code of what its credentials lack; 0 if they are right."""
+        """Return the error code of the credentials; 0 for valid credentials."""
         nonce = request.get(wire.NONCE)
         if request.mac is None or nonce is None:
             return 401
@@ -71,7 +71,7 @@ class Judge:
                 self._owe(client, request, self._channel(request, held, now), key)
 
     def _allocate(self, request: Wire, client: Address, username: str, key: bytes, now: float) -> int:
-        """Enter a new allocation, to be answered when it has sockets, or give an error; 0 if there is none."""
+        """Record a new allocation that waits for its sockets, or return an error code; 0 without an error."""
         referee, holdings = self._referee, self._referee.holdings
         held = holdings.by_client.get(client)
         if held is not None:
@@ -82,6 +82,9 @@ class Judge:
         served = tuple(family for family in wanted if family in referee.rules.hosts)
         if not served:
             return 440
+        if request.mac in referee.over:
+            referee.drops["STUN"] += 1
+            return 0
         even = request.get(wire.EVEN_PORT) is not None
         old = holdings.by_username.get(username)
         regained = [] if old is None else [port for port in old.ports if not even or port % 2 == 0]
@@ -89,6 +92,7 @@ class Judge:
             return 508
         if self._is_over_quota(client, old):
             return 486
+        referee.over.add(request.mac)
         if old is not None:
             referee.end(old, "replaced")
         missing = tuple(family for family in wanted if family not in served)
@@ -100,7 +104,7 @@ class Judge:
         return 0
 
     def _is_over_quota(self, client: Address, old: Allocation | None) -> bool:
-        """Tell whether there are too many already, without the one that is to be replaced."""
+        """Return whether a limit is reached, without counting the allocation to be replaced."""
         held, setting = self._referee.holdings.by_client, self._referee.rules.setting
         if len(held) - (old is not None) >= setting.quota:
             return True
@@ -138,10 +142,14 @@ class Judge:
             referee.holdings.end_at(held, now + held.lifetime)
             self._owe(client, request, 0, key, (wire.LIFETIME, held.lifetime.to_bytes(4, "big")))
             return
-        if family and len(held.families) > 1:
+        if request.mac in referee.over:
+            # Answered again, without an effect.
+            pass
+        elif family and len(held.families) > 1:
             held.drop_family(family)
         else:
             referee.end(held, "deleted")
+        referee.over.add(request.mac)
         self._owe(client, request, 0, key, (wire.LIFETIME, bytes(4)))
 
     def _permission(self, request: Wire, held: Allocation) -> int:
@@ -150,7 +158,7 @@ class Judge:
             return 400
         if any(_family(peer) not in held.families for peer in peers):
             return 443
-        # The port in a permission means nothing.
+        # The port in a permission is ignored.
         rules = self._referee.rules
         return 403 if any(rules.is_forbidden((peer[0], rules.setting.ports[0])) for peer in peers) else 0
 
@@ -171,6 +179,7 @@ class Judge:
         if channel is None:
             return 400
         self._referee.bound.append((held, channel))
+        self._referee.relay_early(held, channel, now)
         return 0
 
     def _owe(self, client: Address, request: Wire, code: int, key: bytes | None, *values: tuple[int, bytes]) -> None:
@@ -179,8 +188,11 @@ class Judge:
     def _owe_unproven(
         self, client: Address, request: Wire, code: int, key: bytes | None, now: float, *values: tuple[int, bytes]
     ) -> None:
-        """Owe an answer to who has proven nothing, unless its address has had as many as it may."""
-        if self._referee.budgets.take(client, now):
+        """Expect an unauthenticated response, unless the rate limit suppresses the response."""
+        nonce = request.get(wire.NONCE)
+        # An old nonce proves the address.
+        is_proven = code == 438 and nonce is not None and self._referee.made_nonce(nonce, client)
+        if is_proven or self._referee.budgets.take(client, now):
             self._owe(client, request, code, key, *values)
         else:
             self._referee.withhold(request, code)
@@ -195,7 +207,7 @@ class Judge:
 
 
 def _username(value: bytes | None) -> str | None:
-    """Read a username; None if it is not one that the portal would hand out."""
+    """Parse a username; return None for a username not created by the portal."""
     text = "" if value is None else value.decode(errors="replace")
     expiry, _, salt = text.partition(":")
     return text if expiry.isascii() and expiry.isdigit() and ":" in text and ":" not in salt else None

@@ -1,24 +1,24 @@
-"""What one relay is given at its start."""
+"""Settings of a relay."""
 
 from typing import NamedTuple
 
 
 class Setting(NamedTuple):
-    """Its ports, limits and families."""
+    """A relay's ports, limits and families."""
 
     ports: range
     quota: int
-    """Allocations at once."""
+    """Maximum number of allocations."""
     offloads: bool
     max_channels: int = 4096
-    """Of one allocation."""
+    """Maximum number of channels per allocation."""
     per_address: int | None = None
-    """Allocations that clients of one address, or of one /64, may have at once."""
+    """Maximum number of allocations per address, or per /64."""
     tells: bool = False
-    """Whether someone wants to hear of all that happens."""
+    """Whether events are recorded."""
     families: tuple[int, ...] = (1, 2)
-    """Of its own addresses, which clients talk to and which are relayed."""
+    """Families of the relay's own addresses, both for clients and for allocations."""
     rate: int = 500
-    """Answers a second to an address that has proven nothing; 0 for no limit."""
+    """Responses per second to an unauthenticated address; 0 disables the limit."""
     burst: int = 5000
-    """Such answers at once."""
+    """Burst of these responses."""

@@ -1,4 +1,4 @@
-"""Strangers: they send what means nothing, what someone else has sent, and requests in somebody else's name."""
+"""Strangers send invalid packets, replayed packets, and requests with other usernames."""
 
 from random import Random
 from typing import TYPE_CHECKING
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 NOBODY = 0xFFFFFFFF
-"""Their number, to whom nobody writes."""
+"""The strangers' channel number, which has no receiver."""
 
 
 class Strangers:
-    """Whoever has no credential."""
+    """Senders without credentials."""
 
     def __init__(self, world: "World", random: Random) -> None:
         self._world = world
         self._random = random
 
     def appear(self) -> None:
-        """Let one of them do something."""
+        """Run a random action of a stranger."""
         if self._random.random() < 0.2:
             self._forge()
         else:
@@ -47,12 +47,12 @@ class Strangers:
         )
         port = random.choice(world.machine.setting.ports) if random.random() < 0.3 else 3478
         address = self._address()
-        # Now and then, more than anyone may ask.
+        # Sometimes more requests than the rate limit allows.
         for _ in range(100 if random.random() < 0.03 else 1):
             world.network.send(data, address, self._relay(address, port), 0, Link())
 
     def _forge(self) -> None:
-        """Get a nonce, and ask for something in the name of a client, with a password that was guessed."""
+        """Get a nonce, and send a request with a client's username and a guessed password."""
         world, random = self._world, self._random
         credential = random.choice(world.clients).asking.credential
         address = self._address()
@@ -72,12 +72,12 @@ class Strangers:
 
         method = random.choice((wire.ALLOCATE, wire.REFRESH, wire.CHANNEL_BIND))
         world.network.settle_at(address, NOBODY, receive, Link())
-        # There may be no answer.
+        # The response may be missing.
         world.scheduler.after(10, world.network.leave, address)
         ask(wire.write(wire.REQUEST, method, random.randbytes(12), (wire.UDP,)))
 
     def _address(self) -> Address:
-        """Choose where one of them is: elsewhere, or behind a NAT of the clients, at a port that none of them has."""
+        """Choose a stranger's address: separate, or behind a client NAT at an unused port."""
         random = self._random
         families = self._world.parameters.setting.families
         is_among_clients = random.random() < 0.2
@@ -85,7 +85,7 @@ class Strangers:
         port = random.randrange(1024) if is_among_clients else random.randrange(65536)
         if random.choice(families) == 1:
             return (f"203.0.113.{host}" if is_among_clients else f"198.18.0.{host}", port)
-        return (f"2001:db8:{5 if is_among_clients else 6}:{host:x}::5", port, 0, 0)
+        return (f"2001:db8:{5 if is_among_clients else 6}:{host:x}::{1 + port % 7}", port, 0, 0)
 
     def _relay(self, address: Address, port: int) -> Address:
         return (HOSTS[2], port, 0, 0) if ":" in address[0] else (HOSTS[1], port)

@@ -1,4 +1,4 @@
-"""Whole systems in simulated time: each seed is a world of its own, and ends with all tables empty."""
+"""Whole systems in simulated time: each seed is a separate world, and ends with empty tables."""
 
 import dataclasses
 import functools
@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 
 from relay.core import allocations
-from relay.core.counters import FreeReason
+from relay.core.counters import FreeReason, NonceOutcome
 from relay.core.nonces import Nonces
 from tests.simulation import troubles, wire
-from tests.simulation.__main__ import Failure, command, main, run
+from tests.simulation.__main__ import Chosen, Failure, chosen, main, run
 from tests.simulation.parameters import Parameters
 from tests.simulation.world import World
 
 ROOT = Path(__file__).parents[2]
-SEEDS = (1, 3, 9, 13, 14, 16, 18, 19, 20, 26)
-"""As many as `make test` has time for, and large and small ones; `make simulate` runs any others."""
+WORLDS = chosen("3,4/20,5/20,6/20,9/40,11/20,13/20,15/40,17/20")
+"""The cheapest worlds that cover all outcomes; `make test-long` runs more and larger worlds."""
 
 ANSWERS = {
     *((wire.ALLOCATE, code) for code in (0, 401, 437, 438, 440, 486, 508)),
@@ -30,27 +30,27 @@ ANSWERS = {
     *((wire.CREATE_PERMISSION, code) for code in (0, 403, 443)),
     (wire.BINDING, 0),
 }
-"""By method and code, 0 for success."""
+"""Responses by method and code, 0 for success."""
 
 WITHHELD = {(wire.BINDING, 0), (wire.ALLOCATE, 401), (wire.ALLOCATE, 438)}
-"""Of those, as their address had had as many as it may."""
+"""Responses suppressed by the rate limit."""
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_every_packet_and_every_client_gets_what_is_owed_and_nothing_is_left(seed: int) -> None:
-    failure, _ = _run(seed)
-    assert failure is None, f"{failure.account}\n\nTo repeat it:\n    {command(seed)}"
+@pytest.mark.parametrize("chosen_one", WORLDS, ids=lambda each: f"{each.seed}/{each.clients}")
+def test_every_world_follows_the_rules_and_ends_with_empty_tables(chosen_one: Chosen) -> None:
+    failure, _ = _run(chosen_one)
+    assert failure is None, f"{failure.account}\n\nTo repeat it:\n    {chosen_one.command}"
 
 
 @functools.cache
-def _run(seed: int) -> tuple[Failure | None, Counter[tuple[object, ...]]]:
-    """Run one world, and tell what came to pass in it."""
-    world = World(seed, Parameters.of(seed))
+def _run(chosen_one: Chosen) -> tuple[Failure | None, Counter[tuple[object, ...]]]:
+    """Run a world, and return its failure, if any, and its outcomes."""
+    world = World(chosen_one.seed, chosen_one.parameters)
     return run(world), world.happened
 
 
-def test_the_seeds_of_the_tests_are_worlds_of_every_kind() -> None:
-    worlds = [Parameters.of(seed) for seed in SEEDS]
+def test_the_tested_worlds_cover_all_parameters() -> None:
+    worlds = [each.parameters for each in WORLDS]
     assert {world.setting.offloads for world in worlds} == {True, False}
     assert {world.batching > 0 for world in worlds} == {True, False}
     assert {len(world.setting.ports) < world.clients for world in worlds} == {True, False}
@@ -63,8 +63,8 @@ def test_the_seeds_of_the_tests_are_worlds_of_every_kind() -> None:
     assert {0, 1, 500} < {world.setting.rate for world in worlds}
 
 
-def test_whatever_may_happen_happens_in_the_seeds_of_the_tests() -> None:
-    happened = sum((_run(seed)[1] for seed in SEEDS), Counter())
+def test_the_tested_worlds_cover_all_outcomes() -> None:
+    happened = sum((_run(each)[1] for each in WORLDS), Counter())
     wanted: set[tuple[object, ...]] = {
         *(("trouble", kind) for kind in troubles.KINDS),
         *(("network", what) for what in ("lost", "doubled")),
@@ -72,42 +72,49 @@ def test_whatever_may_happen_happens_in_the_seeds_of_the_tests() -> None:
         *(("answered", *about) for about in ANSWERS),
         *(("withheld", *about) for about in WITHHELD),
         *(("dropped", reason) for reason in ("flood", "short", "unbound channel", "unbound peer")),
+        *(("early", what) for what in ("held", "relayed")),
+        *(("inside", what) for what in ("delivered", "dropped")),
         *(("recovered from", code) for code in (440, 486, 508)),
     }
     missing = wanted - happened.keys()
-    assert not missing, "other seeds may have it"
+    assert not missing, "other worlds may have it"
 
 
-def test_a_seed_is_the_same_world_in_every_process() -> None:
+def test_a_seed_gives_the_same_world_in_every_process() -> None:
     traces = set()
-    for hash_seed in ("1", "2"):
+    for hash_seed, jobs in (("1", "1"), ("2", "2")):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
-        arguments = [sys.executable, "-m", "tests.simulation", "3", "--clients", "20"]
+        arguments = [sys.executable, "-m", "tests.simulation", "6/10", "--jobs", jobs]
         ran = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=100)
         traces.add(ran.stdout.split()[-1])
     assert len(traces) == 1
 
 
-def test_other_seeds_are_other_worlds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_worlds_are_selected_by_lists_and_ranges_of_seeds() -> None:
+    assert chosen("3") == [Chosen(3)]
+    assert chosen("3,7-9/20,1-2") == [Chosen(3), *(Chosen(seed, 20) for seed in (7, 8, 9)), Chosen(1), Chosen(2)]
+    assert chosen("9/20")[0].command == "make simulate SEEDS=9 CLIENTS=20"
+    assert chosen("9/20")[0].parameters == dataclasses.replace(Parameters.of(9), clients=20)
+
+
+def test_different_seeds_give_different_worlds(capsys: pytest.CaptureFixture[str]) -> None:
     for seed in (3, 4):
         run(World(seed, dataclasses.replace(Parameters.of(seed).without(Parameters.TROUBLES), clients=5)))
     one, other = capsys.readouterr().out.splitlines()
     assert one.split()[-1] != other.split()[-1]
 
 
-def test_a_relay_whose_channels_live_too_long_is_caught(
+def test_a_relay_with_a_too_long_channel_lifetime_is_detected(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(allocations, "CHANNEL_LIFETIME", 601)
-    monkeypatch.setattr(sys, "argv", ["simulation", "7-8", "--clients", "20"])
-    assert main() == 1
+    assert main(["7-8", "--clients", "20"]) == 1
     assert re.search("make simulate SEEDS=[78] CLIENTS=20", capsys.readouterr().out)
 
 
-def test_a_failing_world_is_made_smaller(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(Nonces, "is_valid", lambda *_: True)
-    monkeypatch.setattr(sys, "argv", ["simulation", "9"])
-    assert main() == 1
+def test_a_failing_world_is_reduced(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(Nonces, "check", lambda *_: NonceOutcome.OURS)
+    assert main(["9"]) == 1
     smallest = capsys.readouterr().out.splitlines()[-1].strip()
     assert smallest.startswith("make simulate SEEDS=9 CLIENTS=")
     assert "WITHOUT=" in smallest

@@ -1,4 +1,4 @@
-"""What happened in a run: the last of it in full, and a hash of all."""
+"""The trace of a run: the latest entries, and a hash of all entries."""
 
 import hashlib
 import struct
@@ -9,7 +9,7 @@ _LENGTH = 80
 
 
 class Trace:
-    """Takes notes. Two runs are the same if their hashes are."""
+    """Records entries. Equal hashes mean equal runs."""
 
     def __init__(self) -> None:
         self.tail: deque[tuple[float, str, object, bytes]] = deque(maxlen=_LENGTH)
@@ -21,11 +21,11 @@ class Trace:
         return self._hash.hexdigest()
 
     def note(self, now: float, what: str, about: object, data: bytes = b"") -> None:
-        """Note what happened; of two runs, the moments and the data are compared."""
+        """Record an entry; the hash covers times and data."""
         self.tail.append((now, what, about, data))
         self._hash.update(_MOMENT.pack(now) + data)
         if self.is_printed:
-            print(_line(*self.tail[-1]))  # noqa: T201 - it was asked for
+            print(_line(*self.tail[-1]))  # noqa: T201 - requested output
 
     def __str__(self) -> str:
         return "\n".join(_line(*each) for each in self.tail)

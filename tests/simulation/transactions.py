@@ -1,4 +1,4 @@
-"""Requests as a client sends them: again and again, at the intervals of RFC 8489 §6.2.1, until an answer comes."""
+"""A client's requests, retransmitted at the intervals of RFC 8489 §6.2.1 until a response arrives."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,17 +12,17 @@ from tests.simulation.portal import Credential
 from tests.simulation.wire import Address, Wire
 
 RTO, REPEATS, LAST_WAIT = 0.5, 7, 16
-"""Seconds before the first repetition; copies in all; by how many RTOs the last one is waited for."""
+"""Seconds before the first retransmission; number of transmissions; RTOs of waiting after the last transmission."""
 
 TIMEOUT = RTO * (2 ** (REPEATS - 1) - 1 + LAST_WAIT)
 
 Then: TypeAlias = Callable[[Wire | None], None]
-"""Is called with the answer, or with None if there is none."""
+"""Called with the response, or with None after a timeout."""
 
 
 @dataclass(slots=True)
 class Transaction:
-    """A request under way."""
+    """A pending request."""
 
     method: int
     attributes: tuple[tuple[int, bytes], ...]
@@ -32,12 +32,12 @@ class Transaction:
     key: bytes | None
     begun: float
     addresses: list[Address] = field(default_factory=list)
-    """From which each copy was sent: a NAT may rebind in between."""
+    """The source of each transmission: a NAT may rebind in between."""
     tries: int = 1
 
 
 class Transactions:
-    """All requests of one client."""
+    """All requests of a client."""
 
     def __init__(
         self,
@@ -50,11 +50,11 @@ class Transactions:
     ) -> None:
         self.fingerprint = False
         self.impatience = 0.0
-        """Share of requests that are sent twice at once."""
+        """Share of requests that are duplicated immediately."""
         self.without_nonce = False
-        """Whether a credential is shown before there is a nonce, as Firezone's client does."""
+        """Whether credentials are sent before the first nonce, as by Firezone's client."""
         self.disturbed_at = 0.0
-        """When it last could not be expected that answers come."""
+        """The last time at which responses could not be expected."""
         self.timeouts = 0
         self.nonce: bytes | None = None
         self.credential: Credential | None = None
@@ -71,26 +71,26 @@ class Transactions:
         return len(self._under_way)
 
     def be_disturbed(self, until: float) -> None:
-        """Expect nothing before then, if that is later than was known."""
+        """Expect no responses before a time, if later than the known time."""
         self.disturbed_at = max(self.disturbed_at, until)
 
     def ask(self, method: int, attributes: tuple[tuple[int, bytes], ...], then: Then) -> None:
-        """Send a request; a challenge is met with the credential."""
+        """Send a request; answer a challenge with the credential."""
         self._begin(method, attributes, then, 1)
 
     def forget(self) -> None:
-        """Wait for no answer any more."""
+        """Stop waiting for responses."""
         self._under_way.clear()
 
     def take(self, answer: Wire) -> bool:
-        """Take an answer; False if nobody waits for it.
+        """Process a response; return False without a pending request.
 
         Raises:
-            BrokenError: it is not what a client can do with.
+            BrokenError: a client cannot use the response.
         """
         asked = self._under_way.get(answer.transaction)
         if asked is None or (self.credential is not None and self._is_outdated(self.credential)):
-            # Another relay, which knows nothing of this credential, can't sign what is believed.
+            # Another relay does not know this credential, and cannot sign a valid response.
             return False
         del self._under_way[answer.transaction]
         if answer.method != asked.method or answer.kind not in (wire.SUCCESS, wire.ERROR):
@@ -150,7 +150,7 @@ class Transactions:
 
 
 def _rewrite(type_: int, value: bytes, transaction: bytes) -> bytes:
-    """Write a peer's address, which is kept as text, for one transaction."""
+    """Encode a peer's address from text for a transaction."""
     if type_ != wire.PEER_ADDRESS:
         return value
     host, port = value.decode().split()

@@ -1,9 +1,11 @@
-"""What goes wrong, at random moments: with the network, the machine, the portal, and by strangers."""
+"""Faults at random times: of the network, the machine and the portal, and by strangers."""
 
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
+from tests.simulation.greedy import EVERY, Greedy
 from tests.simulation.network import Link
 from tests.simulation.parameters import DAY
 from tests.simulation.strangers import Strangers
@@ -13,17 +15,29 @@ if TYPE_CHECKING:
 
 _OF_MACHINES = (
     "ports refused", "no descriptors", "slow binds", "late timers", "stopped", "clock stepped", "odd reports",
-    "sockets failed",
+    "sockets failed", "addresses",
 )  # fmt: skip
 _OF_PORTALS = ("portal restarted", "portal out of reach", "channel forgotten", "connection closed")
 KINDS = frozenset(
-    (*_OF_MACHINES, *_OF_PORTALS, "bad_weather", "partition", "rebind", "machine_trouble", "portal_trouble", "restart")
+    (
+        *_OF_MACHINES,
+        *_OF_PORTALS,
+        "greedy",
+        "bad_weather",
+        "partition",
+        "rebind",
+        "machine_trouble",
+        "portal_trouble",
+        "restart",
+        "handover",
+        "failed handover",
+    )
 )
-"""What troubles there are."""
+"""Kinds of troubles."""
 
 
 class Troubles:
-    """Begins troubles, and ends each."""
+    """Starts and ends troubles."""
 
     def __init__(self, world: "World") -> None:
         self._world = world
@@ -31,9 +45,12 @@ class Troubles:
         self._random = Random(f"{world.seed} troubles")
         self._round = 0
         self._decks: dict[tuple[str, ...], list[str]] = {}
+        # Of its own: other troubles come at the same times without greedy clients.
+        self._random_of_greedy = Random(f"{world.seed} greedy")
+        self._random_of_handovers = Random(f"{world.seed} handovers")
 
     def begin(self) -> None:
-        """Let troubles come from now on."""
+        """Start random troubles."""
         self._round += 1
         parameters = self._world.parameters
         for seconds, trouble in (
@@ -48,9 +65,13 @@ class Troubles:
         ):
             if seconds:
                 self._plan(seconds, trouble, self._round)
+        if parameters.noise:
+            self._plan_greedy(self._round)
+        if parameters.handovers:
+            self._plan_handover(parameters.handovers, self._round)
 
     def end(self) -> None:
-        """Let no trouble begin any more."""
+        """Start no further troubles."""
         self._round += 1
 
     def _plan(self, seconds: float, trouble: Callable[[], None], of_round: int) -> None:
@@ -62,12 +83,38 @@ class Troubles:
             trouble()
             self._plan(seconds, trouble, of_round)
 
+    def _plan_greedy(self, of_round: int) -> None:
+        self._scheduler.after(self._random_of_greedy.expovariate(1 / EVERY), self._send_greedy, of_round)
+
+    def _send_greedy(self, of_round: int) -> None:
+        if of_round == self._round:
+            self._note("greedy")
+            for _ in range(self._random_of_greedy.choice((1, 1, 1, 1, 3))):
+                Greedy(self._world, self._random_of_greedy).appear()
+            self._plan_greedy(of_round)
+
+    def _plan_handover(self, seconds: float, of_round: int) -> None:
+        self._scheduler.after(self._random_of_handovers.expovariate(1 / seconds), self._hand_over, seconds, of_round)
+
+    def _hand_over(self, seconds: float, of_round: int) -> None:
+        """Let another process take the relay over, after a time in which everything may change; some of them fail."""
+        machine, random = self._world.machine, self._random_of_handovers
+        portions = machine.begin_handover() if of_round == self._round else None
+        if portions is not None:
+            succeeds = random.random() < 0.7
+            self._note("handover" if succeeds else "failed handover")
+            self._scheduler.after(
+                random.choice((0.0, 0.05, 5.0)), partial(machine.end_handover, portions, succeeds=succeeds)
+            )
+        if of_round == self._round:
+            self._plan_handover(seconds, of_round)
+
     def _note(self, trouble: str) -> None:
         self._world.note("trouble", trouble)
         self._world.happened["trouble", trouble] += 1
 
     def _draw(self, kinds: tuple[str, ...]) -> str:
-        """Choose a kind of trouble; none comes again before all others have."""
+        """Choose a kind of trouble; each kind occurs once before any kind repeats."""
         deck = self._decks.setdefault(kinds, [])
         if not deck:
             deck.extend(self._random.sample(kinds, len(kinds)))
@@ -86,7 +133,7 @@ class Troubles:
         links = self._some_links()
         for link in links:
             link.loss, link.double, link.detour, link.jitter = loss, double, detour, jitter
-            # What was sent before was in worse weather, perhaps.
+            # Earlier datagrams may have been sent in worse weather.
             link.calm_since = self._scheduler.now
         self._scheduler.after(random.expovariate(1 / 120), self._clear_up, links)
 
@@ -120,7 +167,7 @@ class Troubles:
         match trouble:
             case "ports refused":
                 ports = machine.setting.ports
-                # Where there are many, trying them all takes its time.
+                # With many ports, retries take a while.
                 share = random.choice((0.1, 0.5, 1.0 if len(ports) < 50 else 0.8))
                 health.foreign_ports = frozenset(random.sample(ports, int(len(ports) * share)))
             case "no descriptors":
@@ -136,6 +183,10 @@ class Troubles:
             case "odd reports":
                 for _ in range(5):
                     machine.report_oddly()
+            case "addresses":
+                peers = random.sample(self._world.peers, min(3, len(self._world.peers)))
+                machine.change_own_addresses(frozenset(peer.address[0] for peer in peers))
+                self._scheduler.after(random.choice((1, 60, 700)), machine.change_own_addresses, frozenset())
             case _:
                 machine.fail_allocation()
         self._disturb(random.choice((5, 60)))
@@ -144,7 +195,7 @@ class Troubles:
         machine = self._world.machine
         self._scheduler.after(seconds, machine.health.recover)
         for client in self._world.clients:
-            # A request that waited for its answer then may be lost with its repetitions.
+            # A pending request may be lost with its retransmissions.
             client.asking.be_disturbed(max(machine.health.stopped_until, self._scheduler.now + seconds))
 
     def _restart(self) -> None:

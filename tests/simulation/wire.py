@@ -1,4 +1,4 @@
-"""STUN as a client writes and reads it: on its own, so that a mistake of the relay's encoder is not made here again."""
+"""A client's STUN implementation, independent of the relay's implementation to detect its errors."""
 
 import base64
 import functools
@@ -29,14 +29,14 @@ _COOKIE = b"\x21\x12\xa4\x42"
 
 
 class Wire(NamedTuple):
-    """A message that was read."""
+    """A parsed message."""
 
     kind: int
     method: int
     transaction: bytes
     attributes: list[tuple[int, bytes]]
     covered: bytes
-    """What MESSAGE-INTEGRITY is about, with the length that it counts."""
+    """The bytes covered by MESSAGE-INTEGRITY, with the adjusted length field."""
     mac: bytes | None
     fingerprint: bool
 
@@ -55,7 +55,7 @@ class Wire(NamedTuple):
 
     @property
     def code(self) -> int:
-        """Of an error; 0 for a success."""
+        """The error code; 0 for a success."""
         value = self.get(ERROR_CODE)
         return 0 if value is None else value[2] * 100 + value[3]
 
@@ -85,10 +85,10 @@ def write(
     return head + len(body).to_bytes(2, "big") + _COOKIE + transaction + bytes(body)
 
 
-# What one side has just written or read is read by another next, and by the referee in between.
+# The sender, the referee and the receiver parse the same message in sequence.
 @functools.lru_cache(maxsize=512)
 def read(data: bytes) -> Wire | None:
-    """Read a message; None if it is none."""
+    """Parse a message; return None for an invalid message."""
     if len(data) < 20 or data[0] & 0xC0 or data[4:8] != _COOKIE or len(data) % 4 or len(data) != 20 + _u16(data, 2):
         return None
     attributes: list[tuple[int, bytes]] = []
@@ -115,7 +115,7 @@ def read(data: bytes) -> Wire | None:
 
 
 def address(of: Address, transaction: bytes) -> bytes:
-    """Write the value of an attribute with an XORed address."""
+    """Encode the value of an attribute with an XORed address."""
     is_ipv6 = ":" in of[0]
     host = socket.inet_pton(socket.AF_INET6 if is_ipv6 else socket.AF_INET, of[0])
     port = bytes(a ^ b for a, b in zip(of[1].to_bytes(2, "big"), _COOKIE, strict=False))
@@ -135,7 +135,7 @@ def channel_data(number: int, payload: bytes, padding: bytes = b"") -> bytes:
 
 
 def password(username: str, secret: str) -> str:
-    """Derive what the portal hands out with a username."""
+    """Derive the password of a username, as the portal does."""
     expiry, salt = username.split(":")
     digest = hashlib.sha256(f"{expiry}:{secret}:{salt}".encode()).digest()
     return base64.b64encode(digest).decode().rstrip("=")

@@ -1,4 +1,4 @@
-"""Everything together: relay, portal, clients, peers, and the troubles between them."""
+"""The whole world: relay, portal, clients, peers and troubles."""
 
 import math
 import traceback
@@ -22,11 +22,11 @@ from tests.simulation.troubles import Troubles
 from tests.simulation.wire import Address
 
 QUIET = 3600.0 + 900 + 60
-"""Seconds after which nothing can be left of what clients had."""
+"""Seconds after which all allocations and channels have expired."""
 
 
 class World:
-    """One run."""
+    """A run of the simulation."""
 
     def __init__(self, seed: int, parameters: Parameters) -> None:
         self.seed = seed
@@ -39,7 +39,7 @@ class World:
         self.portal = Portal(str(seed), self.scheduler)
         self.machines = 0
         self.happened: Counter[tuple[object, ...]] = Counter()
-        """What came to pass, and how often: troubles; and answers, ends and the like, of relays that are over."""
+        """Counts of outcomes: troubles, and responses, ends and drops of stopped relays."""
         self._answers = 0
         self._relayed = 0
         self._addresses = 0
@@ -51,23 +51,23 @@ class World:
     # Runs.
 
     def run(self, on_day: "Callable[[World, int], None] | None" = None) -> None:
-        """Run until all is quiet again.
+        """Run until the world is quiet again.
 
         Args:
-            on_day: is told at the end of each day, when all is quiet for an hour.
+            on_day: called at the end of each day, after a quiet hour.
         """
         left, day = self.parameters.hours * HOUR, 0
         while left > 0:
             self.run_for(min(left, DAY - QUIET))
             left -= DAY
             if left <= 0 and self.seed % 2:
-                # The last allocation to end is the one that it waits for.
+                # The relay waits for the end of the last allocation.
                 self.machine.drain()
             self.quieten()
             day += 1
             if on_day is not None:
                 on_day(self, day)
-        # Nothing is left to wait for; and once is enough.
+        # The relay has no allocations; a single check is sufficient.
         self.machine.drain()
         self.machine.drain()
         self._take_stock()
@@ -76,7 +76,7 @@ class World:
         self.happened.update({("network", "lost"): self.network.lost, ("network", "doubled"): self.network.doubled})
 
     def run_for(self, seconds: float) -> None:
-        """Let clients come and go."""
+        """Start and stop clients at random."""
         self.troubles.begin()
         for client in self.clients:
             self.scheduler.after(30 + 120 * self.random.random(), client.begin)
@@ -86,10 +86,10 @@ class World:
             self.check()
 
     def quieten(self) -> None:
-        """Let everyone go, wait, and look whether anything is left.
+        """Stop all clients, wait, and check that no state is left.
 
         Raises:
-            BrokenError: something is.
+            BrokenError: state is left.
         """
         self.troubles.end()
         for client in self.clients:
@@ -99,10 +99,10 @@ class World:
         check_quiet(self)
 
     def check(self) -> None:
-        """Look whether everything is as it must be.
+        """Check all invariants.
 
         Raises:
-            BrokenError: it is not.
+            BrokenError: an invariant is violated.
         """
         self.machine.wake()
         check_tables(self.machine)
@@ -114,7 +114,7 @@ class World:
     # The relay.
 
     def restart(self, *, politely: bool) -> None:
-        """End the relay, at once or after it has drained for a while, and start another one."""
+        """Stop the relay, at once or after draining, and start a new relay."""
         if self.machine.is_over or self.machine.referee.is_draining:
             return
         for client in self.clients:
@@ -125,7 +125,7 @@ class World:
         self.scheduler.after(self.random.choice((10, 1000)) if politely else 0, self._end_machine)
 
     def replace_if_over(self) -> None:
-        """Start the relay again if it has given its portal up."""
+        """Restart the relay if it has given up on its portal."""
         if self.link.fatal is not None:
             self.restart(politely=False)
 
@@ -140,7 +140,7 @@ class World:
         self.scheduler.after(1, self._tell_of_relay)
 
     def _tell_of_relay(self) -> None:
-        """Let clients hear that there is another relay, once it has joined; the portal may still know the last one."""
+        """Notify clients of a new relay once joined; until then the portal may know the previous relay."""
         if not self.machine.is_serving:
             self.scheduler.after(5, self._tell_of_relay)
             return
@@ -158,21 +158,23 @@ class World:
         return machine, PortalLink(machine, self.machines, self.portal, self.scheduler)
 
     def _take_stock(self) -> None:
-        """Note what came to pass with a relay."""
+        """Add a relay's outcomes to the counts."""
         referee = self.machine.referee
         for what, counted in (("answered", referee.answers), ("withheld", referee.withheld)):
             self.happened.update({(what, *about): n for about, n in counted.items()})
+        self.happened.update({("early", what): n for what, n in zip(("held", "relayed"), referee.early_counts, strict=True)})
+        self.happened.update({("inside", what): n for what, n in referee.inside.items()})
         self.happened.update({("dropped", reason): n for reason, n in referee.drops.items()})
         self.happened.update({("freed", reason): n for reason, n in referee.frees.items()})
 
     @property
     def answers(self) -> int:
-        """All that any relay gave."""
+        """Responses of all relays."""
         return self._answers + sum(self.machine.referee.answers.values())
 
     @property
     def relayed(self) -> int:
-        """Packets, by any relay."""
+        """Packets relayed by all relays."""
         return self._relayed + self.machine.relayed
 
     # Clients and peers.
@@ -205,18 +207,25 @@ class World:
         # Several clients behind each NAT.
         self._addresses += 1
         host, port = self.random.randrange(1, self.parameters.nats + 1), 1024 + self._addresses % 60000
-        return (f"2001:db8:5:{host:x}::5", port, 0, 0) if is_ipv6 else (f"203.0.113.{host}", port)
+        # With IPv6, each client has its own address in a shared network.
+        return (f"2001:db8:5:{host:x}::{1 + port % 7}", port, 0, 0) if is_ipv6 else (f"203.0.113.{host}", port)
 
     def choose_peer(self, client: Client, family: int) -> Address | None:
         draw = self.random.random()
         if draw < 0.02:
             return ("127.0.0.1", 5000) if family == 1 else (HOSTS[2], 3478, 0, 0)
         if draw < 0.4:
-            # Neighbours meet on the relay.
+            # Some clients behind the same NAT talk through the relay.
             neighbour = self.clients[client.id ^ 1] if client.id ^ 1 < len(self.clients) else client
             return neighbour.relayed.get(family) if neighbour is not client else None
         peers = [peer.address for peer in self.peers if (":" in peer.address[0]) == (family == 2)]
         return self.random.choice(peers) if peers else None
+
+    def call(self, client: Client, peer: Address) -> None:
+        neighbour = self.clients[client.id ^ 1] if client.id ^ 1 < len(self.clients) else client
+        family = 2 if ":" in peer[0] else 1
+        if neighbour.relayed.get(family) == peer and family in client.relayed:
+            neighbour.bind_back(client.relayed[family])
 
     def owner_of(self, address: Address) -> int | None:
         return self.machine.owner_of(address)
@@ -225,6 +234,6 @@ class World:
         self.trace.note(self.scheduler.now, what, about)
 
     def account_of(self, error: Exception) -> str:
-        """Say what happened before something broke."""
+        """Return the trace before a failure."""
         where = "" if isinstance(error, BrokenError) else "\n" + "".join(traceback.format_exception(error))
         return f"{self.trace}\n{self.scheduler.now:14.6f}  BROKEN    {error!r}{where}"

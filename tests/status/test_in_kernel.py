@@ -1,4 +1,4 @@
-"""What the kernel relays by itself is in the status of a relay that has it do so."""
+"""The status page of a relay with offload contains kernel traffic."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from relay.status.model import Allocation, Status
-from relay.top.reading import read
-from tests.conftest import needs_ipv6, wait_until
-from tests.offload.conftest import needs_bpf, object_file
-from tests.offload.relays import Lab, running, talk
-from tests.offload.topology import row
+from relay.status.model import AllocationStatus, Status
+from relay.tools.top.request import read
+from tests.support.offload.fixtures import needs_bpf, object_file
+from tests.support.offload.relays import Lab, running, talk
+from tests.support.offload.topology import row
+from tests.support.requirements import needs_ipv6
+from tests.support.waiting import wait_until
 
 __all__ = ("object_file",)
 
@@ -34,7 +35,7 @@ def status_of(lab: Lab) -> Status:
 
 
 def metrics_of(lab: Lab) -> tuple[dict[str, float], dict[float, float]]:
-    """Give the packets that the kernel has relayed, by direction; and by the least bound that their size is below."""
+    """Return the packets relayed by the kernel, by direction and by the smallest bound above their size."""
     samples = [
         sample
         for family in text_string_to_metric_families(lab.relay.read("/metrics").decode())
@@ -47,7 +48,7 @@ def metrics_of(lab: Lab) -> tuple[dict[str, float], dict[float, float]]:
     return packets, {least: sizes[least]}
 
 
-def test_a_channel_that_the_kernel_relays_shows_what_both_have_relayed(lab: Lab) -> None:
+def test_an_offloaded_channel_shows_kernel_and_userspace_traffic(lab: Lab) -> None:
     before = status_of(lab)["totals"]["to_peer"]
     with talk(lab.relay, lab.network) as way:
         for _ in range(10):
@@ -59,11 +60,11 @@ def test_a_channel_that_the_kernel_relays_shows_what_both_have_relayed(lab: Lab)
         host, port = way.client.address
         to_peer, to_client = way.by_kernel()
 
-        def rows() -> list[Allocation]:
-            """Those of this client."""
+        def rows() -> list[AllocationStatus]:
+            """Return the values of this client."""
             return [each for each in status_of(lab)["allocations"] if each["client"] == f"{host}:{port}"]
 
-        # What there is, and what the kernel has relayed, is known as of a second ago.
+        # Scan and kernel counters may be a second old.
         wait_until(lambda: [each["to_client"]["xdp_packets"] for each in rows()] == [to_client])
         (shown,) = rows()
         assert shown["to_peer"]["xdp_packets"] == to_peer

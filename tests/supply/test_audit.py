@@ -1,46 +1,42 @@
-"""An audit says that all is well only if it looked at everything."""
+"""An audit succeeds only if the advisory service knows all packages."""
 
-import json
+import os
+import subprocess
+from pathlib import Path
 
 import pytest
 
-from supply.audit import FOUND, UNKNOWN, judge
+AUDIT = Path(__file__).parents[2] / "supply" / "audit"
 
-SOUND = {"name": "sound", "version": "1.0", "vulns": []}
-FLAW = {"id": "PYSEC-0000-1", "fix_versions": ["1.1"], "aliases": [], "description": ""}
-FLAWED = {"name": "flawed", "version": "1.0", "vulns": [FLAW]}
-SKIPPED = {"name": "private", "skip_reason": "Dependency not found and could not be audited"}
+SKIPPED = "Name  Skip Reason\nh11 not found"
+VULNERABLE = "Name Version ID Fix Versions\nh11 0.1 PYSEC-0000-1 0.2"
 
 
-def report(*packages: object) -> str:
-    return json.dumps({"dependencies": packages, "fixes": []})
+def audit(tmp_path: Path, table: str, code: int, unknown: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the audit with a stand-in for pip-audit, which prints a table and ends with a code."""
+    stand_in = tmp_path / "pip-audit"
+    stand_in.write_text(f"#!/bin/sh\nprintf '{table}'\nexit {code}\n")
+    stand_in.chmod(0o755)
+    environment = os.environ | {"PIP_AUDIT": str(stand_in), "UNKNOWN": unknown}
+    return subprocess.run([str(AUDIT)], env=environment, capture_output=True, text=True, timeout=30, check=False)
 
 
-def test_all_is_well_if_nothing_is_known_against_anything(capsys: pytest.CaptureFixture[str]) -> None:
-    assert judge(report(SOUND), "") == 0
-    assert "audited" in capsys.readouterr().out
+def test_an_audit_without_findings_succeeds(tmp_path: Path) -> None:
+    done = audit(tmp_path, "", 0)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_flaw_is_said_with_the_version_that_mends_it(capsys: pytest.CaptureFixture[str]) -> None:
-    assert judge(report(SOUND, FLAWED), "") == FOUND
-    assert "VULNERABLE: flawed 1.0: PYSEC-0000-1, fixed in 1.1" in capsys.readouterr().out
+@pytest.mark.parametrize("unknown", ["", "ok"])
+@pytest.mark.parametrize("table", [VULNERABLE, f"{VULNERABLE}\n{SKIPPED}"])
+def test_a_known_vulnerability_fails_the_audit_and_is_shown(tmp_path: Path, table: str, unknown: str) -> None:
+    done = audit(tmp_path, table, 1, unknown)
+    assert done.returncode == 1
+    assert "h11 0.1 PYSEC-0000-1 0.2" in done.stdout
 
 
-def test_a_package_that_the_service_does_not_know_is_not_taken_for_sound(capsys: pytest.CaptureFixture[str]) -> None:
-    assert judge(report(SOUND, SKIPPED), "") == UNKNOWN
-    assert "NOT AUDITED: the advisory service knows nothing of 1 of 2 packages (private, ...)" in capsys.readouterr().err
-
-
-def test_a_flaw_counts_even_where_something_else_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
-    assert judge(report(FLAWED, SKIPPED), "") == FOUND
-    said = capsys.readouterr()
-    assert "VULNERABLE" in said.out
-    assert "NOT AUDITED" in said.err
-
-
-@pytest.mark.parametrize("broken", [None, "", "{", "[]", "{}", '{"dependencies": []}'])
-def test_no_report_is_no_clean_bill(broken: str | None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert judge(broken, "first\nconnection refused\n") == UNKNOWN
-    said = capsys.readouterr()
-    assert "NOT AUDITED" in said.err or broken == '{"dependencies": []}'
-    assert "audited:" not in said.out
+@pytest.mark.parametrize(("table", "code"), [("", 1), ("", 124), (SKIPPED, 0)])
+def test_an_incomplete_audit_fails_unless_allowed(tmp_path: Path, table: str, code: int) -> None:
+    for unknown, expected in (("", 3), ("ok", 0)):
+        done = audit(tmp_path, table, code, unknown)
+        assert done.returncode == expected
+        assert "NOT AUDITED" in done.stderr

@@ -1,4 +1,4 @@
-"""What may be installed is locked, all of it, and nothing else is in the locks."""
+"""The lock files contain all declared packages with their dependencies, and no other packages."""
 
 import re
 import tomllib
@@ -19,7 +19,7 @@ ADVICE: Final = "run `make lock`"
 
 
 def declared() -> dict[str, list[Requirement]]:
-    """What pyproject.toml asks for, by the lock in which it is."""
+    """Return the requirements in pyproject.toml, by lock file."""
     settings: dict[str, Any] = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())
     runtime = settings["project"]["dependencies"]
     extras = settings["project"]["optional-dependencies"]
@@ -38,7 +38,7 @@ def pinned(lock: str) -> dict[str, Pin]:
 
 
 def requirements_of(name: str, extras: Iterable[str]) -> list[Requirement]:
-    """What an installed package needs here, with some of its extras."""
+    """Return the requirements of an installed package, with some of its extras."""
     found = map(Requirement, metadata.requires(name) or ())
     return [
         each
@@ -48,7 +48,7 @@ def requirements_of(name: str, extras: Iterable[str]) -> list[Requirement]:
 
 
 @pytest.mark.parametrize("lock", ["relay", "otlp", "build", "all"])
-def test_a_lock_has_what_is_declared_and_what_that_needs_and_nothing_else(lock: str) -> None:
+def test_a_lock_has_the_declared_packages_and_their_dependencies_only(lock: str) -> None:
     pins = pinned(lock)
     needed: set[str] = set()
     waiting = deque(declared()[lock])
@@ -67,8 +67,8 @@ def test_a_lock_has_what_is_declared_and_what_that_needs_and_nothing_else(lock: 
 
 
 @pytest.mark.parametrize("lock", LOCKS)
-def test_every_pin_has_the_hashes_of_its_files_and_no_line_says_where_to_get_them(lock: str) -> None:
-    """`read` takes no line but pins, hashes and comments."""
+def test_every_pin_has_hashes_and_no_line_has_an_address(lock: str) -> None:
+    """`read` accepts only pins, hashes and comments."""
     pins = read(lock)
     assert pins
     assert [pin.name for pin in pins if not pin.hashes] == []
@@ -84,8 +84,8 @@ def test_one_package_has_one_version_in_all_locks() -> None:
     assert {name: found for name, found in versions.items() if len(found) > 1} == {}
 
 
-def test_what_is_installed_here_is_what_is_locked() -> None:
-    """These tests are about the packages that are shipped, not about others."""
+def test_the_installed_versions_are_the_locked_versions() -> None:
+    """The tests run with the shipped packages."""
     pins = pinned("all")
     assert {name: metadata.version(name) for name in pins} == {name: pin.version for name, pin in pins.items()}
 
@@ -93,27 +93,27 @@ def test_what_is_installed_here_is_what_is_locked() -> None:
 @pytest.mark.parametrize(
     "line", ["https://packages.example/x.whl", "--index-url https://packages.example", "click", "click>=8", "-r other.txt"]
 )
-def test_a_lock_with_anything_else_in_it_is_refused(tmp_path: Path, line: str) -> None:
+def test_a_lock_with_another_line_is_rejected(tmp_path: Path, line: str) -> None:
     (tmp_path / "lock.txt").write_text(f"# comment\nclick==8.5.1 \\\n    --hash=sha256:{'0' * 64}\n{line}\n")
     with pytest.raises(ValueError, match=r"lock\.txt:4 is neither"):
         read("lock", tmp_path)
 
 
-def test_the_build_asks_for_nothing_that_is_not_locked() -> None:
+def test_the_build_requires_only_locked_packages() -> None:
     settings = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())
     assert set(settings["build-system"]["requires"]) <= set(settings["dependency-groups"]["build"])
 
 
-@pytest.mark.parametrize("name", ["Makefile", "Dockerfile", "docs/deployment.md"])
-def test_wherever_packages_are_installed_their_hashes_are_required(name: str) -> None:
+@pytest.mark.parametrize("name", ["Makefile", "Dockerfile", "README.md", "deploy/deb/build"])
+def test_all_installations_require_hashes(name: str) -> None:
     text = (FOLDER.parent / name).read_text()
-    installs = re.findall(r"pip\S*(?: --?\S+| /\S+)*? install .*", text)
+    installs = re.findall(r"pip(?!x)\S*(?: --?\S+| /\S+)*? install .*", text)
     assert installs
     assert [each for each in installs if "--require-hashes" not in each and "--no-index" not in each] == []
 
 
-def test_no_file_says_where_packages_are_to_be_had() -> None:
-    """That is for whoever installs to say: a mirror, most often."""
+def test_no_file_names_a_package_index() -> None:
+    """The package index is a setting of each machine, often a mirror."""
     hosts = ("pypi" + ".org", "python" + "hosted.org")
     folders = ("relay", "tests", "docs", "deploy", "supply", "requirements", "benchmarks")
     files = [path for folder in folders for path in (FOLDER.parent / folder).rglob("*") if path.is_file()]

@@ -1,6 +1,6 @@
-"""The relay's side of the portal's channel, without IO: text frames, connection events and a time in, commands out.
+"""The relay's side of the portal's channel, without IO: events of a connection and a time in, commands out.
 
-`channel` has the states; `conversation` what goes with one connection; `frames` what is said; `endpoint` where to, and who
-we are; `refusal`, `retry` and `reasons` what follows when that fails; `quoting` what of it may be shown; `limits` all
-numbers.
+`channel` has the states and `connection` the counters of each connection. `events` are the inputs, `commands` the outputs.
+`frames` reads and writes text frames. `endpoint` has the portal's URL and the relay's description. `retry` and `reasons`
+decide after failures. `limits` has all numbers.
 """

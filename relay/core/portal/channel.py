@@ -1,10 +1,10 @@
-"""The relay's membership in a Firezone network: a Phoenix channel, held for as long as the relay runs.
+"""The relay's membership in a Firezone network: a Phoenix channel that is held while the relay runs.
 
 How it works
 ============
 
-There is at most one connection, or attempt at one, at a time; each has a number, and reports on any but the current one are
-void. Each input is taken whole, then the commands are drained, and `poll_timeout` says by when the next input is wanted.
+There is at most one connection or attempt at a time. Each has a number; events of earlier numbers are ignored. After each
+input, drain the commands and call `poll_timeout` for the time of the next input.
 
 =========================  =================================  ==========================================================
 state                      input                              what follows
@@ -16,56 +16,50 @@ CONNECTING                 refused: 429, 503                  WAITING, for as lo
 CONNECTING                 refused otherwise, lost, 15 s      WAITING
 WAITING                    interval passes                    Connect; CONNECTING
 JOINING                    ok reply                           JOINED
-JOINING                    error reply                        Fatal; OVER
+JOINING                    error reply, token_expired         Abandon, Fatal; OVER
+JOINING                    error reply, other reason          Abandon, Fatal; OVER (after an earlier join: Abandon; WAITING)
 JOINING                    5 s pass                           Abandon; WAITING
-JOINED                     "unmatched topic"                  join sent; JOINING (within 10 s of a join: WAITING)
+JOINED                     "unmatched topic"                  join sent; JOINING (within 0.5 s of a join: WAITING)
 JOINING, JOINED            init                               the first time: Begin
-JOINING, JOINED            disconnect: token_expired          Fatal; OVER
+JOINING, JOINED            disconnect: token_expired          Abandon, Fatal; OVER
 JOINING, JOINED            phx_close, phx_error               Abandon; WAITING
 JOINING, JOINED            lost                               WAITING
-JOINING, JOINED            > 3 heartbeats unanswered          Abandon; WAITING
+JOINING, JOINED            40 s without an answer             Abandon; WAITING
 JOINING, JOINED            > 100 frames in 10 s               Abandon; WAITING
 JOINING, JOINED            leave                              phx_leave sent; LEAVING
 LEAVING                    its reply, phx_close, 1 s          Close; CLOSING
 LEAVING, CLOSING           lost                               Left; OVER
 CLOSING                    1 s passes                         Abandon, Left; OVER
 IDLE, CONNECTING, WAITING  leave                              Abandon, Left; OVER
+JOINING, JOINED            succeeded                          no more WAITING: instead Left; OVER
+IDLE, CONNECTING, WAITING  succeeded                          Abandon, Left; OVER
 IDLE to JOINING            15 s (first join) or 24 h pass     Abandon, Fatal; OVER
+OVER                       start                              Connect; CONNECTING
 =========================  =================================  ==========================================================
 
-A lost portal changes nothing for clients: `Begin` comes once and is never taken back.
+A lost portal changes nothing for clients: `Begin` comes once and is never revoked. `retry` has the lengths of WAITING: an
+eighth of a second after a join that lasted for 0.5 s, and longer after each failure.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from enum import Enum
+from typing import Any
 
-from relay.core.instant import Instant
-from relay.core.portal import frames, limits, reasons
-from relay.core.portal.commands import (
-    Abandon,
-    Begin,
-    Close,
-    Connect,
-    ConnectionId,
-    Fatal,
-    Left,
-    Note,
-    PortalCommand,
-    SendText,
-    Severity,
-)
-from relay.core.portal.conversation import Conversation
-from relay.core.portal.endpoint import PortalConfig
+from relay.core.portal import commands, events, frames, limits, reasons
+from relay.core.portal.commands import ConnectionId, PortalCommand
+from relay.core.portal.connection import ConnectionState
+from relay.core.portal.endpoint import PortalConfig, PortalToken
+from relay.core.portal.events import ConnectionEvent
 from relay.core.portal.frames import PHOENIX, RELAY, Frame, Ref, UnreadableFrameError
-from relay.core.portal.quoting import quoting
-from relay.core.portal.refusal import Refusal, fatal_reason, wait_asked_for
 from relay.core.portal.retry import Retry
 from relay.core.randomness import RandomSource
+from relay.core.timestamp import Timestamp
 
 
 class State(Enum):
-    """How far the relay is with its portal."""
+    """The state of the relay's membership."""
 
     IDLE = "idle"
     WAITING = "waiting"
@@ -77,292 +71,324 @@ class State(Enum):
     OVER = "over"
 
 
+_EXPIRED = "token_expired"
+"""The reason of an error or a disconnect that is final."""
+
 _OPEN = frozenset((State.JOINING, State.JOINED, State.LEAVING))
-"""There is a connection on which frames are exchanged."""
+"""The states in which frames are exchanged."""
 
 
 class PortalChannel:
-    """The relay's side of the channel.
-
-    Args:
-        config: where the portal is, and what it is told.
-        random: spreads reconnects.
-    """
+    """The relay's side of the channel. The random source spreads reconnects."""
 
     def __init__(self, config: PortalConfig, random: RandomSource) -> None:
         self.state = State.IDLE
         self.has_begun = False
-        """Whether the portal said `init` at least once."""
+        """Whether the portal has sent `init` at least once."""
         self.joins = 0
-        """Joins that were answered."""
-        self.oddities = 0
-        """Frames that could not be made sense of."""
+        """Successful joins."""
+        self.protocol_errors = 0
+        """Unexpected or invalid frames."""
         self.faults = 0
-        """Reports that this failed on, as counted by whoever drives it: each is a bug."""
+        """Events that raised an exception, counted by the actor. Each is a bug."""
         self.entered_at: float | None = None
-        """Monotonic time at which it came into its state; None before the start."""
+        """Monotonic time of the last change of state. None before the start."""
         self.last_failure: str | None = None
-        """Why there was no connection, or none any more, the last time."""
+        """The reason of the last failed or lost connection."""
         self._config = config
         self._retry = Retry(random)
         self._commands: list[PortalCommand] = []
-        self._quote = quoting(config.token, config.secret)
-        self._conversation = Conversation(ConnectionId(0))
+        self._redact = reasons.redactor(config.token, config.secret)
+        self.connection = ConnectionState(ConnectionId(0))
+        """The current or last connection."""
         self._deadline = math.inf
         self._heartbeat_at = math.inf
         self._awaited: Ref | None = None
-        self._joined_at = -math.inf
-        self._events: dict[tuple[str, str], Callable[[Frame, Instant], None]] = {
-            (RELAY, "phx_reply"): self._take_relay_reply,
-            (RELAY, "init"): self._take_init,
-            (RELAY, "phx_close"): self._take_end,
-            (RELAY, "phx_error"): self._take_end,
-            (RELAY, "disconnect"): self._take_disconnect,
-            (PHOENIX, "disconnect"): self._take_disconnect,
-            (PHOENIX, "phx_reply"): self._take_heartbeat_reply,
+        self._is_succeeded = False
+        self._event_handlers: dict[type[ConnectionEvent], Callable[[Any, Timestamp], None]] = {
+            events.Connected: self._handle_connected,
+            events.UpgradeRefused: self._handle_refusal,
+            events.TextReceived: self._handle_text,
+            events.OtherReceived: self._handle_other,
+        }
+        self._frame_handlers: dict[tuple[str, str], Callable[[Frame, Timestamp], None]] = {
+            (RELAY, "phx_reply"): self._handle_relay_reply,
+            (RELAY, "init"): self._handle_init,
+            (RELAY, "phx_close"): self._handle_end,
+            (RELAY, "phx_error"): self._handle_end,
+            (RELAY, "disconnect"): self._handle_disconnect,
+            (PHOENIX, "disconnect"): self._handle_disconnect,
+            (PHOENIX, "phx_reply"): self._handle_heartbeat_reply,
         }
 
     @property
     def is_joined(self) -> bool:
-        """Whether the portal hands this relay out to clients."""
+        """Return whether the portal offers this relay to clients."""
         return self.state is State.JOINED and self.has_begun
 
     def drain(self) -> list[PortalCommand]:
-        """Take the commands that inputs have left, in the order in which they are to be carried out."""
-        commands = self._commands.copy()
-        self._commands.clear()
-        return commands
+        """Return and clear the pending commands, in order of execution."""
+        drained, self._commands = self._commands, []
+        return drained
+
+    def use_token(self, token: PortalToken) -> None:
+        """Use another token from the next attempt on."""
+        self._config = dataclasses.replace(self._config, token=token)
+        self._redact = reasons.redactor(token, self._config.secret)
 
     def poll_timeout(self) -> float | None:
-        """Give the monotonic time by which `handle_timeout` wants to be called; None if nothing is waited for."""
+        """Return the monotonic time of the next `handle_timeout`, or None without a deadline."""
         at = min(self._deadline, self._heartbeat_at, self._retry.give_up_at)
         return None if at == math.inf else at
 
-    def start(self, now: Instant) -> None:
-        """Begin to connect."""
-        self._retry.note_outage(now.monotonic)
-        self._connect(now)
+    def start(self, now: Timestamp) -> None:
+        """Start to connect, the first time or after the end, unless another process joins."""
+        if self.state in {State.IDLE, State.OVER} and not self._is_succeeded:
+            self._retry.restart()
+            self._retry.note_outage(now.monotonic)
+            self._connect(now)
 
-    def leave(self, now: Instant) -> None:
-        """Leave the channel politely, so that the portal stops handing this relay out; `Left` says when that is done."""
+    def leave(self, now: Timestamp) -> None:
+        """Leave the channel, so that the portal stops offering this relay. `Left` reports the end."""
         if self.state in {State.JOINING, State.JOINED}:
             self._retry.cease()
             self._heartbeat_at = math.inf
             self._enter(State.LEAVING, now, limits.LEAVE_TIMEOUT)
-            self._awaited = self._send(frames.leave)
+            self._awaited = self._send(RELAY, "phx_leave")
         elif self.state not in {State.LEAVING, State.CLOSING, State.OVER}:
             self._abandon()
-            self._end(Left())
+            self._end(commands.Left())
 
-    def handle_timeout(self, now: Instant) -> None:
-        """Do what is due."""
+    def be_succeeded(self) -> None:
+        """Stay until the portal ends the connection, and never join again: another process joins with the same secret."""
+        self._is_succeeded = True
+        self._retry.cease()
+        if self.state not in _OPEN:
+            self._abandon()
+            self._end(commands.Left())
+
+    def handle_timeout(self, now: Timestamp) -> None:
+        """Handle all deadlines that have passed."""
         if now.monotonic >= self._deadline and self.state is not State.WAITING:
-            # Before giving up, which tells what failed last.
+            # Before giving up: the fatal error reports the last failure.
             self._handle_deadline(now)
         if now.monotonic >= self._retry.give_up_at:
-            self._give_up()
+            self._fail(reasons.retries_spent(self._config.url.host, self._retry.patience, self.last_failure))
         if now.monotonic >= self._heartbeat_at:
-            self._beat(now)
+            self._send_heartbeat(now)
         if now.monotonic >= self._deadline and self.state is State.WAITING:
             self._connect(now)
 
-    def handle_connected(self, connection: ConnectionId, now: Instant) -> None:
-        """Take the report that the upgrade was answered with 101."""
-        if self._is_current(connection, now) and self.state is State.CONNECTING:
+    def handle_event(self, connection: ConnectionId, event: ConnectionEvent, now: Timestamp) -> None:
+        """Handle an event of a connection. Ignore events of earlier connections."""
+        if isinstance(event, events.ConnectionLost):
+            # Before the timeouts: nothing can be sent or closed on a lost connection.
+            if self._is_current(connection):
+                self._handle_lost(event.reason, now)
+            self.handle_timeout(now)
+            return
+        self.handle_timeout(now)
+        if self._is_current(connection):
+            self._event_handlers[type(event)](event, now)
+
+    def _handle_connected(self, _: events.Connected, now: Timestamp) -> None:
+        if self.state is State.CONNECTING:
+            self.connection.answered_at = now.monotonic
             self._heartbeat_at = now.monotonic + limits.HEARTBEAT_INTERVAL
             self._join(now)
 
-    def handle_refused(self, connection: ConnectionId, refusal: Refusal, now: Instant) -> None:
-        """Take the report that the upgrade was answered with something else."""
-        if not self._is_current(connection, now) or self.state is not State.CONNECTING:
+    def _handle_refusal(self, refusal: events.UpgradeRefused, now: Timestamp) -> None:
+        if self.state is not State.CONNECTING:
             return
-        fatal = fatal_reason(refusal, self._quote)
+        fatal = reasons.fatal_reason(refusal, self._redact)
         if fatal is not None:
-            self._end(Fatal(fatal))
+            self._end(commands.Fatal(fatal))
             return
-        wait = wait_asked_for(refusal, now.unix)
+        wait = reasons.wait_asked_for(refusal, now.unix)
         if wait is not None:
             wait = self._retry.grant_wait(max(wait, limits.FIRST_RETRY_INTERVAL), now.monotonic)
-        self._retry_later(f"it answered {refusal.status} to the upgrade", now, wait)
+        self._retry_later(reasons.shown(refusal, self._redact), now, wait)
 
-    def handle_lost(self, connection: ConnectionId, reason: str, now: Instant) -> None:
-        """Take the report that there is no connection, or none any more; in words, of whoever it is told by."""
-        # What is due comes second here: nothing can be sent or closed on a connection that is lost.
-        if self._is_about_current(connection):
-            if self.state in {State.LEAVING, State.CLOSING}:
-                self._end(Left())
-            else:
-                self._retry_later(self._quote(reason), now)
-        self.handle_timeout(now)
+    def _handle_lost(self, reason: str, now: Timestamp) -> None:
+        if self.state in {State.LEAVING, State.CLOSING}:
+            self._end(commands.Left())
+        else:
+            self._retry_later(self._redact(reason), now)
 
-    def handle_text(self, connection: ConnectionId, text: str, now: Instant) -> None:
-        """Take a text frame."""
-        if not self._is_current(connection, now) or not self._count_frame(now):
+    def _handle_other(self, event: events.OtherReceived, now: Timestamp) -> None:
+        # A ping or a pong only counts as a frame.
+        if self._count_frame(now) and event.is_binary:
+            self._log_protocol_error("the portal sent a binary frame")
+
+    def _handle_text(self, event: events.TextReceived, now: Timestamp) -> None:
+        if not self._count_frame(now):
             return
         try:
-            frame = frames.decode(text)
+            frame = frames.decode(event.text)
         except UnreadableFrameError as error:
-            self._note_oddity("the portal sent what is no frame", why=str(error))
+            self._log_protocol_error("the portal sent what is no frame", why=str(error))
             return
         if frame.unknown_keys:
-            self._note_oddity("the portal sent unknown keys", keys=self._quote(", ".join(frame.unknown_keys)))
-        handler = self._events.get((frame.topic, frame.event))
+            self._log_protocol_error("the portal sent unknown keys", keys=self._redact(", ".join(frame.unknown_keys)))
+        handler = self._frame_handlers.get((frame.topic, frame.event))
         if handler is None:
-            self._note_oddity(
-                "the portal sent an unknown event", topic=self._quote(frame.topic), portal_event=self._quote(frame.event)
+            self._log_protocol_error(
+                "the portal sent an unknown event", topic=self._redact(frame.topic), portal_event=self._redact(frame.event)
             )
         else:
             handler(frame, now)
 
-    def handle_other_frame(self, connection: ConnectionId, kind: str, now: Instant) -> None:
-        """Take word of a frame that is not text: ``binary`` is an oddity; a ping or pong only counts as a frame."""
-        if self._is_current(connection, now) and self._count_frame(now) and kind == "binary":
-            self._note_oddity("the portal sent a binary frame")
-
-    def _take_relay_reply(self, frame: Frame, now: Instant) -> None:
+    def _handle_relay_reply(self, frame: Frame, now: Timestamp) -> None:
         if frame.ref is not None and frame.ref == self._awaited:
             if self.state is State.LEAVING:
                 self._close(now)
                 return
             if self.state is State.JOINING:
-                self._take_join_reply(frame, now)
+                self._handle_join_reply(frame, now)
                 return
         if frame.status == "error" and frame.reason == "unmatched topic" and self.state is State.JOINED:
             self._join_again(now)
         elif frame.status != "ok":
-            self._note_oddity("the portal sent an error", reason=self._quote(frame.reason))
+            self._log_protocol_error("the portal sent an error", reason=self._redact(frame.reason))
 
-    def _take_join_reply(self, frame: Frame, now: Instant) -> None:
+    def _handle_join_reply(self, frame: Frame, now: Timestamp) -> None:
         if frame.status == "ok":
-            self._enter(State.JOINED, now, math.inf if self.has_begun else limits.INIT_PATIENCE)
-            self._joined_at = now.monotonic
+            self._enter(State.JOINED, now, math.inf if self.has_begun else limits.INIT_TIMEOUT)
             self._retry.note_joined()
             self.joins += 1
-            self._note(Severity.INFO, "joined the portal", url=self._config.url.text)
+            self._commands.append(commands.Note("joined the portal", {"url": self._config.url.text}, is_warning=False))
         elif frame.status == "error":
-            self._fail(reasons.join_refused(self._quote(frame.reason)))
+            if frame.reason == _EXPIRED:
+                self._fail(reasons.EXPIRED)
+            elif self.joins:
+                # The portal has accepted this relay before, so the fault may be the portal's ("join crashed").
+                self._drop(f"it refused the join ({self._redact(frame.reason)})", now)
+            else:
+                self._fail(reasons.join_refused(self._redact(frame.reason)))
         else:
-            self._note_oddity("the portal sent a reply that is neither ok nor error")
+            self._log_protocol_error("the portal sent a reply that is neither ok nor error")
 
-    def _take_init(self, _: Frame, __: Instant) -> None:
+    def _handle_init(self, _: Frame, __: Timestamp) -> None:
         if not self.has_begun and self.state is not State.LEAVING:
             self.has_begun = True
             if self.state is State.JOINED:
                 self._deadline = math.inf
-            self._commands.append(Begin())
+            self._commands.append(commands.Begin())
 
-    def _take_end(self, frame: Frame, now: Instant) -> None:
+    def _handle_end(self, frame: Frame, now: Timestamp) -> None:
         if self.state is State.LEAVING:
             self._close(now)
         else:
             self._drop(f"it sent {frame.event}", now)
 
-    def _take_disconnect(self, frame: Frame, _: Instant) -> None:
-        if frame.reason == "token_expired" and self.state is not State.LEAVING:
+    def _handle_disconnect(self, frame: Frame, _: Timestamp) -> None:
+        if frame.reason == _EXPIRED and self.state is not State.LEAVING:
             self._fail(reasons.EXPIRED)
         else:
-            self._note_oddity("the portal asked to disconnect", reason=self._quote(frame.reason))
+            self._log_protocol_error("the portal asked to disconnect", reason=self._redact(frame.reason))
 
-    def _take_heartbeat_reply(self, frame: Frame, _: Instant) -> None:
+    def _handle_heartbeat_reply(self, frame: Frame, _: Timestamp) -> None:
         if frame.status != "ok":
-            self._note_oddity("the portal sent an error", reason=self._quote(frame.reason))
-        elif not self._conversation.answer_beat(frame.ref):
-            self._note_oddity("the portal answered a heartbeat that was not sent")
-        elif self.state is State.JOINED:
-            self._retry.note_stable()
+            self._log_protocol_error("the portal sent an error", reason=self._redact(frame.reason))
+        elif not self.connection.heartbeat_answered(frame.ref):
+            self._log_protocol_error("the portal answered a heartbeat that was not sent")
 
-    def _connect(self, now: Instant) -> None:
-        connection = ConnectionId(self._conversation.connection + 1)
-        self._conversation = Conversation(connection)
+    def _connect(self, now: Timestamp) -> None:
+        connection = ConnectionId(self.connection.id + 1)
+        self.connection = ConnectionState(connection)
         self._enter(State.CONNECTING, now, limits.ATTEMPT_TIMEOUT)
         self._commands.append(
-            Connect(connection, self._config.request_url, self._config.request_headers, limits.ATTEMPT_TIMEOUT)
+            commands.Connect(connection, self._config.request_url, self._config.request_headers, limits.ATTEMPT_TIMEOUT)
         )
 
-    def _join(self, now: Instant) -> None:
+    def _join(self, now: Timestamp) -> None:
         self._enter(State.JOINING, now, limits.JOIN_TIMEOUT)
-        self._awaited = self._send(lambda ref: frames.join(self._config.secret, ref))
+        # The portal derives credentials from the secret.
+        self._awaited = self._send(RELAY, "phx_join", stamp_secret=self._config.secret.expose())
 
-    def _join_again(self, now: Instant) -> None:
-        if now.monotonic - self._joined_at < limits.HEARTBEAT_INTERVAL:
-            # It would be joined without end, at the pace of the network.
+    def _join_again(self, now: Timestamp) -> None:
+        if not self._join_lasted(now):
+            # Otherwise joins would repeat endlessly, at the speed of the network.
             self._drop("it lost the channel right after the join", now)
             return
-        self._note(Severity.WARNING, "the portal has lost the channel: joining again")
+        self._warn("the portal has lost the channel: joining again")
+        self._retry.restart()
         self._retry.note_outage(now.monotonic)
         self._join(now)
 
-    def _beat(self, now: Instant) -> None:
-        if self._conversation.is_dead:
-            self._drop(f"it left {self._conversation.unanswered} heartbeats unanswered", now)
+    def _send_heartbeat(self, now: Timestamp) -> None:
+        following = self.connection.next_heartbeat(now.monotonic)
+        if following is None:
+            self._drop(f"it answered nothing for {limits.SILENCE_LIMIT} s", now)
             return
-        self._conversation.note_beat(self._send(frames.heartbeat))
-        self._heartbeat_at = now.monotonic + limits.HEARTBEAT_INTERVAL
+        self.connection.heartbeat_sent(self._send(PHOENIX, "heartbeat"), now.monotonic)
+        self._heartbeat_at = following
 
-    def _handle_deadline(self, now: Instant) -> None:
+    def _handle_deadline(self, now: Timestamp) -> None:
         if self.state is State.LEAVING:
             self._close(now)
         elif self.state is State.CLOSING:
             self._abandon()
-            self._end(Left())
+            self._end(commands.Left())
         elif self.state is State.JOINED:
             self._deadline = math.inf
-            self._note(Severity.WARNING, "joined, but the portal does not say init: clients are not answered until it does")
+            self._warn("joined, but the portal does not say init: clients are not answered until it does")
         else:
             what, limit = (
                 ("join", limits.JOIN_TIMEOUT) if self.state is State.JOINING else ("attempt", limits.ATTEMPT_TIMEOUT)
             )
             self._drop(f"the {what} was not answered within {limit} s", now)
 
-    def _close(self, now: Instant) -> None:
-        self._commands.append(Close(self._conversation.connection))
+    def _close(self, now: Timestamp) -> None:
+        self._commands.append(commands.Close(self.connection.id))
         self._enter(State.CLOSING, now, limits.CLOSE_TIMEOUT)
 
-    def _give_up(self) -> None:
-        self._abandon()
-        self._end(Fatal(reasons.retries_spent(self._config.url.host, self._retry.patience, self.last_failure)))
-
-    def _drop(self, reason: str, now: Instant) -> None:
-        """Give the connection, or the attempt, up, and try another one later."""
+    def _drop(self, reason: str, now: Timestamp) -> None:
+        """Abandon the connection or the attempt, and retry later."""
         self._abandon()
         self._retry_later(reason, now)
 
-    def _retry_later(self, reason: str, now: Instant, wait: float | None = None) -> None:
-        """Be without a connection for a while."""
+    def _retry_later(self, reason: str, now: Timestamp, wait: float | None = None) -> None:
+        """Wait before the next attempt."""
         self.last_failure = reason
+        if self._is_succeeded:
+            self._end(commands.Left())
+            return
         self._retry.note_outage(now.monotonic)
+        if self._join_lasted(now):
+            self._retry.restart()
         seconds = self._retry.next_wait() if wait is None else wait
-        self._note(Severity.WARNING, "no connection to the portal", reason=reason, retry_in=round(seconds, 1))
+        self._warn("no connection to the portal", reason=reason, retry_in=round(seconds, 2))
         self._heartbeat_at = math.inf
         self._enter(State.WAITING, now, seconds)
 
-    def _count_frame(self, now: Instant) -> bool:
-        """Tell whether a frame may be looked at; where it may not, the connection is given up or has been."""
+    def _join_lasted(self, now: Timestamp) -> bool:
+        """Return whether the channel is joined, and has been for long enough to be no failure."""
+        assert self.entered_at is not None  # noqa: S101 - the channel is started
+        return self.state is State.JOINED and now.monotonic >= self.entered_at + limits.LASTING_JOIN
+
+    def _count_frame(self, now: Timestamp) -> bool:
+        """Return whether to handle a frame. Abandon the connection after too many frames."""
         if self.state not in _OPEN:
             return False
-        if self._conversation.count_frame():
+        if self.connection.count_frame():
             return True
         if self.state is State.LEAVING:
             self._abandon()
-            self._end(Left())
+            self._end(commands.Left())
         else:
             self._drop(f"it sent more than {limits.FRAMES_PER_HEARTBEAT} frames in {limits.HEARTBEAT_INTERVAL} s", now)
         return False
 
-    def _send(self, make: Callable[[Ref], str]) -> Ref:
-        ref = self._conversation.take_ref()
-        self._commands.append(SendText(self._conversation.connection, make(ref)))
+    def _send(self, topic: str, event: str, **payload: str) -> Ref:
+        ref = self.connection.take_ref()
+        self._commands.append(commands.SendText(self.connection.id, frames.encode(topic, event, payload, ref)))
         return ref
 
-    def _is_current(self, connection: ConnectionId, now: Instant) -> bool:
-        """Do what is due, then tell whether a report is about the connection there is."""
-        self.handle_timeout(now)
-        return self._is_about_current(connection)
+    def _is_current(self, connection: ConnectionId) -> bool:
+        return connection == self.connection.id and self.state not in {State.IDLE, State.WAITING, State.OVER}
 
-    def _is_about_current(self, connection: ConnectionId) -> bool:
-        return connection == self._conversation.connection and self.state not in {State.IDLE, State.WAITING, State.OVER}
-
-    def _enter(self, state: State, now: Instant, seconds: float = math.inf) -> None:
+    def _enter(self, state: State, now: Timestamp, seconds: float = math.inf) -> None:
         self.state = state
         self.entered_at = now.monotonic
         self._awaited = None
@@ -370,26 +396,26 @@ class PortalChannel:
 
     def _abandon(self) -> None:
         if self.state not in {State.IDLE, State.WAITING, State.OVER}:
-            self._commands.append(Abandon(self._conversation.connection))
+            self._commands.append(commands.Abandon(self.connection.id))
 
     def _fail(self, reason: str) -> None:
-        """End for good. The connection is closed without waiting for the other side: the process is about to end."""
-        self._commands.append(Close(self._conversation.connection))
-        self._end(Fatal(reason))
+        """End for good."""
+        self._abandon()
+        self._end(commands.Fatal(reason))
 
-    def _end(self, command: Fatal | Left) -> None:
+    def _end(self, command: commands.Fatal | commands.Left) -> None:
         self.state = State.OVER
         self._deadline = self._heartbeat_at = math.inf
         self._retry.cease()
         self._commands.append(command)
 
-    def _note_oddity(self, event: str, **fields: object) -> None:
-        self.oddities += 1
-        left = self._conversation.take_note()
+    def _log_protocol_error(self, event: str, **fields: object) -> None:
+        self.protocol_errors += 1
+        left = self.connection.allow_log()
         if left:
-            self._note(Severity.WARNING, event, **fields)
+            self._warn(event, **fields)
         if left == 1:
-            self._note(Severity.WARNING, "the portal sent many odd frames; further ones on this connection are only counted")
+            self._warn("the portal sent many odd frames; further ones on this connection are only counted")
 
-    def _note(self, severity: Severity, event: str, **fields: object) -> None:
-        self._commands.append(Note(severity, event, fields))
+    def _warn(self, event: str, **fields: object) -> None:
+        self._commands.append(commands.Note(event, fields))

@@ -1,30 +1,22 @@
-"""What the portal client wants done. None of them shows the token or the secret."""
+"""Commands of the portal client. Their reprs show neither the token nor the secret."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import NewType, TypeAlias
 
 ConnectionId = NewType("ConnectionId", int)
-"""Numbers the attempts to connect, so that what comes late from one is not taken for another's."""
-
-
-class Severity(StrEnum):
-    """How much a note matters."""
-
-    INFO = "info"
-    WARNING = "warning"
+"""The number of an attempt to connect. Late events of an earlier attempt are recognised by the number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Connect:
-    """Open a WebSocket, and report `connected`, `refused` or `lost`."""
+    """Open a WebSocket, and report `Connected`, `UpgradeRefused` or `ConnectionLost`."""
 
     connection: ConnectionId
     url: str
     headers: tuple[tuple[str, str], ...] = field(repr=False)
     timeout: float
-    """Seconds. The client gives the attempt up by itself after that; name look-ups and addresses have to share it."""
+    """Seconds for all name look-ups and addresses. The channel abandons the attempt after the same time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,42 +29,42 @@ class SendText:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """Send a close frame, and report `lost` when the portal has closed too."""
+    """Send a close frame, and report `ConnectionLost` when the portal has closed too."""
 
     connection: ConnectionId
 
 
 @dataclass(frozen=True, slots=True)
 class Abandon:
-    """Let go of a connection or an attempt, whatever it is doing; no report on it is wanted any more."""
+    """End a connection or an attempt at once, in any state, without further events."""
 
     connection: ConnectionId
 
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """The portal said `init` for the first time: answer clients."""
+    """Start to answer clients: the portal sent its first `init`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """The channel is left, as was asked, or there was none."""
+    """The channel has been left as requested."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fatal:
-    """The relay can't belong to this portal; the reason says what to do about it, in one line."""
+    """The portal does not accept the relay. The reason says how to fix the cause, in one line."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something that operators should be able to read in the log."""
+    """Write a log entry, a warning or an information."""
 
-    severity: Severity
     event: str
-    fields: Mapping[str, object] = field(default_factory=dict)
+    fields: Mapping[str, object]
+    is_warning: bool = True
 
 
 PortalCommand: TypeAlias = Connect | SendText | Close | Abandon | Begin | Left | Fatal | Note

@@ -1,41 +1,41 @@
-"""Where the portal is, and what is said to it in the upgrade request."""
+"""The portal's URL and the contents of the upgrade request."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
 from relay.core.addresses import Family
-from relay.core.concealed import Concealed
 from relay.core.credentials import RelaySecret
+from relay.core.secret import Secret
 
 _PATH = "/relay/websocket"
 _SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 _PRINTABLE = range(0x21, 0x7F)
 
 
-class PortalToken(Concealed):
-    """What proves to the portal that this relay belongs to its network."""
+class PortalToken(Secret):
+    """The token that authenticates this relay to the portal."""
 
     __slots__ = ()
 
     @classmethod
     def parse(cls, text: str) -> "PortalToken":
-        """Read a token, white space around it left out.
+        """Parse a token. Remove all white space, because consoles wrap long lines.
 
         Raises:
-            ValueError: it is empty, or has characters that no token has. The message does not show it.
+            ValueError: the token is empty or has invalid characters. The message does not show the token.
         """
-        stripped = text.strip()
-        if not stripped:
+        token = "".join(text.split())
+        if not token:
             raise ValueError("it is empty")
-        if any(ord(character) not in _PRINTABLE for character in stripped):
-            raise ValueError("it has white space or other characters in it that no token has")
-        return cls(stripped)
+        if any(ord(character) not in _PRINTABLE for character in token):
+            raise ValueError("it has characters that no token has")
+        return cls(token)
 
 
 @dataclass(frozen=True, slots=True)
 class PortalUrl:
-    """Where the portal's WebSocket for relays is."""
+    """The URL of the portal's WebSocket for relays."""
 
     text: str
     host: str
@@ -44,10 +44,10 @@ class PortalUrl:
 
     @classmethod
     def parse(cls, text: str) -> "PortalUrl":
-        """Read ``wss://api.example.com``; ``https`` and ``http`` are taken as ``wss`` and ``ws``.
+        """Parse ``wss://api.example.com``. ``https`` and ``http`` mean ``wss`` and ``ws``.
 
         Raises:
-            ValueError: it is no such URL. The message says what is wrong.
+            ValueError: the URL is invalid. The message says why.
         """
         parts = urlsplit(text.strip())
         scheme = _SCHEMES.get(parts.scheme)
@@ -68,7 +68,7 @@ class PortalUrl:
 
 @dataclass(frozen=True, slots=True)
 class PortalConfig:
-    """What the relay tells the portal about itself."""
+    """The relay's description of itself for the portal."""
 
     url: PortalUrl
     token: PortalToken
@@ -76,23 +76,23 @@ class PortalConfig:
     name: str | None
     public_hosts: Mapping[Family, str]
     port: int
-    """Where clients are answered."""
+    """The port for clients."""
     user_agent: str = field(default="relay")
 
     @property
     def request_url(self) -> str:
-        """The URL of the upgrade request. The token is not in it: proxies log URLs."""
+        """Return the URL of the upgrade request. The URL has no token, because proxies log URLs."""
         given = {
             "name": self.name,
             "ipv4": self.public_hosts.get(Family.IPV4),
             "ipv6": self.public_hosts.get(Family.IPV6),
             "port": self.port,
         }
-        # A name from an environment that is not UTF-8 has its bytes as surrogates: they are sent as they were.
+        # A name from a non-UTF-8 environment has its bytes as surrogates. The original bytes are sent.
         query = urlencode({name: value for name, value in given.items() if value is not None}, errors="surrogateescape")
         return f"{self.url.text}?{query}"
 
     @property
     def request_headers(self) -> tuple[tuple[str, str], ...]:
-        """Its headers, beside those of every upgrade."""
-        return (("X-Authorization", f"Bearer {self.token.reveal()}"), ("User-Agent", self.user_agent))
+        """Return the additional headers of the upgrade request."""
+        return (("X-Authorization", f"Bearer {self.token.expose()}"), ("User-Agent", self.user_agent))

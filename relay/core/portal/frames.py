@@ -4,8 +4,6 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
-from relay.core.credentials import RelaySecret
-
 RELAY = "relay"
 """The topic of the channel that relays join."""
 
@@ -18,7 +16,7 @@ _LONGEST_REF = 18
 
 
 class Frame(NamedTuple):
-    """A frame that the portal sent."""
+    """A frame from the portal."""
 
     topic: str
     event: str
@@ -28,30 +26,30 @@ class Frame(NamedTuple):
 
     @property
     def status(self) -> object:
-        """Of a reply: ``ok`` or ``error``, if all is well."""
+        """Return the status of a reply: ``ok`` or ``error`` in a valid reply."""
         return self.payload.get("status")
 
     @property
     def reason(self) -> str:
-        """Why, of an error reply or a ``disconnect``: in words, as far as it gives any."""
+        """Return the reason of an error reply or a ``disconnect`` as text."""
         response = self.payload.get("response", self.payload)
         reason = response.get("reason") if isinstance(response, dict) else response
         return reason if isinstance(reason, str) else json.dumps(response, ensure_ascii=False)
 
 
 class UnreadableFrameError(Exception):
-    """What the portal sent is no frame of a channel; the message says why not."""
+    """The text is not a valid frame. The message says why."""
 
 
 _KEYS = frozenset(("topic", "event", "payload", "ref", "join_ref"))
-"""``join_ref`` is of serializer v2, and some versions of Phoenix send it along."""
+"""``join_ref`` belongs to serializer v2. Some versions of Phoenix send ``join_ref`` with v1 too."""
 
 
 def decode(text: str) -> Frame:
-    """Read a frame.
+    """Parse a frame.
 
     Raises:
-        UnreadableFrameError: it is none.
+        UnreadableFrameError: the text is not a frame.
     """
     try:
         value = json.loads(text)
@@ -68,7 +66,7 @@ def decode(text: str) -> Frame:
 
 
 def _ref(value: object) -> Ref | None:
-    """Read a ref, which comes back as the number it was sent as, or as a string."""
+    """Parse a ref. Portals return a ref as a number or as a string."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= _LONGEST_REF:
@@ -76,20 +74,6 @@ def _ref(value: object) -> Ref | None:
     return None
 
 
-def join(secret: RelaySecret, ref: Ref) -> str:
-    """Make the frame that joins the channel, and tells the portal what it mints credentials with."""
-    return _encode(RELAY, "phx_join", {"stamp_secret": secret.reveal()}, ref)
-
-
-def heartbeat(ref: Ref) -> str:
-    """Make the frame that shows both sides that the other is there."""
-    return _encode(PHOENIX, "heartbeat", {}, ref)
-
-
-def leave(ref: Ref) -> str:
-    """Make the frame that leaves the channel."""
-    return _encode(RELAY, "phx_leave", {}, ref)
-
-
-def _encode(topic: str, event: str, payload: Mapping[str, str], ref: Ref) -> str:
+def encode(topic: str, event: str, payload: Mapping[str, str], ref: Ref) -> str:
+    """Return a frame to the portal."""
     return json.dumps({"topic": topic, "event": event, "payload": payload, "ref": ref})

@@ -1,59 +1,65 @@
-"""The portal protocol in numbers, and why each is what it is. Times are in seconds."""
+"""The constants of the portal protocol, with their reasons. Times are in seconds."""
 
 ATTEMPT_TIMEOUT = 15
-"""For one attempt to connect, from looking up the name to the answer to the upgrade. Two addresses of which the first one is
-a black hole, and a slow TLS handshake, fit."""
+"""Limit of one attempt to connect, from the name look-up to the answer to the upgrade. The time suffices for a slow look-up
+and a slow TLS handshake."""
 
 JOIN_TIMEOUT = 5
-"""For the answer to a join. The portal answers at once or has lost its mind; a new connection may reach another node."""
+"""Limit of the answer to a join. A healthy portal answers at once; a new connection may reach another node."""
 
-INIT_PATIENCE = 30
-"""After the first join before the log says that `init` is missing. No reason to reconnect: the gate is the portal's."""
+INIT_TIMEOUT = 30
+"""Time between the first join and a warning that `init` is missing. The relay does not reconnect: the portal decides."""
 
 HEARTBEAT_INTERVAL = 10
-"""Between heartbeats. Phoenix closes a channel that was silent for 60 s, and idle NAT entries go after 30 s or so."""
+"""Interval of heartbeats. NAT entries expire after about 30 s."""
 
-UNANSWERED_HEARTBEATS = 3
-"""That many may wait for their answers when the next is due; with one more the connection is given up: that is 50 s after
-the last answer (or the upgrade), and before the portal itself gives up at 60 s."""
+SILENCE_LIMIT = 40
+"""Limit of the time since the upgrade, or since the relay sent the last heartbeat that was answered. The fourth heartbeat
+after it is then due. Portals close a connection on which they received nothing for 41 s, and tell clients to drop the relay
+1 s later. They received the answered heartbeat after it was sent, so the relay has at least 1 s to 2 s to join again."""
 
 FIRST_RETRY_INTERVAL = 1
-"""Between attempts before the first join. Someone is likely to watch the start; a portal that starts too takes seconds."""
+"""Interval of attempts before the first join. An operator may be watching; a starting portal takes seconds."""
 
 FIRST_RETRY_LIMIT = 15
-"""Within which the first join has to be answered: a wrong URL or a closed firewall should be told, not retried for a day."""
+"""Limit of the first join. A wrong URL or a closed firewall should be reported, not retried for a day."""
 
-BACKOFF_START = 1
-"""Before the first attempt to reconnect: most losses are a node of the portal that was replaced."""
+BACKOFF_START = 0.125
+"""Delay of the first reconnect. Most losses are replacements of a portal node, and clients drop a relay that the portal has
+missed for 1 s. Round trips for TCP, TLS, upgrade and join fit in this second too, and so does a second attempt."""
 
 BACKOFF_FACTOR = 2
-"""By which each interval is longer than the last."""
+"""Growth of each interval over the previous interval."""
+
+LASTING_JOIN = 0.5
+"""Time after which the loss of a join is no failure, so that the intervals start again. A portal that crashes on each join
+crashes earlier, and is joined at growing intervals. In the long run there are never more than two joins per second."""
 
 BACKOFF_CAP = 30
-"""The longest interval. A relay that the portal misses is one it does not hand out, so this is how long it may take to be
-back in use; and the last minute before RETRY_LIMIT always has an attempt in it."""
+"""The longest interval. The portal does not offer a disconnected relay, so this interval bounds the time until the relay is
+in use again. The last minute before RETRY_LIMIT always contains an attempt."""
 
 JITTER_PERCENT = 50
-"""By up to which share an interval is shortened at random, so that relays that lost one portal don't come back at once."""
+"""Maximum random reduction of an interval, so that the relays of a lost portal do not reconnect simultaneously."""
 
 RETRY_LIMIT = 24 * 3600
-"""Without a join before the relay gives up. No credential for it outlives that by much, so that it would relay nothing."""
+"""Time without a join before the relay gives up. By then nearly all credentials for this relay have expired."""
 
 RETRY_AFTER_CAP = 3600
-"""The longest wait that a portal can ask for with Retry-After: a wrong number must not keep a relay away for a year."""
+"""The longest accepted Retry-After. A wrong number must not keep a relay away for a year."""
 
 LEAVE_TIMEOUT = 1
-"""For the portal to confirm that the channel is left. Whoever waits for the process to end waits for this too."""
+"""Limit of the portal's confirmation of a leave. The limit delays the end of the process."""
 
 CLOSE_TIMEOUT = 1
-"""For the portal to answer a close frame, likewise."""
+"""Limit of the portal's answer to a close frame. The limit delays the end of the process too."""
 
 FRAMES_PER_HEARTBEAT = 100
-"""Frames of any kind in one heartbeat interval, beyond which the connection is given up. A relay is sent one for each
-heartbeat, and `init`; the largest take 2 ms to read, during which no packet is relayed."""
+"""Maximum of frames of any kind in one heartbeat interval. More end the connection. The portal sends one frame for each
+heartbeat, and `init`. Parsing the largest frame takes 2 ms, during which no packet is relayed."""
 
-NOTES_PER_CONNECTION = 10
-"""Lines that a portal can make a relay log about oddities on one connection; further ones are only counted."""
+LOGS_PER_CONNECTION = 10
+"""Maximum of log entries about protocol errors on one connection. Further errors are only counted."""
 
 QUOTED_CHARACTERS = 200
-"""Of a text of the portal's that is shown in the log."""
+"""Maximum characters of a text from the portal in the log."""

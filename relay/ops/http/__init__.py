@@ -1,1 +1,1 @@
-"""The pages of the health and of the control address, and who gets them."""
+"""HTTP server for the health and the control address."""

@@ -1,1 +1,1 @@
-"""The log: what is written, how much of it, and how it looks."""
+"""The log: filter, rate limit and format events, and write them to standard error without blocking."""

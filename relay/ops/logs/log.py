@@ -1,129 +1,37 @@
 """The log: events with fields, one a line, to standard error.
 
-An event is filtered by its target and level (`relay.ops.logs.filter`), limited by its kind (`relay.ops.logs.repeats`),
-made a line (`relay.ops.logs.lines`) and queued; a thread writes what is queued. What libraries and the interpreter have to
-say goes the same way.
+Modules log by a `relay.logger.Logger`. `Log` filters events by target and level (`relay.ops.logs.filter`), limits their rate
+(`relay.ops.logs.rate_limiter`) and makes lines of them (`relay.ops.logs.render`); a thread writes the lines
+(`relay.ops.logs.writer`). Reports of libraries and the interpreter are events as well (`relay.ops.logs.stdlib_bridge`).
 """
 
 import contextlib
 import os
-import queue
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TextIO
+from collections.abc import Callable, Iterator, Mapping
+from typing import TextIO
 
-import structlog
-
+from relay import logger
 from relay.config import LogFormat
-from relay.ops.logs.filter import Level, LogFilter
-from relay.ops.logs.foreign import others_heard_by
-from relay.ops.logs.lines import Line, renderer
-from relay.ops.logs.repeats import Kind, Repeats
-
-QUEUED_LINES = 1000
-"""Lines, or dumps, that may wait for a reader of the log that is slow; what comes beyond that is dropped and counted."""
-
-CLOSE_TIMEOUT = 1.0
-"""Seconds in which what waits is written at the end."""
-
-_TARGET = "relay.ops.logs"
-
-
-class Stream(Protocol):
-    """Where lines go."""
-
-    def write(self, text: str, /) -> int:
-        """Write all of a text."""
-
-    def flush(self) -> None:
-        """See to it that what was written gets on its way."""
-
-    def isatty(self) -> bool:
-        """Tell whether people watch."""
-
-
-class LogWriter:
-    """A stream that never makes who writes to it wait, and never fails it.
-
-    A log collector that hangs, a full disk or a closed standard error is no reason to hold up a packet, let alone to end.
-
-    Args:
-        target: the file that lines go to in the end; None if there is nowhere.
-    """
-
-    def __init__(self, target: TextIO | None) -> None:
-        # Written to beneath the file's own buffer and lock: a thread that is stuck in a write would keep that lock, and the
-        # interpreter would wait for it at its end.
-        self._descriptor = None if target is None else target.fileno()
-        self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._drop_lock = threading.Lock()
-        self._dropped = 0
-        self._is_torn = False
-        self.lost = 0
-        """Texts that were not written, since the start."""
-        self.tell_dropped: Callable[[int], str] | None = None
-        """Gives the line that says how many lines were dropped."""
-        self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
-        self._thread.start()
-
-    def write(self, text: str, /) -> int:
-        """Queue a text."""
-        if self._queue.qsize() < QUEUED_LINES:
-            self._queue.put(text)
-        else:
-            self._lose(1)
-        return len(text)
-
-    def flush(self) -> None:
-        """Do nothing: all is on its way."""
-
-    def isatty(self) -> bool:
-        """Tell whether people watch."""
-        return self._descriptor is not None and os.isatty(self._descriptor)
-
-    def close(self) -> None:
-        """Write what waits, if that can be done in time."""
-        self._queue.put(None)
-        self._thread.join(CLOSE_TIMEOUT)
-
-    def _write_all(self) -> None:
-        while (text := self._queue.get()) is not None:
-            with self._drop_lock:
-                dropped, self._dropped = self._dropped, 0
-            if dropped and self.tell_dropped is not None:
-                text = self.tell_dropped(dropped) + text
-            try:
-                self._write(text.encode(errors="backslashreplace"))
-            except OSError:
-                # There is nobody to be told now: this is where it would be said. It is once something can be written again.
-                self._lose(1, before=dropped)
-
-    def _lose(self, count: int, before: int = 0) -> None:
-        with self._drop_lock:
-            self._dropped += count + before
-            self.lost += count
-
-    def _write(self, line: bytes) -> None:
-        if self._is_torn:
-            # A full disk took the begin of a line: the next one is not to be a part of it.
-            line = b"\n" + line
-        while line and self._descriptor is not None:
-            written = os.write(self._descriptor, line)
-            self._is_torn, line = line[written - 1 : written] != b"\n", line[written:]
+from relay.logger import Fields, Level
+from relay.ops.logs.filter import LogFilter
+from relay.ops.logs.rate_limiter import RateLimiter
+from relay.ops.logs.render import JOURNAL_ERROR, Destination, renderer
+from relay.ops.logs.stdlib_bridge import stdlib_logged
+from relay.ops.logs.writer import LogWriter, Stream
 
 
 class Log:
-    """The log of this process: what is written, and how.
+    """The log of this process: the filter, the rate limit and the format of its lines.
 
     Args:
-        log_format: how lines look.
-        stream: where they go.
-        log_filter: which events are written.
-        is_watched: people watch the stream, on a terminal that knows colours.
-        clock: gives seconds since 1970.
-        monotonic: gives monotonic seconds.
+        log_format: the format of lines.
+        stream: the destination of lines.
+        log_filter: the events to write.
+        destination: the reader of the stream.
+        clock: returns Unix seconds.
+        monotonic: returns monotonic seconds.
     """
 
     def __init__(
@@ -131,40 +39,40 @@ class Log:
         log_format: LogFormat,
         stream: Stream,
         log_filter: LogFilter | None = None,
+        destination: Destination = Destination.FILE,
         *,
-        is_watched: bool = False,
-        clock: Callable[[], float] | None = None,
-        monotonic: Callable[[], float] | None = None,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stream = stream
-        self._render = renderer(log_format, is_watched=is_watched)
-        self._clock = clock or time.time
-        self._repeats = Repeats(monotonic or time.monotonic)
+        self._limiter = RateLimiter(monotonic)
         self._filter = log_filter or LogFilter()
         self._thresholds: dict[str, Level] = {}
         self._listeners: list[Callable[[], None]] = []
+        self._clock = clock
+        self._render = renderer(log_format, destination)
 
     @property
     def lines_lost(self) -> int:
-        """How many lines were not written: nobody read them in time, or the disk was full."""
+        """The number of lines that were not written, because of a slow reader or a full disk."""
         return self.stream.lost if isinstance(self.stream, LogWriter) else 0
 
     @property
     def filter_in_force(self) -> LogFilter:
-        """Which events are written."""
+        """The events that are written."""
         return self._filter
 
     def change_filter(self, log_filter: LogFilter) -> None:
-        """Write other events from now on; any thread may."""
+        """Replace the filter; thread-safe."""
         self._filter = log_filter
-        # After the filter: who looks something up meanwhile may enter what is old, but into the old table.
+        # After the filter: a thread may still enter an old threshold, but only into the old table.
         self._thresholds = {}
         for listener in tuple(self._listeners):
             listener()
 
     @contextlib.contextmanager
     def followed_by(self, listener: Callable[[], None]) -> Iterator[None]:
-        """Have a function called now, and whenever the filter is changed, in the thread that changes it."""
+        """Call a function now and at each change of the filter, in the thread that changes it."""
         self._listeners.append(listener)
         listener()
         try:
@@ -172,130 +80,47 @@ class Log:
         finally:
             self._listeners.remove(listener)
 
-    def admits(self, target: str, level: Level) -> bool:
-        """Tell whether the filter has events of a target and level written."""
+    def admits(self, target: str, level: int) -> bool:
+        """Return whether the filter admits events of a target and level."""
         thresholds = self._thresholds
         threshold = thresholds.get(target)
         if threshold is None:
             threshold = thresholds[target] = self._filter.threshold(target)
         return level >= threshold
 
-    def leaves_out(self, target: str, level: Level, event: str) -> bool:
-        """Tell whether an event repeats too often to be written now; counted, if so. It need not be made up then."""
-        return self._repeats.leaves_out(Kind(target, event), level)
-
-    def write(
-        self, target: str, level: Level, event: str, fields: dict[str, object], exception: BaseException | None = None
-    ) -> None:
-        """Write an event, if the filter admits it and it does not repeat too often."""
+    def write(self, target: str, level: Level, event: str, fields: Callable[[], Fields]) -> None:
+        """Write an event, unless the filter or the rate limit excludes it."""
         if not self.admits(target, level):
             return
-        left_out = self._repeats.admit(Kind(target, event), level)
-        if left_out is None:
-            return
-        if left_out:
-            fields = {**fields, "left_out": left_out}
-        self.stream.write(self._render(Line(self._clock(), level, target, event, fields, exception)))
+        # Below warn, events may come for each request: their fields are made only if they are written.
+        known = fields() if level >= Level.WARN else None
+        left_out = self._limiter.admit((target, event), level, known)
+        if left_out is not None:
+            more = {"left_out": left_out} if left_out else {}
+            self.stream.write(self._render(self._clock(), target, level, event, {**(known or fields()), **more}))
 
-    def tell_left_out(self) -> None:
-        """Write how many events were left out, since they repeated too often, and were not told of yet."""
-        for kind, count in self._repeats.take_left_out().items():
-            fields = {"what": kind.event, "of": kind.target, "left_out": count}
-            self.stream.write(self._render(Line(self._clock(), Level.WARN, _TARGET, "repeated events left out", fields)))
+    def report_suppressed(self) -> None:
+        """Log the number of suppressed events of each kind that was not logged yet."""
+        for (target, event), count in self._limiter.take_suppressed().items():
+            self.stream.write(self.line("repeated events left out", what=event, of=target, left_out=count))
 
     def dropped_line(self, count: int) -> str:
-        """Give the line that says that others were not read in time."""
-        return self._render(Line(self._clock(), Level.WARN, _TARGET, "lines of the log dropped", {"lines": count}))
+        """Return the line that reports dropped lines."""
+        return self.line("lines of the log dropped", lines=count)
 
-
-class _Target:
-    """What structlog asks for each logger: which log, and as whose event."""
-
-    __slots__ = ("log", "name")
-
-    def __init__(self, log: Log, name: str) -> None:
-        self.log = log
-        self.name = name
-
-
-class _BoundLogger(structlog.BoundLoggerBase):
-    """The methods that modules call; an event that the filter does not admit costs a look-up."""
-
-    _logger: _Target
-    _processors: Sequence[structlog.typing.Processor]
-
-    def debug(self, event: str, **fields: Any) -> None:  # noqa: ANN401
-        self._tell("debug", Level.DEBUG, event, fields)
-
-    def info(self, event: str, **fields: Any) -> None:  # noqa: ANN401
-        self._tell("info", Level.INFO, event, fields)
-
-    def warning(self, event: str, **fields: Any) -> None:  # noqa: ANN401
-        self._tell("warning", Level.WARN, event, fields)
-
-    def error(self, event: str, **fields: Any) -> None:  # noqa: ANN401
-        self._tell("error", Level.ERROR, event, fields)
-
-    def critical(self, event: str, **fields: Any) -> None:  # noqa: ANN401
-        self._tell("critical", Level.CRITICAL, event, fields)
-
-    def exception(self, event: str, **fields: Any) -> None:  # noqa: ANN401
-        self._tell("error", Level.ERROR, event, {"exc_info": True, **fields})
-
-    def _tell(self, method: str, level: Level, event: str, fields: dict[str, Any]) -> None:
-        target = self._logger
-        if not target.log.admits(target.name, level):
-            return
-        if self._processors[-1] is _write and not self._context:
-            # What structlog would do with it comes to this, and takes it as long as all the rest.
-            _write_to(target, level, event, fields)
-        else:
-            # Tests can listen there.
-            self._proxy_to_logger(method, event, **fields)
-
-
-_METHODS = {
-    "debug": Level.DEBUG,
-    "info": Level.INFO,
-    "warning": Level.WARN,
-    "error": Level.ERROR,
-    "critical": Level.CRITICAL,
-}
-
-
-def _write(target: _Target, method: str, fields: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """Write an event; the last of structlog's processors."""
-    event = fields.pop("event")
-    _write_to(target, _METHODS[method], event, dict(fields))
-    raise structlog.DropEvent
-
-
-def _write_to(target: _Target, level: Level, event: str, fields: dict[str, object]) -> None:
-    given = fields.pop("exc_info", None)
-    error = sys.exc_info()[1] if given is True else given
-    target.log.write(target.name, level, event, fields, error if isinstance(error, BaseException) else None)
+    def line(self, event: str, target: str = "relay.ops.logs", level: Level = Level.WARN, **fields: object) -> str:
+        """Return the line of an event that is neither filtered nor limited: about the log itself, or of a dump."""
+        return self._render(self._clock(), target, level, event, fields)
 
 
 @contextlib.contextmanager
 def events_to(log: Log) -> Iterator[None]:
-    """Have the events of all our modules written to a log, for as long as the context lasts."""
-    targets: dict[str, _Target] = {}
-
-    def target_of(name: str = "relay") -> _Target:
-        return targets.setdefault(name, _Target(log, name))
-
-    before = structlog.get_config()
-    structlog.configure(
-        processors=[_write],
-        wrapper_class=_BoundLogger,
-        logger_factory=target_of,
-        cache_logger_on_first_use=False,
-    )
+    """Write the events of all modules to a log, for as long as the context lasts."""
     try:
-        yield
+        with logger.events_to(log.write):
+            yield
     finally:
-        structlog.configure(**before)
-        log.tell_left_out()
+        log.report_suppressed()
 
 
 @contextlib.contextmanager
@@ -303,16 +128,35 @@ def writing(log_format: LogFormat, log_filter: LogFilter, target: TextIO | None)
     """Write all events of this process to a file, for as long as the context lasts.
 
     Args:
-        log_format: how lines look; in colours if the file is a terminal, unless NO_COLOR is set (no-color.org).
-        log_filter: which events are written.
-        target: the file; None if there is nowhere to write to.
+        log_format: the format of lines.
+        log_filter: the events to write.
+        target: the file; None discards all events.
     """
     writer = LogWriter(target)
-    in_colours = writer.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    log = Log(log_format, writer, log_filter, is_watched=in_colours)
-    writer.tell_dropped = log.dropped_line
+    log = Log(log_format, writer, log_filter, destination_of(target, os.environ))
+    writer.render_dropped = log.dropped_line
     try:
-        with events_to(log), others_heard_by(log.write):
+        with events_to(log), stdlib_logged():
             yield log
     finally:
         writer.close()
+
+
+def destination_of(target: TextIO | None, environ: Mapping[str, str]) -> Destination:
+    """Return the reader of a file. NO_COLOR makes a terminal like a file (no-color.org)."""
+    if target is not None and target.isatty():
+        is_plain = environ.get("NO_COLOR") or environ.get("TERM") == "dumb"
+        return Destination.FILE if is_plain else Destination.TERMINAL
+    journal = environ.get("JOURNAL_STREAM")
+    if target is not None and journal:
+        # systemd.exec(5): the device and inode of the stream that systemd connected to the journal.
+        status = os.fstat(target.fileno())
+        if journal == f"{status.st_dev}:{status.st_ino}":
+            return Destination.JOURNAL
+    return Destination.FILE
+
+
+def error_line(text: str) -> str:
+    """Return a line about a usage error, which has no other event, with its priority if standard error is the journal."""
+    is_journal = destination_of(sys.stderr, os.environ) is Destination.JOURNAL
+    return f"<{JOURNAL_ERROR}>{text}" if is_journal else text

@@ -1,1 +1,1 @@
-"""What can be measured of a running relay: one table of definitions, read when someone looks, written out in two ways."""
+"""Metrics: a table of definitions, exported in the format of Prometheus and over OTLP."""

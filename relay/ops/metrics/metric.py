@@ -1,58 +1,71 @@
-"""What a metric is."""
+"""Definition of a metric."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-from relay.ops.metrics.sources import Look
+from relay.ops.totals import RelayTotals
 
 
-class Kind(Enum):
-    """How a metric's values behave."""
+class MetricKind(Enum):
+    """How the values of a metric change."""
 
     COUNTER = "counter"
-    """Only ever grows, from 0 at the start of the process."""
+    """Increases only, from 0 at the start of the process."""
     GAUGE = "gauge"
-    """Goes up and down."""
+    """Increases and decreases."""
     HISTOGRAM = "histogram"
-    """Counts by size, each of which only ever grows."""
+    """Counts by size. Each count increases only."""
 
 
 class Histogram(NamedTuple):
-    """How many there were of each size."""
+    """Counts by size."""
 
     counts: Sequence[int]
-    """Between each bound and the one before, and above the last one."""
+    """Between each bound and the previous bound, and above the last bound."""
     total: int
-    """The sum of all that was counted."""
+    """Sum of all sizes."""
 
 
 LabelValue: TypeAlias = str | int
-"""A number stays one where that can be told."""
+"""A number stays a number where the format has numbers."""
 
-Point: TypeAlias = tuple[tuple[LabelValue, ...], float | Histogram]
-"""A value, with those of the labels in their order."""
+Value: TypeAlias = float | Histogram
+
+Readings: TypeAlias = Value | Mapping[Any, Value]
+"""The value of a metric without labels, or the values by label, or by a tuple of all labels."""
+
+Point: TypeAlias = tuple[tuple[LabelValue, ...], Value]
+"""The values of the labels, in their order, and the value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One definition.
+    """Definition of a metric.
 
-    It names the values that each label can have, and has a point for each of their combinations that can be, at any time:
-    so what a client, a peer or the portal sends can never make there be more of them.
+    A metric has a fixed set of points: a point for each possible combination of label values. So no input of a client, a
+    peer or the portal can add points.
     """
 
+    kind: MetricKind
     name: str
-    """With dots between the words, as OpenTelemetry has it."""
+    """Words separated by dots, as in OpenTelemetry."""
     unit: str
-    """As UCUM has it: ``s``, ``By``, or a word in braces for what is counted."""
-    kind: Kind
+    """In UCUM: ``s``, ``By``, or a word in braces for a count."""
     description: str
     """One sentence."""
-    read: Callable[[Look], Iterable[Point]]
-    """Gives its points."""
+    read: Callable[[RelayTotals], Readings]
     labels: Mapping[str, tuple[LabelValue, ...]] = field(default_factory=dict)
-    """The values that each can have."""
+    """All values of each label. Empty for a value that is fixed at the start of a relay."""
     bounds: tuple[int, ...] = ()
-    """Of a histogram: the largest size that each count but the last is for."""
+    """Histogram only: the largest size of each count but the last."""
+    prometheus: str = ""
+    """The usual name in Prometheus, without ``_total``, if it does not follow from the name."""
+
+    def points(self, totals: RelayTotals) -> list[Point]:
+        """Read the values."""
+        found = self.read(totals)
+        if not isinstance(found, Mapping):
+            return [((), found)]
+        return [(labels if isinstance(labels, tuple) else (labels,), value) for labels, value in found.items()]

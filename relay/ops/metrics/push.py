@@ -1,38 +1,36 @@
-"""Pushes metrics to an OpenTelemetry collector, now and then, from a thread of its own.
+"""Periodic push of metrics to an OpenTelemetry collector, in a separate thread.
 
-A collector, and what is on the way to it, is somebody else's: it may be dead, slow, or worse. So nobody ever waits for it
-but this thread, and nobody for the end of this thread for more than two seconds; and the log hears of it when it begins to
-fail and when it works again, not each time.
+A collector may be dead, slow or hostile. Only this thread waits for the collector, and the relay waits at most two seconds
+for the end of this thread. The log gets a line when pushes begin to fail and when they succeed again, not for each push.
 """
 
 import contextlib
-import importlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Final, Protocol, cast
+from typing import Final, Protocol
 
-import structlog
-
-from relay.config import BadUseError, OtlpConfig
-from relay.ops.metrics.sources import Sources
+from relay.config import OtlpConfig, UsageError
+from relay.logger import Logger
+from relay.ops.totals import RelayState
 
 DEFAULT_INTERVAL: Final = 60_000
-"""Milliseconds from one push to the next, as OpenTelemetry has it."""
+"""Milliseconds between two pushes: OpenTelemetry's default."""
 
 SHORTEST_INTERVAL: Final = 100
 LONGEST_INTERVAL: Final = 86_400_000
 
 LAST_PUSH_TIMEOUT: Final = 1.0
-"""Seconds for the last push, at the end, to a collector that took the one before."""
+"""Seconds for the last push, to a collector that accepted the previous push."""
 
 STOP_TIMEOUT: Final = 0.5
-"""Seconds for the thread to end once what it was at is called off."""
+"""Seconds for the collector to close, and again for the thread to end after its push was cancelled."""
 
 QUIET_FOR: Final = 600.0
-"""Seconds after a line about failing pushes in which there is no other one."""
+"""Seconds between two log lines about failing pushes, at least."""
 
 _ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS: Final = ("OTEL_EXPORTER_OTLP_METRICS_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
@@ -43,28 +41,26 @@ _FILES: Final = tuple(
 )
 _INTERVAL: Final = "OTEL_METRIC_EXPORT_INTERVAL"
 
-_log = structlog.get_logger("relay.ops.metrics")
+_log = Logger("relay.ops.metrics")
 
 
 class Collector(Protocol):
-    """Where metrics go. One thread pushes."""
+    """Destination of metrics. A single thread pushes."""
 
     def push(self) -> str | None:
-        """Send all metrics as they are now; None if they arrived, else why not, in a word."""
+        """Send all current metrics. Return None on success, else the reason in a word."""
 
     def close(self) -> None:
-        """Call off what is under way, and take no more."""
+        """Cancel a push in progress and close the connection."""
 
 
 def read_settings(endpoint: str | None, environment: Mapping[str, str]) -> OtlpConfig | None:
-    """Tell whether metrics are to be pushed, as the option and OpenTelemetry's own variables say.
+    """Return the settings of the push, from the option and OpenTelemetry's variables; None if metrics are not pushed.
 
-    Args:
-        endpoint: what the option says, as a URL.
-        environment: where the variables are. The rest of them is read by the library.
+    The library reads all other variables.
 
     Raises:
-        BadUseError: they make no sense.
+        UsageError: a variable is invalid.
     """
     given = endpoint or next((environment[name] for name in _ENDPOINTS if environment.get(name, "").strip()), None)
     exporters = environment.get("OTEL_METRICS_EXPORTER", "").strip()
@@ -73,40 +69,40 @@ def read_settings(endpoint: str | None, environment: Mapping[str, str]) -> OtlpC
         return None
     protocol = next((environment[name] for name in _PROTOCOLS if environment.get(name, "").strip()), "grpc").strip()
     if protocol != "grpc":
-        raise BadUseError(f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol!r}: this relay speaks grpc only; name a port for that")
+        raise UsageError(f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol!r}: this relay speaks grpc only; name a port for that")
     for name in _FILES:
         if environment.get(name) and not Path(environment[name]).is_file():
-            raise BadUseError(f"{name} names {environment[name]!r}, which is no file: name one, or unset it")
+            raise UsageError(f"{name} names {environment[name]!r}, which is no file: name one, or unset it")
     return OtlpConfig(endpoint, _read_interval(environment.get(_INTERVAL, "").strip()) / 1000)
 
 
-def open_collector(config: OtlpConfig, sources: Sources) -> Collector:
-    """Get ready to push; nothing is sent yet, and nobody is asked for anything.
+def open_collector(config: OtlpConfig, sources: RelayState) -> Collector:
+    """Open a collector, without sending anything yet.
 
     Raises:
-        BadUseError: what it takes is not installed, or the library does not take its variables.
+        UsageError: the library is not installed, or rejects its environment variables.
     """
-    # What gRPC writes to standard error by itself is no part of the log, and may be a line for whatever a collector sends.
+    # gRPC writes lines to standard error that are no log entries, some of them for each message of a collector.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
-        library = importlib.import_module("relay.ops.metrics.otlp")
+        from relay.ops.metrics.otlp import OtlpCollector  # noqa: PLC0415 - needs the extra otlp
     except ImportError as error:
-        raise BadUseError(
-            "pushing metrics takes what is not installed: pip install 'firezone-relay[otlp]', or unset OTLP_GRPC_ENDPOINT "
-            "and OTEL_EXPORTER_OTLP_ENDPOINT"
+        raise UsageError(
+            f"can't push metrics without the package opentelemetry-exporter-otlp-proto-grpc: install it in {sys.prefix}, "
+            "or unset OTLP_GRPC_ENDPOINT and OTEL_EXPORTER_OTLP_ENDPOINT"
         ) from error
     try:
-        return cast(Collector, library.OtlpCollector(config.endpoint, sources))
+        return OtlpCollector(config.endpoint, sources)
     except Exception as error:
-        raise BadUseError(f"can't push metrics: {error}: mend the OTEL_ variables, or unset them") from error
+        raise UsageError(f"can't push metrics: {error}: mend the OTEL_ variables, or unset them") from error
 
 
 @contextlib.contextmanager
-def pushing(config: OtlpConfig | None, sources: Sources) -> Iterator[None]:
-    """Push for as long as the context lasts, if that is wanted.
+def pushing(config: OtlpConfig | None, sources: RelayState) -> Iterator[None]:
+    """Push metrics while the context lasts, if the config asks for it.
 
     Raises:
-        BadUseError: it can't be done.
+        UsageError: the collector can't be opened.
     """
     if config is None:
         yield
@@ -121,13 +117,7 @@ def pushing(config: OtlpConfig | None, sources: Sources) -> Iterator[None]:
 
 
 class Pusher:
-    """Pushes, from `start` to `stop`.
-
-    Args:
-        collector: where to; closed at the end.
-        interval: seconds from one push to the next.
-        clock: gives monotonic seconds.
-    """
+    """Thread that pushes each interval, in seconds, from `start` to `stop`, which closes the collector."""
 
     def __init__(self, collector: Collector, interval: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._collector = collector
@@ -137,20 +127,20 @@ class Pusher:
         self._thread = threading.Thread(target=self._run, name="otlp", daemon=True)
         self._works = False
         self._failed = 0
-        """Pushes since one arrived."""
-        self._told_of_failure = False
-        self._told_at: float | None = None
+        """Failed pushes since the last success."""
+        self._failure_logged = False
+        self._logged_at: float | None = None
 
     def start(self) -> None:
-        """Begin; the first push is one interval from now."""
+        """Start; the first push is an interval from now."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Push once more if that is likely to arrive, and end; within `LAST_PUSH_TIMEOUT` and twice `STOP_TIMEOUT`."""
+        """Push once more if the previous push succeeded, and stop. Takes the three timeouts at most."""
         self._stopping.set()
         if self._works:
             self._thread.join(LAST_PUSH_TIMEOUT)
-        # In a thread, since it is the library's to say how long this takes.
+        # In a thread, since the library has no timeout for this.
         closing = threading.Thread(target=self._collector.close, name="otlp-close", daemon=True)
         closing.start()
         closing.join(STOP_TIMEOUT)
@@ -158,14 +148,15 @@ class Pusher:
 
     def _run(self) -> None:
         while not self._stopping.wait(self._interval):
-            self._push()
+            self.push()
         if self._works:
-            self._push()
+            self.push()
 
-    def _push(self) -> None:
+    def push(self) -> None:
+        """Push once, and log a change between success and failure. The thread calls this each interval."""
         try:
             failure = self._collector.push()
-        except Exception as error:  # noqa: BLE001 - whatever the library makes of what a collector says, the relay goes on
+        except Exception as error:  # noqa: BLE001 - no failure of the library or the collector may stop the relay
             failure = type(error).__name__
         self._works = failure is None
         if failure is None:
@@ -174,25 +165,25 @@ class Pusher:
             self._note_failure(failure)
 
     def _note_success(self) -> None:
-        if self._told_of_failure:
+        if self._failure_logged:
             _log.info("metrics are pushed again", failed=self._failed)
-        self._told_of_failure = False
+        self._failure_logged = False
         self._failed = 0
 
     def _note_failure(self, failure: str) -> None:
         self._failed += 1
         now = self._clock()
-        if not self._told_of_failure and (self._told_at is None or now >= self._told_at + QUIET_FOR):
-            self._told_of_failure, self._told_at = True, now
+        if not self._failure_logged and (self._logged_at is None or now >= self._logged_at + QUIET_FOR):
+            self._failure_logged, self._logged_at = True, now
             _log.warning("metrics could not be pushed; the next line about it is when they can be again", error=failure)
 
 
 def _read_interval(text: str) -> int:
     if not text:
         return DEFAULT_INTERVAL
-    # More digits than that are no interval, and Python would refuse to read very many.
+    # Python raises an error for a number of very many digits.
     if not (text.isascii() and text.isdigit() and len(text) <= len(str(LONGEST_INTERVAL))) or not (
         SHORTEST_INTERVAL <= int(text) <= LONGEST_INTERVAL
     ):
-        raise BadUseError(f"{_INTERVAL} is no such interval: give milliseconds, {SHORTEST_INTERVAL} to {LONGEST_INTERVAL}")
+        raise UsageError(f"{_INTERVAL} is no such interval: give milliseconds, {SHORTEST_INTERVAL} to {LONGEST_INTERVAL}")
     return int(text)

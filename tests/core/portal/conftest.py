@@ -1,8 +1,8 @@
-"""A portal channel before its start, and one that is joined."""
+"""Fixtures: a portal channel before its start, and a joined portal channel."""
 
 import pytest
 
-from tests.core.portal.driver import Driver
+from tests.support.portal_channel import Driver
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 import pytest
 
 from relay.core.portal.channel import State
-from relay.core.portal.commands import Abandon, Begin, Close, ConnectionId, Left, PortalCommand
-from tests.core.portal.driver import (
+from relay.core.portal.commands import Abandon, Begin, Close, Connect, ConnectionId, Left, PortalCommand
+from tests.support.portal_channel import (
     INIT,
     TICK,
     TOKEN_EXPIRED,
@@ -11,11 +11,12 @@ from tests.core.portal.driver import (
     deeds,
     reply,
     said,
+    unreachable,
     well,
     write,
 )
 
-FIRST = ConnectionId(1)
+FIRST, SECOND = ConnectionId(1), ConnectionId(2)
 LEAVE_REF = 1
 
 
@@ -32,7 +33,7 @@ def closing(leaving: Driver) -> Driver:
     return leaving
 
 
-def test_a_relay_with_a_good_portal_leaves_at_once(joined: Driver) -> None:
+def test_a_joined_relay_leaves_at_once(joined: Driver) -> None:
     joined.portal = well
     leave, close, left = joined.leave()
     assert said([leave]) == [{"topic": "relay", "event": "phx_leave", "payload": {}, "ref": LEAVE_REF}]
@@ -40,13 +41,13 @@ def test_a_relay_with_a_good_portal_leaves_at_once(joined: Driver) -> None:
     assert joined.is_in(State.OVER)
 
 
-def test_whoever_leaves_is_not_joined(joined: Driver) -> None:
+def test_a_leaving_relay_is_not_joined(joined: Driver) -> None:
     assert [frame["event"] for frame in said(joined.leave())] == ["phx_leave"]
     assert joined.is_in(State.LEAVING)
     assert not joined.channel.is_joined
 
 
-def test_an_unanswered_join_is_left_too(driver: Driver) -> None:
+def test_a_leave_is_sent_before_the_join_reply(driver: Driver) -> None:
     driver.open()
     assert [frame["event"] for frame in said(driver.leave())] == ["phx_leave"]
     assert driver.receive(reply(0)) == []
@@ -54,7 +55,7 @@ def test_an_unanswered_join_is_left_too(driver: Driver) -> None:
     assert driver.receive(reply(LEAVE_REF)) == [Close(FIRST)]
 
 
-def test_a_join_that_is_refused_while_leaving_is_not_fatal(driver: Driver) -> None:
+def test_a_rejected_join_while_leaving_is_not_fatal(driver: Driver) -> None:
     driver.open()
     driver.leave()
     assert deeds(driver.receive(reply(0, "error", {"reason": "no"}))) == []
@@ -71,7 +72,7 @@ def test_a_join_that_is_refused_while_leaving_is_not_fatal(driver: Driver) -> No
         write("relay", "phx_error"),
     ],
 )
-def test_the_answer_to_a_leave_closes_the_connection(leaving: Driver, text: str) -> None:
+def test_the_leave_reply_closes_the_connection(leaving: Driver, text: str) -> None:
     leaving.pass_time(1 - TICK)
     assert leaving.receive(text) == [Close(FIRST)]
     assert leaving.is_in(State.CLOSING)
@@ -80,49 +81,49 @@ def test_the_answer_to_a_leave_closes_the_connection(leaving: Driver, text: str)
 @pytest.mark.parametrize(
     "text", [reply(0), reply(2), reply(None), INIT, TOKEN_EXPIRED, UNMATCHED_TOPIC, "{", write("relay", "new event")]
 )
-def test_nothing_else_is_the_answer_to_a_leave(leaving: Driver, text: str) -> None:
+def test_no_other_frame_is_a_leave_reply(leaving: Driver, text: str) -> None:
     assert deeds(leaving.receive(text)) == []
     assert leaving.is_in(State.LEAVING)
 
 
-def test_a_leave_is_waited_for_at_most_1_s(leaving: Driver) -> None:
+def test_a_leave_times_out_after_1_s(leaving: Driver) -> None:
     assert leaving.pass_time(1 - TICK) == []
     assert leaving.pass_time(TICK) == [Close(FIRST)]
     assert leaving.is_in(State.CLOSING)
 
 
-def test_the_others_close_is_waited_for_at_most_1_s(closing: Driver) -> None:
+def test_the_close_of_the_portal_times_out_after_1_s(closing: Driver) -> None:
     assert closing.pass_time(1 - TICK) == []
     assert closing.pass_time(TICK) == [Abandon(FIRST), Left()]
     assert closing.is_in(State.OVER)
 
 
-def test_a_close_that_comes_soon_is_waited_for_a_second_from_then_on(leaving: Driver) -> None:
+def test_the_close_timeout_counts_from_the_leave_reply(leaving: Driver) -> None:
     leaving.pass_time(0.5)
     leaving.receive(reply(LEAVE_REF))
     assert leaving.pass_time(1 - TICK) == []
     assert leaving.pass_time(TICK) == [Abandon(FIRST), Left()]
 
 
-def test_a_connection_that_is_lost_while_leaving_is_left(leaving: Driver) -> None:
+def test_a_connection_lost_while_leaving_ends_the_leave(leaving: Driver) -> None:
     assert leaving.report_lost() == [Left()]
     assert leaving.is_in(State.OVER)
 
 
-def test_a_connection_that_both_have_closed_is_left(closing: Driver) -> None:
+def test_a_connection_closed_by_both_sides_ends_the_leave(closing: Driver) -> None:
     closing.pass_time(1 - TICK)
     assert closing.report_lost() == [Left()]
     assert closing.is_in(State.OVER)
 
 
-def test_frames_after_the_close_mean_nothing(closing: Driver) -> None:
+def test_frames_after_the_close_are_ignored(closing: Driver) -> None:
     for text in (reply(LEAVE_REF), INIT, TOKEN_EXPIRED, UNMATCHED_TOPIC, write("relay", "phx_close"), "{"):
         assert closing.receive(text) == []
     assert closing.receive_other("binary") == []
-    assert closing.channel.oddities == 0
+    assert closing.channel.protocol_errors == 0
 
 
-def test_an_init_while_leaving_does_not_begin(driver: Driver) -> None:
+def test_an_init_while_leaving_does_not_start_relaying(driver: Driver) -> None:
     driver.open()
     driver.receive(reply(0))
     driver.leave()
@@ -130,7 +131,7 @@ def test_an_init_while_leaving_does_not_begin(driver: Driver) -> None:
     assert not driver.channel.has_begun
 
 
-def test_a_flood_while_leaving_is_left_at_once(leaving: Driver) -> None:
+def test_a_flood_while_leaving_ends_the_leave_at_once(leaving: Driver) -> None:
     out: list[PortalCommand] = []
     for _ in range(101):
         out += leaving.receive_other("ping")
@@ -143,7 +144,7 @@ def test_no_heartbeat_is_sent_while_leaving(joined: Driver) -> None:
     assert joined.pass_time(10) == [Close(FIRST), Abandon(FIRST), Left()]
 
 
-def test_what_is_left_unanswered_at_the_start_is_not_fatal_while_leaving(driver: Driver) -> None:
+def test_the_startup_timeout_is_not_fatal_while_leaving(driver: Driver) -> None:
     driver.start()
     driver.pass_time(14)
     driver.report_connected()
@@ -153,7 +154,7 @@ def test_what_is_left_unanswered_at_the_start_is_not_fatal_while_leaving(driver:
 
 
 @pytest.mark.parametrize("again", [1, 5])
-def test_a_leave_is_said_once(joined: Driver, again: int) -> None:
+def test_a_leave_is_sent_once(joined: Driver, again: int) -> None:
     joined.leave()
     for _ in range(again):
         assert joined.leave() == []
@@ -163,28 +164,65 @@ def test_a_leave_is_said_once(joined: Driver, again: int) -> None:
     assert joined.leave() == []
 
 
-def test_a_relay_that_never_started_is_left(driver: Driver) -> None:
+def test_leaving_before_the_start_ends_at_once(driver: Driver) -> None:
     assert driver.leave() == [Left()]
     assert driver.channel.poll_timeout() is None
 
 
-def test_an_attempt_is_abandoned(driver: Driver) -> None:
+def test_leaving_abandons_an_attempt(driver: Driver) -> None:
     driver.start()
     assert driver.leave() == [Abandon(FIRST), Left()]
     assert driver.report_connected() == []
     assert driver.channel.poll_timeout() is None
 
 
-def test_nothing_has_to_be_abandoned_between_attempts(driver: Driver) -> None:
+def test_leaving_between_attempts_abandons_no_connection(driver: Driver) -> None:
     driver.start()
     driver.report_lost()
     assert driver.leave() == [Left()]
     assert driver.pass_time(60) == []
 
 
-def test_nothing_follows_the_leave(closing: Driver) -> None:
+def test_no_command_follows_the_leave(closing: Driver) -> None:
     closing.report_lost()
     assert closing.receive(INIT) == []
     assert closing.report_lost() == []
     assert closing.channel.poll_timeout() is None
     assert closing.pass_time(60) == []
+
+
+def test_a_relay_that_has_left_joins_again_on_request(closing: Driver) -> None:
+    closing.report_lost()
+    (connect,) = closing.start()
+    assert isinstance(connect, Connect)
+    assert connect.connection == SECOND
+    closing.report_connected()
+    assert closing.receive(reply(0)) != []
+    assert closing.channel.is_joined
+    # The relay answers clients already.
+    assert Begin() not in closing.receive(INIT)
+    assert closing.leave() != []
+
+
+def test_a_relay_that_is_still_leaving_does_not_join(leaving: Driver) -> None:
+    assert leaving.start() == []
+    assert leaving.is_in(State.LEAVING)
+
+
+def test_a_second_membership_is_retried_like_any_later_join(closing: Driver) -> None:
+    closing.report_lost()
+    closing.start()
+    closing.portal = unreachable
+    closing.report_lost()
+    closing.pass_time(3600)
+    assert not closing.is_in(State.OVER)
+    closing.pass_time(24 * 3600)
+    assert closing.is_in(State.OVER)
+
+
+def test_a_relay_that_was_succeeded_does_not_join_again(joined: Driver) -> None:
+    """A drain was cancelled before another process took the relay over."""
+    joined.channel.be_succeeded()
+    joined.report_lost()
+    assert joined.is_in(State.OVER)
+    assert joined.start() == []

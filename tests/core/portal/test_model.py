@@ -1,7 +1,7 @@
-"""The channel against a model of it: what there is, since when, and so what must come next and when.
+"""The portal channel matches a model for random inputs.
 
-The model follows the commands, and knows from the inputs and from its own numbers which of them may come, which must, and by
-when the channel wants to be woken. It has no timers, no retries and no states to move through.
+The model derives from the inputs and from its own constants which commands are allowed or required, and the time of the next
+wake-up. The model has no timers, no retries and no state machine.
 """
 
 import json
@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from relay.core.portal.commands import Abandon, Begin, Close, Connect, Fatal, Left, Note, PortalCommand, SendText
-from tests.core.portal.driver import (
+from tests.support.examples import examples
+from tests.support.portal_channel import (
     CONFIG,
     INIT,
     SECRET,
@@ -31,17 +31,20 @@ from tests.core.portal.driver import (
 ATTEMPT = 15
 JOIN = 5
 BEAT = 10
-UNANSWERED = 4
-"""Heartbeats with which a connection is over when the next one is due."""
+SILENCE = 40
+"""Seconds since the upgrade or the last answered heartbeat after which a connection is closed."""
 FIRST_LIMIT = 15
 LIMIT = 24 * 3600
-SHORTEST_WAIT, LONGEST_WAIT = 0.5, 30
+PROMPT_WAIT, LONGEST_WAIT = 0.125, 30
+"""The longest interval at first, which doubles with each failure, and the longest of all. Jitter halves an interval."""
+LASTING = 0.5
+"""Seconds after which the loss of a join is no failure."""
 FIRST_WAIT = 1
 LONGEST_ASKED = 3600
 FLOOD = 100
 LEAVE = CLOSE = 1
 SOON = 1e-6
-"""Less than a tick, and more than sums of seconds are wrong by."""
+"""Less than a tick, and more than rounding errors of sums of seconds."""
 
 NONSENSE = [
     "{",
@@ -57,30 +60,32 @@ NONSENSE = [
     reply(10**30, "ok", topic="phoenix"),
     write(TOKEN, SECRET),
 ]
-# Of the current connection more often than not.
+# Mostly the current connection.
 whose = st.sampled_from(["current", "current", "current", "former", "none"])
 
 
 class ChannelMachine(RuleBasedStateMachine):
-    """Does to the channel what a portal, the network, the operator and time do."""
+    """Sends the channel the inputs of a portal, the network, the operator and the clock."""
 
     def __init__(self) -> None:
         super().__init__()
         self.driver = Driver()
         self.read = 0
-        """Commands of the driver's log that the model has followed."""
+        """Number of commands in the driver's log already checked by the model."""
         self.started = False
         self.late = False
-        """Time has passed that the channel was not told of."""
+        """Time has passed without an input to the channel."""
         self.end: type[Fatal | Left] | None = None
         self.begun = False
         self.leaving_since: float | None = None
         self.has_joined = False
-        # Of an outage.
+        # State of an outage.
         self.outage_since: float | None = None
         self.give_up_at = math.inf
         self.next_attempt = (0.0, 0.0)
-        # Of the connection that there is.
+        self.failures = 0
+        """Failed attempts since a join that lasted."""
+        # State of the current connection.
         self.last = 0
         self.current: int | None = None
         self.since = 0.0
@@ -88,12 +93,15 @@ class ChannelMachine(RuleBasedStateMachine):
         self.closed_at: float | None = None
         self.sent: list[Said] = []
         self.join: tuple[float, int] | None = None
-        """When the join was sent that is not answered yet, and its ref."""
+        """Time and ref of the unanswered join."""
         self.joined_at: float | None = None
-        self.last_beat = 0.0
-        self.beats: list[int] = []
+        self.next_beat = 0.0
+        self.answered_at = 0.0
+        """Time of the upgrade, or of the last answered heartbeat."""
+        self.beats: dict[int, float] = {}
+        """The time of each unanswered heartbeat, by its ref."""
         self.frames = 0
-        # Of the input that is being given.
+        # State of the current input.
         self.told_over: int | None = None
         self.may_begin = self.may_join_again = self.may_end = self.may_abandon = False
         self.follow: dict[type, Callable[[float, Any], None]] = {
@@ -107,7 +115,7 @@ class ChannelMachine(RuleBasedStateMachine):
             Note: lambda _, __: None,
         }
 
-    # What holds in the model.
+    # State derived by the model.
 
     @property
     def now(self) -> float:
@@ -115,7 +123,7 @@ class ChannelMachine(RuleBasedStateMachine):
 
     @property
     def is_open(self) -> bool:
-        """Whether frames mean anything."""
+        """Whether frames are processed."""
         return self.current is not None and self.connected and self.closed_at is None
 
     @property
@@ -123,12 +131,12 @@ class ChannelMachine(RuleBasedStateMachine):
         return self.leaving_since is not None
 
     def due(self) -> list[float]:
-        """Give the moments at which something is due while there is a connection."""
+        """Return the deadlines of the open connection."""
         if self.closed_at is not None:
             return [self.closed_at + CLOSE]
         if self.leaving_since is not None:
             return [self.leaving_since + LEAVE]
-        moments = [self.give_up_at, self.last_beat + BEAT if self.connected else self.since + ATTEMPT]
+        moments = [self.give_up_at, self.next_beat if self.connected else self.since + ATTEMPT]
         if self.join is not None:
             moments.append(self.join[0] + JOIN)
         return moments
@@ -139,24 +147,37 @@ class ChannelMachine(RuleBasedStateMachine):
         if self.current is None:
             return min(self.next_attempt[0], self.give_up_at), min(self.next_attempt[1], self.give_up_at)
         at = min(self.due())
-        # Until init has come, it is also woken to say that it is missing.
+        # Until init arrives, the channel also wakes to log the missing init.
         return self.now if self.joined_at is not None and not self.begun else at, at
+
+    def schedule_beat(self, at: float) -> None:
+        self.next_beat = min(at + BEAT, self.answered_at + SILENCE)
 
     def there_is_an_outage(self, at: float) -> None:
         if self.outage_since is None:
             self.outage_since = at
             self.give_up_at = at + (LIMIT if self.has_joined else FIRST_LIMIT)
 
+    def note_lasting_join(self, at: float) -> None:
+        if self.joined_at is not None and at >= self.joined_at + LASTING - SOON:
+            self.failures = 0
+
     def the_connection_is_over(self, at: float) -> None:
+        self.note_lasting_join(at)
         self.current = self.join = self.joined_at = None
         if not self.is_leaving:
             self.there_is_an_outage(at)
-        self.next_attempt = (at + SHORTEST_WAIT, at + LONGEST_WAIT) if self.has_joined else (at + FIRST_WAIT,) * 2
+        if self.has_joined:
+            longest = min(PROMPT_WAIT * 2**self.failures, LONGEST_WAIT)
+            self.next_attempt = at + longest / 2, at + longest
+            self.failures += 1
+        else:
+            self.next_attempt = (at + FIRST_WAIT,) * 2
 
-    # What the channel does.
+    # Commands of the channel.
 
     def settle(self) -> list[PortalCommand]:
-        """Follow what the channel did since the last time."""
+        """Check the channel's commands since the last call."""
         new = self.driver.log[self.read :]
         self.read = len(self.driver.log)
         for at, command in new:
@@ -174,7 +195,7 @@ class ChannelMachine(RuleBasedStateMachine):
         assert at <= self.next_attempt[1] + SOON or self.late
         self.last = self.current = command.connection
         self.since, self.connected, self.closed_at = at, False, None
-        self.sent, self.beats, self.frames = [], [], 0
+        self.sent, self.beats, self.frames = [], {}, 0
 
     def follow_send(self, at: float, command: SendText) -> None:
         assert command.connection == self.current != self.told_over
@@ -186,18 +207,20 @@ class ChannelMachine(RuleBasedStateMachine):
             assert (frame["topic"], frame["payload"]) == ("phoenix", {})
             assert self.sent, "the join is the first frame"
             assert not self.is_leaving
-            assert at >= self.last_beat + BEAT - SOON
-            assert at <= self.last_beat + BEAT + SOON or self.late
-            self.beats.append(frame["ref"])
-            assert len(self.beats) <= UNANSWERED
-            self.last_beat, self.frames = at, 0
+            assert at >= self.next_beat - SOON
+            assert at <= self.next_beat + SOON or self.late
+            assert at < self.answered_at + SILENCE
+            self.beats[frame["ref"]] = at
+            self.schedule_beat(at)
+            self.frames = 0
         elif frame["event"] == "phx_join":
             assert (frame["topic"], frame["payload"]) == ("relay", {"stamp_secret": SECRET})
             assert not self.is_leaving
             if self.sent:
                 assert self.may_join_again
                 assert self.joined_at is not None
-                assert at >= self.joined_at + BEAT - SOON
+                assert at >= self.joined_at + LASTING - SOON
+                self.failures = 0
                 self.there_is_an_outage(at)
             self.join, self.joined_at = (at, frame["ref"]), None
         else:
@@ -209,7 +232,7 @@ class ChannelMachine(RuleBasedStateMachine):
     def follow_close(self, at: float, command: Close) -> None:
         assert command.connection == self.current != self.told_over
         assert self.is_open
-        assert self.is_leaving or self.may_end
+        assert self.is_leaving
         self.closed_at = at
 
     def follow_abandon(self, at: float, command: Abandon) -> None:
@@ -217,11 +240,12 @@ class ChannelMachine(RuleBasedStateMachine):
         reasons = [
             not self.connected and at >= self.since + ATTEMPT - SOON,
             self.join is not None and at >= self.join[0] + JOIN - SOON,
-            self.connected and len(self.beats) == UNANSWERED and at >= self.last_beat + BEAT - SOON,
+            self.connected and at >= self.answered_at + SILENCE - SOON,
             self.closed_at is not None and at >= self.closed_at + CLOSE - SOON,
             at >= self.give_up_at - SOON,
             self.is_leaving and not self.connected,
             self.may_abandon,
+            self.may_end,
         ]
         assert any(reasons)
         self.the_connection_is_over(at)
@@ -251,11 +275,11 @@ class ChannelMachine(RuleBasedStateMachine):
     # Inputs.
 
     def id_of(self, whose: str) -> int:
-        """Choose a connection; the current one may be over."""
+        """Choose a connection; the current connection may be closed."""
         return {"current": self.last, "former": self.last - 1, "none": 10**9}[whose]
 
     def give(self, input_: Callable[..., object], *arguments: Any, whose: str, **may: bool) -> bool:  # noqa: ANN401
-        """Give an input and follow what comes of it; tell whether it was about what there is."""
+        """Apply an input and check its commands; return whether the input was about the current connection."""
         id_ = self.id_of(whose)
         meant = id_ == self.current
         for name, value in may.items():
@@ -266,15 +290,15 @@ class ChannelMachine(RuleBasedStateMachine):
         self.may_begin = self.may_join_again = self.may_end = self.may_abandon = False
         if not meant and not was_late:
             assert commands == []
-        # If not, it was too late for it.
+        # Otherwise the input was too late.
         return meant and (id_ == self.current or (not was_late and self.told_over is None))
 
     def give_frame(self, text: str | None, whose: str, **may: bool) -> bool:
-        """Give a frame, a ping if there is no text; tell whether it meant anything."""
+        """Deliver a frame, or a ping without a text; return whether the channel processed the frame."""
         was_open = self.is_open
         may["may_abandon"] = may.get("may_abandon", False) or self.frames >= FLOOD
         if self.id_of(whose) == self.current and was_open:
-            # The heartbeat that may be due comes first, and counts from 0.
+            # A due heartbeat comes first and resets the count to 0.
             self.frames += 1
         else:
             may = {}
@@ -303,10 +327,11 @@ class ChannelMachine(RuleBasedStateMachine):
     def upgrade_is_accepted(self, whose: str) -> None:
         id_ = self.id_of(whose)
         is_attempt = id_ == self.current and not self.connected
-        # What is due comes first.
+        # Due timers run first.
         is_too_late = is_attempt and self.now >= min(self.due()) - SOON
         if is_attempt and not is_too_late:
-            self.connected, self.last_beat = True, self.now
+            self.connected, self.answered_at = True, self.now
+            self.schedule_beat(self.now)
         self.give(self.driver.report_connected, whose=whose)
         assert not is_too_late or self.current != id_
         assert not is_attempt or is_too_late or [frame["event"] for frame in self.sent] == ["phx_join"]
@@ -329,10 +354,16 @@ class ChannelMachine(RuleBasedStateMachine):
             assert status != 401 or was_late
             self.the_connection_is_over(self.now)
             if status in {429, 503} and seconds is not None:
-                wait = max(FIRST_WAIT, min(seconds, LONGEST_ASKED))
-                self.next_attempt = (self.now + wait,) * 2
+                wait: float = max(FIRST_WAIT, min(seconds, LONGEST_ASKED))
                 assert self.outage_since is not None
                 self.give_up_at = min(self.give_up_at + wait, self.outage_since + LIMIT)
+                left = self.give_up_at - self.now
+                if wait >= left:
+                    # The wait is truncated to allow a last attempt, with an ordinary interval before or after the attempt.
+                    wait = max(left - LONGEST_WAIT, LONGEST_WAIT)
+                self.next_attempt = (self.now + wait,) * 2
+                # A requested wait does not lengthen later intervals.
+                self.failures -= self.has_joined
         self.told_over = None
 
     @precondition(lambda self: self.started)
@@ -352,17 +383,19 @@ class ChannelMachine(RuleBasedStateMachine):
         whose=whose,
         right=st.sampled_from([True, True, True, False]),
         status=st.sampled_from(["ok", "ok", "ok", "error", "?"]),
+        reason=st.sampled_from(["no", "join crashed", "token_expired"]),
         as_text=st.booleans(),
     )
-    def join_is_answered(self, whose: str, right: bool, status: str, as_text: bool) -> None:  # noqa: FBT001
+    def join_is_answered(self, whose: str, right: bool, status: str, reason: str, as_text: bool) -> None:  # noqa: FBT001
         ref = self.join[1] if self.join is not None and right else 77
         was_late, awaited = self.late, self.join
         refused = awaited is not None and ref == awaited[1] and status == "error"
-        answer = reply(str(ref) if as_text else ref, status, {"reason": "no"})
-        if not self.give_frame(answer, whose, may_end=refused):
+        is_final = not self.has_joined or reason == "token_expired"
+        answer = reply(str(ref) if as_text else ref, status, {"reason": reason})
+        if not self.give_frame(answer, whose, may_end=refused and is_final, may_abandon=refused and not is_final):
             return
         if refused:
-            assert self.end is Fatal or was_late
+            assert was_late or (self.end is Fatal if is_final else self.current is None)
         if status == "ok" and self.join is not None and self.join[1] == ref and self.current is not None:
             self.join, self.joined_at, self.has_joined = None, self.now, True
             self.outage_since, self.give_up_at = None, math.inf
@@ -378,8 +411,13 @@ class ChannelMachine(RuleBasedStateMachine):
     @rule(whose=whose, data=st.data())
     def portal_answers_a_heartbeat(self, whose: str, data: st.DataObject) -> None:
         ref = data.draw(st.sampled_from([*self.beats, *self.beats, *self.beats, 0, 99]))
-        if self.give_frame(reply(ref, topic="phoenix"), whose) and self.current is not None and ref in self.beats:
-            del self.beats[: self.beats.index(ref) + 1]
+        self.answer_heartbeat(ref, whose)
+
+    def answer_heartbeat(self, ref: int, whose: str) -> None:
+        # An overdue close comes first. The channel ignores a later reply.
+        if self.give_frame(reply(ref, topic="phoenix"), whose) and self.is_open and ref in self.beats:
+            self.answered_at = self.beats[ref]
+            self.beats = {later: at for later, at in self.beats.items() if later > ref}
 
     @precondition(lambda self: self.is_open)
     @rule(whose=whose, event=st.sampled_from(["phx_close", "phx_error"]))
@@ -399,7 +437,7 @@ class ChannelMachine(RuleBasedStateMachine):
     @rule(whose=whose)
     def portal_has_lost_the_channel(self, whose: str) -> None:
         joined_at, was_late = self.joined_at, self.late
-        soon = joined_at is not None and self.now < joined_at + BEAT - SOON
+        soon = joined_at is not None and self.now < joined_at + LASTING - SOON
         unmatched = reply(77, "error", {"reason": "unmatched topic"})
         if self.give_frame(unmatched, whose, may_join_again=True, may_abandon=soon) and joined_at is not None:
             assert self.joined_at is None or was_late
@@ -451,7 +489,7 @@ class ChannelMachine(RuleBasedStateMachine):
         self.driver.oversleep(seconds)
 
     def sleep_until(self, at: float) -> None:
-        """Let the channel sleep through what would be thousands of attempts."""
+        """Let the channel sleep during the time of thousands of attempts."""
         self.wake()
         if self.now < at < math.inf:
             self.late = True
@@ -459,7 +497,7 @@ class ChannelMachine(RuleBasedStateMachine):
             self.wake()
 
     def wake(self) -> None:
-        """Tell the channel of the time that has passed."""
+        """Wake the channel after time has passed."""
         self.driver.wake()
         self.settle()
         self.late = False
@@ -468,7 +506,7 @@ class ChannelMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.end is None)
     @rule()
     def all_goes_well(self) -> None:
-        """Come to a joined channel: random inputs alone seldom come this far."""
+        """Join the channel, because random inputs alone rarely join."""
         if not self.started:
             self.start()
         self.wake()
@@ -478,7 +516,7 @@ class ChannelMachine(RuleBasedStateMachine):
         if not self.connected:
             self.upgrade_is_accepted("current")
         if self.is_open and self.join is not None:
-            self.join_is_answered("current", right=True, status="ok", as_text=False)
+            self.join_is_answered("current", right=True, status="ok", reason="", as_text=False)
         if self.is_open:
             self.portal_says_init("current")
 
@@ -487,12 +525,12 @@ class ChannelMachine(RuleBasedStateMachine):
     def heartbeats_are_answered(self, count: int) -> None:
         self.wake()
         for _ in range(count):
-            self.driver.pass_time(max(0, self.last_beat + BEAT - self.now))
+            self.driver.pass_time(max(0, self.next_beat - self.now))
             self.settle()
             if not self.is_open or self.join is not None:
                 return
-            assert self.give_frame(reply(self.beats[-1], topic="phoenix"), "current")
-            self.beats.clear()
+            self.answer_heartbeat(max(self.beats), "current")
+            assert not self.beats
 
     @precondition(lambda self: self.driver.elapsed > 30)
     @rule()
@@ -511,12 +549,26 @@ class ChannelMachine(RuleBasedStateMachine):
         else:
             assert self.end is Left
 
+    @precondition(lambda self: self.end is Left and self.started)
+    @rule()
+    def join_again(self) -> None:
+        """The operator has cancelled a drain."""
+        self.end = self.leaving_since = None
+        self.late, self.failures = False, 0
+        self.next_attempt = (self.now, self.now)
+        self.outage_since = None
+        self.there_is_an_outage(self.now)
+        attempts = self.last
+        self.driver.start()
+        self.settle()
+        assert self.current == attempts + 1
+
     @initialize(well=st.booleans())
     def something_is_there_already(self, well: bool) -> None:  # noqa: FBT001
         if well:
             self.all_goes_well()
 
-    # What holds after every step.
+    # Invariants after every step.
 
     @invariant()
     def it_is_joined_as_the_model_is(self) -> None:
@@ -535,14 +587,14 @@ class ChannelMachine(RuleBasedStateMachine):
     @invariant()
     def it_keeps_what_the_model_keeps(self) -> None:
         if self.current is not None:
-            assert self.driver.channel._conversation.unanswered == len(self.beats)
+            assert len(self.driver.channel.connection.unanswered) == len(self.beats)
         assert self.driver.channel.drain() == []
 
     def teardown(self) -> None:
-        """Let it be: it ends by itself if it is not joined, and shows nothing that it should not."""
+        """Send no more inputs: the channel ends by itself unless joined, and shows no secrets."""
         self.wake()
         if self.started:
-            # Heartbeats go unanswered, which is noticed within 50 s.
+            # Heartbeats stay unanswered, which the channel detects within 40 s.
             self.time_passes(60)
             self.sleep_until(self.give_up_at - 60)
             self.time_passes(60)
@@ -553,13 +605,54 @@ class ChannelMachine(RuleBasedStateMachine):
         assert SECRET not in shown
 
 
+def replay(*steps: Callable[[ChannelMachine], object]) -> None:
+    """Replay steps, and check the invariants after each step."""
+    machine = ChannelMachine()
+    for step in steps:
+        step(machine)
+        machine.it_is_joined_as_the_model_is()
+        machine.it_is_woken_when_something_is_due()
+        machine.it_keeps_what_the_model_keeps()
+    machine.teardown()
+
+
+def test_a_heartbeat_reply_after_an_overdue_leave_is_ignored() -> None:
+    def answer(machine: ChannelMachine) -> None:
+        (ref,) = machine.beats
+        machine.answer_heartbeat(ref, "current")
+        assert machine.closed_at == machine.now
+        assert list(machine.beats) == [ref]
+
+    replay(
+        lambda machine: machine.something_is_there_already(well=True),
+        lambda machine: machine.heartbeats_are_answered(3),
+        lambda machine: machine.time_passes(10),
+        lambda machine: machine.leave(),
+        lambda machine: machine.nobody_wakes(5),
+        answer,
+    )
+
+
+@pytest.mark.parametrize("seconds_left", [LONGEST_WAIT + FIRST_WAIT, 59, 60, 61, 90, 3599, 3600])
+def test_a_retry_after_at_the_end_of_an_outage_allows_a_last_attempt(seconds_left: int) -> None:
+    def refuse(machine: ChannelMachine) -> None:
+        attempts = machine.last
+        machine.upgrade_is_refused("current", 503, 9999)
+        end = machine.give_up_at
+        assert end - machine.now == seconds_left
+        assert machine.now < machine.next_attempt[0] == machine.next_attempt[1] < end
+        machine.sleep_until(machine.next_attempt[0])
+        assert machine.current == attempts + 1
+
+    replay(
+        lambda machine: machine.something_is_there_already(well=True),
+        lambda machine: machine.connection_is_lost("current"),
+        lambda machine: machine.an_outage_is_almost_over(seconds_left),
+        refuse,
+    )
+
+
 TestChannel = ChannelMachine.TestCase
-# A run takes seconds, but reducing a failure to its fewest steps may take minutes.
+# A run takes seconds, but shrinking a failure may take minutes.
 pytestmark = pytest.mark.timeout(600)
-TestChannel.settings = settings(
-    max_examples=60,
-    stateful_step_count=40,
-    deadline=None,
-    report_multiple_bugs=False,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+TestChannel.settings = examples(60, stateful_step_count=40, report_multiple_bugs=False)

@@ -1,4 +1,4 @@
-"""When the next attempt is made, and when there is none any more."""
+"""Intervals between attempts, and the timeouts that end them."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import pytest
 
 from relay.core.portal.channel import PortalChannel, State
 from relay.core.portal.commands import Abandon, Connect, ConnectionId, Fatal, Left, Note
-from tests.core.portal.driver import (
+from tests.support.portal_channel import (
     CONFIG,
     DAY,
     HOUR,
@@ -31,16 +31,17 @@ from tests.core.portal.driver import (
     the,
     unreachable,
     well,
+    write,
 )
 
 FIRST, SECOND = ConnectionId(1), ConnectionId(2)
 
 PORTALS_THAT_ARE_AWAY = pytest.mark.parametrize("away", [silent, unreachable, broken, mute, slow_and_mute])
-"""Each in another way, and each found again within a minute."""
+"""Each outage differs, and each ends within a minute."""
 
 
 class Loaded(Random):
-    """A source that is not random: intervals are as short or as long as they get."""
+    """A fake random source: intervals are as short or as long as possible."""
 
     def __init__(self, *, shortest: bool) -> None:
         super().__init__(1)
@@ -58,7 +59,7 @@ def driver_that_draws(*, shortest: bool) -> Driver:
 
 
 def intervals(driver: Driver, count: int) -> list[float]:
-    """Give the times between losses and the attempts after them, at a portal that is unreachable from now on."""
+    """Return the times from losses to the next attempts at an unreachable portal."""
     waits = []
     driver.report_lost()
     for _ in range(count):
@@ -68,15 +69,23 @@ def intervals(driver: Driver, count: int) -> list[float]:
     return waits
 
 
+def crash(driver: Driver) -> None:
+    driver.receive(write("relay", "phx_error"))
+
+
+def forget(driver: Driver) -> None:
+    driver.receive(UNMATCHED_TOPIC)
+
+
 # Before the first join.
 
 
-def test_at_the_start_attempts_are_made_1_s_apart(driver: Driver) -> None:
+def test_at_startup_attempts_are_1_s_apart(driver: Driver) -> None:
     driver.start()
     assert intervals(driver, 14) == [1.0] * 14
 
 
-def test_at_the_start_an_attempt_is_made_1_s_after_the_last_one_failed(driver: Driver) -> None:
+def test_at_startup_the_next_attempt_is_1_s_after_a_failure(driver: Driver) -> None:
     driver.start()
     driver.pass_time(6)
     driver.report_lost()
@@ -85,7 +94,7 @@ def test_at_the_start_an_attempt_is_made_1_s_after_the_last_one_failed(driver: D
 
 
 @PORTALS_THAT_ARE_AWAY
-def test_a_portal_that_is_away_for_15_s_at_the_start_is_fatal(away: Portal) -> None:
+def test_a_portal_unreachable_for_15_s_at_startup_is_fatal(away: Portal) -> None:
     driver = Driver(away)
     driver.start()
     before = driver.pass_time_to(15 - TICK)
@@ -96,7 +105,7 @@ def test_a_portal_that_is_away_for_15_s_at_the_start_is_fatal(away: Portal) -> N
     assert driver.pass_time(2 * DAY) == []
 
 
-def test_the_end_comes_in_the_middle_of_an_attempt(driver: Driver) -> None:
+def test_the_startup_timeout_interrupts_an_attempt(driver: Driver) -> None:
     driver.start()
     driver.report_lost()
     assert driver.pass_time_to(15 - TICK) == [Connect(SECOND, CONFIG.request_url, CONFIG.request_headers, 15)]
@@ -105,7 +114,7 @@ def test_the_end_comes_in_the_middle_of_an_attempt(driver: Driver) -> None:
     assert isinstance(fatal, Fatal)
 
 
-def test_the_end_comes_in_the_middle_of_a_join(driver: Driver) -> None:
+def test_the_startup_timeout_interrupts_a_join(driver: Driver) -> None:
     driver.start()
     driver.pass_time(12)
     driver.report_connected()
@@ -114,7 +123,7 @@ def test_the_end_comes_in_the_middle_of_a_join(driver: Driver) -> None:
     assert isinstance(fatal, Fatal)
 
 
-def test_a_portal_that_keeps_saying_init_but_does_not_answer_the_join_is_fatal_too(driver: Driver) -> None:
+def test_repeated_init_without_a_join_reply_is_fatal(driver: Driver) -> None:
     driver.open()
     driver.receive(INIT)
     assert of_kind(Fatal, driver.pass_time(15))
@@ -122,7 +131,7 @@ def test_a_portal_that_keeps_saying_init_but_does_not_answer_the_join_is_fatal_t
 
 @pytest.mark.parametrize("away", [silent, unreachable, broken, mute])
 @pytest.mark.parametrize("back", [0.5, 9, 13])
-def test_a_portal_that_is_there_within_15_s_is_found(away: Portal, back: float) -> None:
+def test_a_portal_reachable_within_15_s_is_joined(away: Portal, back: float) -> None:
     driver = Driver(away)
     driver.start()
     driver.pass_time_to(back)
@@ -134,7 +143,7 @@ def test_a_portal_that_is_there_within_15_s_is_found(away: Portal, back: float) 
     assert driver.channel.is_joined
 
 
-def test_a_join_that_is_answered_just_before_15_s_is_in_time(driver: Driver) -> None:
+def test_a_join_reply_just_before_15_s_is_in_time(driver: Driver) -> None:
     driver.start()
     driver.pass_time(12)
     driver.report_connected()
@@ -144,7 +153,7 @@ def test_a_join_that_is_answered_just_before_15_s_is_in_time(driver: Driver) -> 
     assert driver.is_in(State.JOINED)
 
 
-def test_a_join_that_is_answered_after_15_s_is_too_late_even_if_nobody_woke(driver: Driver) -> None:
+def test_a_join_reply_after_15_s_is_too_late_even_without_a_wake_up(driver: Driver) -> None:
     driver.start()
     driver.pass_time(12)
     driver.report_connected()
@@ -161,7 +170,7 @@ def test_a_join_that_is_answered_after_15_s_is_too_late_even_if_nobody_woke(driv
         (mute, "the join was not answered"),
     ],
 )
-def test_the_end_at_the_start_tells_what_was_tried(away: Portal, told: str) -> None:
+def test_the_startup_error_describes_the_failed_attempts(away: Portal, told: str) -> None:
     driver = Driver(away)
     driver.start()
     driver.pass_time(15)
@@ -172,22 +181,26 @@ def test_the_end_at_the_start_tells_what_was_tried(away: Portal, told: str) -> N
     assert "\n" not in reason
 
 
-# After it.
+# After the first join.
 
 
-def test_the_longest_intervals_double_up_to_half_a_minute() -> None:
+LONGEST = [0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+"""The longest intervals after a lost portal, in order."""
+
+
+def test_the_longest_intervals_double_from_an_eighth_of_a_second_up_to_30_s() -> None:
     driver = driver_that_draws(shortest=False).join()
-    assert intervals(driver, 9) == pytest.approx([1, 2, 4, 8, 16, 30, 30, 30, 30])
+    assert intervals(driver, 11) == pytest.approx(LONGEST)
 
 
 def test_the_shortest_intervals_are_half_as_long() -> None:
     driver = driver_that_draws(shortest=True).join()
-    assert intervals(driver, 9) == pytest.approx([0.5, 1, 2, 4, 8, 15, 15, 15, 15])
+    assert intervals(driver, 11) == pytest.approx([interval / 2 for interval in LONGEST])
 
 
-def test_each_relay_waits_for_another_time() -> None:
-    waits = [intervals(Driver(seed=seed).join(), 8) for seed in range(20)]
-    for longest, each in zip([1, 2, 4, 8, 16, 30, 30, 30], zip(*waits, strict=True), strict=True):
+def test_intervals_differ_between_relays() -> None:
+    waits = [intervals(Driver(seed=seed).join(), 11) for seed in range(20)]
+    for longest, each in zip(LONGEST, zip(*waits, strict=True), strict=True):
         assert all(longest / 2 <= wait <= longest for wait in each)
         assert len(set(each)) > 10
 
@@ -197,58 +210,73 @@ def test_failures_before_the_first_join_do_not_lengthen_intervals() -> None:
     driver.start()
     intervals(driver, 10)
     driver.join_again()
-    assert intervals(driver, 2) == [1, 2]
+    assert intervals(driver, 2) == LONGEST[:2]
 
 
-def test_a_join_alone_does_not_shorten_intervals() -> None:
+@pytest.mark.parametrize("lasts", [0, 0.125, 0.5 - TICK])
+@pytest.mark.parametrize("end", [Driver.report_lost, crash, forget])
+def test_a_join_that_lasts_less_than_half_a_second_is_a_failure(lasts: float, end: Callable[[Driver], object]) -> None:
+    """Otherwise relays would join a portal that crashes on each join at the speed of the network."""
     driver = driver_that_draws(shortest=False).join()
     waits = []
-    for _ in range(7):
-        driver.report_lost()
+    for _ in LONGEST:
+        driver.pass_time(lasts)
+        end(driver)
         waits.append(driver.seconds_left)
         driver.join_again()
-    assert waits == [1, 2, 4, 8, 16, 30, 30]
+    assert waits == LONGEST
 
 
-def test_a_heartbeat_that_is_answered_on_a_joined_channel_shortens_intervals() -> None:
+@pytest.mark.parametrize("lasts", [0.5, 9, 39])
+@pytest.mark.parametrize("end", [Driver.report_lost, crash])
+def test_a_join_that_lasts_half_a_second_resets_intervals(lasts: float, end: Callable[[Driver], object]) -> None:
     driver = driver_that_draws(shortest=False).join()
     intervals(driver, 5)
     driver.join_again()
-    driver.answer_heartbeat(driver.pass_time(10))
-    assert intervals(driver, 2) == [1, 2]
+    for _ in range(3):
+        driver.pass_time(lasts)
+        end(driver)
+        assert driver.seconds_left == LONGEST[0]
+        driver.join_again()
 
 
-@pytest.mark.parametrize(("ref", "status"), [(0, "ok"), (2, "ok"), (1, "error")])
-def test_no_other_answer_shortens_intervals(ref: int, status: str) -> None:
+def test_a_silent_portal_is_replaced_without_delay(joined: Driver) -> None:
+    joined.pass_time(40)
+    assert joined.is_in(State.WAITING)
+    assert joined.seconds_left <= LONGEST[0]
+
+
+def test_a_connection_without_a_join_does_not_reset_intervals() -> None:
     driver = driver_that_draws(shortest=False).join()
     intervals(driver, 3)
-    driver.join_again()
-    driver.pass_time(10)
-    driver.receive(reply(ref, status, topic="phoenix"))
-    assert intervals(driver, 1) == [16]
+    driver.pass_time(driver.seconds_left)
+    driver.report_connected()
+    driver.pass_time(4)
+    driver.report_lost()
+    assert driver.seconds_left == LONGEST[4]
 
 
-def test_a_heartbeat_that_is_answered_on_a_lost_channel_does_not_shorten_intervals() -> None:
+def test_a_channel_that_cannot_be_rejoined_is_reconnected_without_delay() -> None:
     driver = driver_that_draws(shortest=False).join()
-    intervals(driver, 3)
+    intervals(driver, 5)
     driver.join_again()
-    driver.pass_time(10)
+    driver.pass_time(1)
     driver.receive(UNMATCHED_TOPIC)
-    driver.receive(reply(1, topic="phoenix"))
-    assert intervals(driver, 1) == [16]
+    driver.report_lost()
+    assert driver.seconds_left == LONGEST[0]
 
 
-def test_a_note_tells_why_and_when_next(joined: Driver) -> None:
+def test_the_log_event_has_the_reason_and_the_next_attempt(joined: Driver) -> None:
     note = the(Note, joined.report_lost("connection reset"))
     assert note.fields["reason"] == "connection reset"
     assert note.fields["retry_in"] == pytest.approx(joined.seconds_left, abs=0.06)
 
 
-# A day.
+# Outages of a day.
 
 
 @PORTALS_THAT_ARE_AWAY
-def test_a_portal_that_is_away_for_a_day_is_fatal_once(away: Portal) -> None:
+def test_a_portal_unreachable_for_a_day_is_fatal_once(away: Portal) -> None:
     driver = Driver().join()
     driver.pass_time(5)
     driver.portal = away
@@ -267,8 +295,8 @@ def test_a_portal_that_is_away_for_a_day_is_fatal_once(away: Portal) -> None:
 
 
 @PORTALS_THAT_ARE_AWAY
-def test_a_portal_that_is_back_after_one_minute_less_is_found(away: Portal) -> None:
-    # The fewest attempts that there may be.
+def test_a_portal_unreachable_for_a_minute_less_is_joined(away: Portal) -> None:
+    # The minimum number of attempts.
     driver = driver_that_draws(shortest=False).join()
     driver.portal = away
     lost_at = driver.elapsed
@@ -283,7 +311,7 @@ def test_a_portal_that_is_back_after_one_minute_less_is_found(away: Portal) -> N
 
 
 @pytest.mark.parametrize(("away", "shortest"), [(unreachable, True), (slow_and_mute, False)])
-def test_there_are_always_attempts_and_never_many(away: Portal, shortest: bool) -> None:  # noqa: FBT001
+def test_attempts_never_stop_and_are_never_frequent(away: Portal, shortest: bool) -> None:  # noqa: FBT001
     driver = driver_that_draws(shortest=shortest).join()
     driver.portal = away
     driver.report_lost()
@@ -294,10 +322,10 @@ def test_there_are_always_attempts_and_never_many(away: Portal, shortest: bool) 
     assert max(gaps) <= 50
 
 
-def test_an_outage_counts_from_the_loss_that_was_noticed(joined: Driver) -> None:
-    # The portal is silent from now on, which takes five heartbeats to be noticed.
+def test_an_outage_counts_from_the_detected_loss(joined: Driver) -> None:
+    # From now on the portal is silent, which the channel detects after 40 s.
     joined.pass_time(2 * DAY)
-    assert joined.the_end()[0] == 50 + DAY
+    assert joined.the_end()[0] == 40 + DAY
 
 
 def test_each_join_ends_an_outage(joined: Driver) -> None:
@@ -314,7 +342,7 @@ def test_each_join_ends_an_outage(joined: Driver) -> None:
     assert joined.the_end()[0] == lost_at + DAY
 
 
-def test_a_channel_that_is_not_joined_again_is_an_outage_from_when_it_was_lost(joined: Driver) -> None:
+def test_an_outage_counts_from_the_loss_of_the_channel(joined: Driver) -> None:
     joined.pass_time(10)
     joined.portal = unreachable
     joined.receive(UNMATCHED_TOPIC)
@@ -322,7 +350,7 @@ def test_a_channel_that_is_not_joined_again_is_an_outage_from_when_it_was_lost(j
     assert joined.the_end()[0] == 10 + DAY
 
 
-def test_a_channel_that_is_joined_again_at_once_is_no_outage(joined: Driver) -> None:
+def test_a_channel_rejoined_at_once_is_no_outage(joined: Driver) -> None:
     joined.portal = well
     joined.pass_time(15)
     joined.receive(UNMATCHED_TOPIC)
@@ -331,7 +359,7 @@ def test_a_channel_that_is_joined_again_at_once_is_no_outage(joined: Driver) -> 
     assert joined.channel.joins == 2
 
 
-def test_the_wall_clock_means_nothing_to_intervals(joined: Driver) -> None:
+def test_the_wall_clock_does_not_affect_intervals(joined: Driver) -> None:
     joined.report_lost()
     timeout = joined.channel.poll_timeout()
     assert timeout is not None
@@ -340,7 +368,7 @@ def test_the_wall_clock_means_nothing_to_intervals(joined: Driver) -> None:
     assert joined.channel.poll_timeout() == timeout
 
 
-def test_whoever_leaves_during_an_outage_has_left(joined: Driver) -> None:
+def test_leaving_during_an_outage_ends_at_once(joined: Driver) -> None:
     joined.portal = unreachable
     joined.report_lost()
     joined.pass_time(HOUR)
@@ -352,7 +380,7 @@ def test_whoever_leaves_during_an_outage_has_left(joined: Driver) -> None:
 
 
 def refused(status: int, retry_after: str | None, make: Callable[[], Driver] = lambda: Driver().join()) -> Driver:
-    """Come as far as an attempt that was refused just now."""
+    """Start the channel, and reject its first attempt."""
     driver = make()
     if driver.is_in(State.JOINED):
         driver.report_lost()
@@ -363,7 +391,7 @@ def refused(status: int, retry_after: str | None, make: Callable[[], Driver] = l
 
 
 def http_date(seconds: float) -> str:
-    """Write the date so many seconds after what the wall clock is at the start."""
+    """Format the date some seconds after the initial wall clock time."""
     return formatdate(START.unix + seconds, usegmt=True)
 
 
@@ -380,13 +408,13 @@ def http_date(seconds: float) -> str:
         # No busy loop.
         ("0", 1),
         ("000", 1),
-        # A year is too long, and so is a number that takes as long to read.
+        # A year is too long, and parsing of a very long number is too slow.
         ("3601", 3600),
         ("31536000", 3600),
         ("9" * 5000, 3600),
     ],
 )
-def test_a_portal_may_say_how_many_seconds_to_wait(status: int, retry_after: str, wait: int) -> None:
+def test_retry_after_may_be_a_number_of_seconds(status: int, retry_after: str, wait: int) -> None:
     driver = refused(status, retry_after)
     assert driver.seconds_left == pytest.approx(wait, abs=1e-6)
     assert driver.pass_time(wait - TICK) == []
@@ -396,13 +424,13 @@ def test_a_portal_may_say_how_many_seconds_to_wait(status: int, retry_after: str
 @pytest.mark.parametrize(
     ("seconds", "wait"), [(42, 42), (3600, 3600), (3601, 3600), (10 * DAY, 3600), (1, 1), (0, 1), (-1, 1), (-(10**8), 1)]
 )
-def test_a_portal_may_say_until_when_to_wait(driver: Driver, seconds: int, wait: int) -> None:
+def test_retry_after_may_be_a_date(driver: Driver, seconds: int, wait: int) -> None:
     driver.start()
     driver.report_refused(503, http_date(seconds))
     assert driver.seconds_left == wait
 
 
-def test_a_date_is_held_against_the_wall_clock(driver: Driver) -> None:
+def test_a_retry_after_date_is_compared_with_the_wall_clock(driver: Driver) -> None:
     driver.start()
     driver.now = driver.now._replace(unix=START.unix + 1000)
     driver.report_refused(503, http_date(1042))
@@ -431,25 +459,25 @@ GARBAGE = [
 
 
 @pytest.mark.parametrize("retry_after", GARBAGE)
-def test_a_portal_that_does_not_say_how_long_is_asked_again_as_usual(retry_after: str | None) -> None:
+def test_without_retry_after_the_usual_interval_applies(retry_after: str | None) -> None:
     driver = driver_that_draws(shortest=False).join()
     intervals(driver, 2)
     driver.pass_time(driver.seconds_left)
     driver.report_refused(503, retry_after)
-    assert driver.seconds_left == 8
+    assert driver.seconds_left == LONGEST[3]
 
 
 @pytest.mark.parametrize("status", [200, 301, 400, 403, 404, 426, 500, 502, 504, 599])
-def test_only_429_and_503_say_how_long_to_wait(status: int) -> None:
+def test_retry_after_counts_only_with_429_and_503(status: int) -> None:
     driver = driver_that_draws(shortest=False).join()
     driver.report_lost()
     driver.pass_time(driver.seconds_left)
     driver.report_refused(status, "42")
-    assert driver.seconds_left == 2
+    assert driver.seconds_left == LONGEST[1]
 
 
 @pytest.mark.parametrize("status", [301, 400, 403, 404, 429, 500, 502, 503])
-def test_every_refusal_but_401_is_tried_again(driver: Driver, status: int) -> None:
+def test_every_http_error_except_401_is_retried(driver: Driver, status: int) -> None:
     driver.start()
     told = driver.report_refused(status)
     assert deeds(told) == []
@@ -457,16 +485,16 @@ def test_every_refusal_but_401_is_tried_again(driver: Driver, status: int) -> No
     assert driver.seconds_left == 1
 
 
-def test_a_wait_that_was_asked_for_does_not_lengthen_intervals() -> None:
+def test_a_retry_after_wait_does_not_lengthen_intervals() -> None:
     driver = driver_that_draws(shortest=False).join()
     driver.report_lost()
     driver.pass_time(driver.seconds_left)
     driver.report_refused(503, "42")
     driver.pass_time(42)
-    assert intervals(driver, 1) == [2]
+    assert intervals(driver, 1) == [LONGEST[1]]
 
 
-def test_at_the_start_a_wait_that_was_asked_for_does_not_count(driver: Driver) -> None:
+def test_a_retry_after_wait_extends_the_startup_timeout(driver: Driver) -> None:
     driver.start()
     driver.pass_time(4)
     driver.report_refused(503, "20")
@@ -478,7 +506,7 @@ def test_at_the_start_a_wait_that_was_asked_for_does_not_count(driver: Driver) -
     assert "for 35 s" in reason
 
 
-def test_at_the_start_several_waits_that_were_asked_for_do_not_count(driver: Driver) -> None:
+def test_several_retry_after_waits_extend_the_startup_timeout(driver: Driver) -> None:
     driver.start()
     for wait in ("3600", "0", "7"):
         driver.report_refused(503, wait)
@@ -491,7 +519,7 @@ def test_at_the_start_several_waits_that_were_asked_for_do_not_count(driver: Dri
     assert "for 60 minutes" in reason
 
 
-def test_at_the_start_a_wait_that_nobody_asked_for_counts(driver: Driver) -> None:
+def test_a_wait_without_retry_after_counts_toward_the_startup_timeout(driver: Driver) -> None:
     driver.portal = broken
     driver.start()
     driver.pass_time(MINUTE)
@@ -499,7 +527,7 @@ def test_at_the_start_a_wait_that_nobody_asked_for_counts(driver: Driver) -> Non
 
 
 @pytest.mark.parametrize("retry_after", ["50", "3600"])
-def test_a_portal_that_asks_to_wait_for_a_day_at_the_start_is_fatal_too(retry_after: str) -> None:
+def test_retry_after_waits_of_a_day_at_startup_are_fatal(retry_after: str) -> None:
     def busy(driver: Driver, command: object) -> None:
         if isinstance(command, Connect):
             driver.report_refused(503, retry_after)
@@ -513,7 +541,7 @@ def test_a_portal_that_asks_to_wait_for_a_day_at_the_start_is_fatal_too(retry_af
     assert "24 hours" in reason
 
 
-def test_after_the_first_join_a_wait_that_was_asked_for_counts(joined: Driver) -> None:
+def test_after_the_first_join_a_retry_after_wait_counts_as_outage(joined: Driver) -> None:
     def busy(driver: Driver, command: object) -> None:
         if isinstance(command, Connect):
             driver.report_refused(429, "3000")
@@ -524,8 +552,8 @@ def test_after_the_first_join_a_wait_that_was_asked_for_counts(joined: Driver) -
     assert joined.the_end()[0] == DAY
 
 
-def test_a_long_wait_that_is_asked_for_at_the_end_leaves_time_for_a_last_attempt(joined: Driver) -> None:
-    """Or a portal that is back ten minutes before the day is over would not be found."""
+def test_a_long_retry_after_at_the_end_allows_a_last_attempt(joined: Driver) -> None:
+    """Otherwise a portal that returns ten minutes before the timeout would not be joined."""
     attempts: list[float] = []
 
     def back_in_time(driver: Driver, command: object) -> None:
@@ -541,13 +569,13 @@ def test_a_long_wait_that_is_asked_for_at_the_end_leaves_time_for_a_last_attempt
     assert len(attempts) < 30, "and the waits are kept to until then"
 
 
-def test_the_end_of_a_wait_is_no_time_without_a_limit(driver: Driver) -> None:
+def test_the_end_of_a_retry_after_wait_does_not_reset_the_timeout(driver: Driver) -> None:
     driver.start()
     driver.report_refused(503, "9" * 400)
     assert driver.seconds_left < math.inf
 
 
-def test_since_when_a_state_lasts_and_what_failed_last_can_be_seen() -> None:
+def test_the_status_has_the_start_of_the_state_and_the_last_error() -> None:
     driver = Driver()
     assert (driver.channel.entered_at, driver.channel.last_failure) == (None, None)
     driver.join()

@@ -1,4 +1,4 @@
-"""An upgrade that is refused for good."""
+"""HTTP errors in response to the upgrade: fatal errors and retries."""
 
 import json
 import time
@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.core.portal.channel import State
-from relay.core.portal.commands import Fatal
-from relay.core.portal.refusal import Refusal, fatal_reason, wait_asked_for
-from tests.core.portal.driver import START, TOKEN, Driver, of_kind, the
+from relay.core.portal.commands import Fatal, Note
+from relay.core.portal.events import UpgradeRefused
+from relay.core.portal.reasons import fatal_reason, wait_asked_for
+from tests.support.portal_channel import START, TOKEN, Driver, of_kind, the
 
 
 def problem(**members: object) -> bytes:
@@ -19,7 +20,7 @@ def problem(**members: object) -> bytes:
 
 
 def reason_of(body: bytes) -> str:
-    reason = fatal_reason(Refusal(401, None, body), lambda text: f"<{text}>")
+    reason = fatal_reason(UpgradeRefused(401, None, body), lambda text: f"<{text}>")
     assert reason is not None
     return reason
 
@@ -39,13 +40,13 @@ def test_401_is_fatal_before_and_after_the_first_join(later: bool) -> None:  # n
     assert driver.channel.poll_timeout() is None
 
 
-def test_a_reason_shows_the_code_and_the_detail_quoted() -> None:
+def test_a_reason_contains_the_code_and_the_quoted_detail() -> None:
     assert "(<invalid_token>: <It is not ours.>)" in reason_of(problem(code="invalid_token", detail="It is not ours."))
     assert "(<missing_token>)" in reason_of(problem(code="missing_token"))
     assert "(<Go away.>)" in reason_of(problem(detail="Go away."))
 
 
-def test_each_code_has_its_advice() -> None:
+def test_each_code_has_an_advice() -> None:
     assert "FIREZONE_TOKEN" in reason_of(problem(code="invalid_token"))
     assert "X-Authorization" in reason_of(problem(code="missing_token"))
     assert "FIREZONE_TOKEN" in reason_of(problem(code="some_new_code"))
@@ -70,14 +71,14 @@ def test_each_code_has_its_advice() -> None:
         b'{"code": ' + b"1" * 5000 + b"}",
     ],
 )
-def test_a_body_that_is_no_problem_document_gives_no_reason(body: bytes) -> None:
+def test_a_body_without_a_problem_document_gives_no_reason(body: bytes) -> None:
     reason = reason_of(body)
     assert "(401 without a reason)" in reason
     assert "FIREZONE_TOKEN" in reason
 
 
 @given(st.binary(max_size=50) | st.dictionaries(st.sampled_from(["code", "detail"]), st.text()).map(lambda d: problem(**d)))
-def test_any_body_of_a_401_gives_a_reason_in_one_line(body: bytes) -> None:
+def test_any_body_of_a_401_gives_a_single_line_reason(body: bytes) -> None:
     driver = Driver()
     driver.start()
     reason = the(Fatal, driver.report_refused(401, None, body)).reason
@@ -85,7 +86,7 @@ def test_any_body_of_a_401_gives_a_reason_in_one_line(body: bytes) -> None:
     assert len(reason) < 1000
 
 
-def test_a_reason_does_not_show_the_token_even_if_the_portal_does(driver: Driver) -> None:
+def test_a_token_echoed_in_the_body_is_redacted_in_the_reason(driver: Driver) -> None:
     driver.start()
     fatal = the(Fatal, driver.report_refused(401, None, problem(code=TOKEN, detail=f"no relay has the token {TOKEN}.")))
     assert "no relay has the token [concealed]." in fatal.reason
@@ -97,6 +98,35 @@ def test_no_other_status_is_fatal(driver: Driver, status: int) -> None:
     driver.start()
     assert of_kind(Fatal, driver.report_refused(status, None, problem(code="invalid_token"))) == []
     assert driver.is_in(State.WAITING)
+
+
+@pytest.mark.parametrize("status", [302, 400, 403, 429, 500, 503])
+def test_a_problem_document_of_any_status_is_logged(driver: Driver, status: int) -> None:
+    driver.start()
+    body = problem(code="rate_limit", detail="Too many attempts.\nWait.")
+    note = the(Note, driver.report_refused(status, None, body))
+    assert note.fields["reason"] == f"it answered {status} to the upgrade (rate_limit: Too many attempts.?Wait.)"
+    assert driver.channel.last_failure == note.fields["reason"]
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>", b"{}", b'{"code": 1}', b"[" * 100_000])
+def test_a_status_without_a_problem_document_is_logged_alone(driver: Driver, body: bytes) -> None:
+    driver.start()
+    assert the(Note, driver.report_refused(502, None, body)).fields["reason"] == "it answered 502 to the upgrade"
+
+
+@given(
+    st.dictionaries(st.sampled_from(["code", "detail"]), st.text() | st.just(f"a {TOKEN} " * 900)).map(
+        lambda d: problem(**d)
+    )
+)
+def test_a_logged_problem_document_is_short_and_printable_and_has_no_token(body: bytes) -> None:
+    driver = Driver()
+    driver.start()
+    reason = str(the(Note, driver.report_refused(503, None, body)).fields["reason"])
+    assert reason.isprintable()
+    assert len(reason) < 500
+    assert TOKEN[:20] not in reason
 
 
 DAYS, MONTHS, ZONES = (
@@ -115,8 +145,8 @@ dates = st.tuples(st.sampled_from(DAYS), numbers, st.sampled_from(MONTHS), numbe
 
 
 @given(st.sampled_from([429, 503]), st.text() | date_like | dates, st.floats(0, 1e11))
-def test_any_retry_after_gives_a_wait_of_at_most_an_hour_or_none(status: int, retry_after: str, unix: float) -> None:
-    wait = wait_asked_for(Refusal(status, retry_after), unix)
+def test_any_retry_after_gives_a_wait_up_to_an_hour_or_none(status: int, retry_after: str, unix: float) -> None:
+    wait = wait_asked_for(UpgradeRefused(status, retry_after), unix)
     assert wait is None or 0 <= wait <= 3600
 
 
@@ -133,6 +163,6 @@ def _in_new_york(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     "date", ["22:14:02 GMT", "22:14:02 +0000", "22:14:02 -0000", "22:14:02 UTC", "22:14:02", "23:14:02 +0100"]
 )
-def test_a_date_is_in_its_zone_or_in_utc_wherever_the_relay_is(date: str) -> None:
+def test_a_date_is_in_its_own_time_zone_or_utc(date: str) -> None:
     # 42 s after START.
-    assert wait_asked_for(Refusal(503, f"Tue, 14 Nov 2023 {date}"), START.unix) == 42
+    assert wait_asked_for(UpgradeRefused(503, f"Tue, 14 Nov 2023 {date}"), START.unix) == 42

@@ -1,4 +1,4 @@
-"""Requests to the control address: any bytes, in any pieces, are answered in HTTP, and never with a failure of ours."""
+"""Requests to the control address: any bytes in any pieces get an HTTP response, but never 500."""
 
 import socket
 from collections.abc import Iterable
@@ -8,11 +8,11 @@ import h11
 
 from relay.config import Endpoint
 from relay.ops.http.endpoint import HttpEndpoint, Limits, Page, Pages, Query
-from relay.ops.http.guard import OperatorsOnly
-from relay.ops.http.messages import Reception, Request, answer, render
+from relay.ops.http.host_check import HostCheck
+from relay.ops.http.messages import HttpRequest, RequestParser, render, response
 from relay.ops.logs.filter import LogFilter
 
-MODULES = ("relay.ops.http.messages", "relay.ops.http.guard")
+MODULES = ("relay.ops.http.messages", "relay.ops.http.host_check")
 
 LIMITS = Limits(request_bytes=1024, request_seconds=2.0)
 
@@ -49,46 +49,46 @@ _made: list[HttpEndpoint] = []
 
 
 def endpoint() -> HttpEndpoint:
-    """Give the one endpoint on loopback, made when it is first asked for; it lives as long as the process."""
+    """Return the only endpoint on loopback, created by the first call for the lifetime of the process."""
     if not _made:
-        _made.append(HttpEndpoint("control", Endpoint("127.0.0.1", 0), GET, POST, guard=OperatorsOnly(), limits=LIMITS))
+        _made.append(HttpEndpoint("control", Endpoint("127.0.0.1", 0), GET, POST, guard=HostCheck(), limits=LIMITS))
     return _made[0]
 
 
 def run(data: bytes) -> None:
-    """Have it read at once, and in pieces as long as the first byte says: what is made of it must be the same."""
+    """Parse the input at once, and in pieces of the size in the first byte; both results must be equal."""
     piece, data = (data[0] or 1, data[1:]) if data else (1, b"")
     whole = _receive([data])
     pieces = _receive(data[at : at + piece] for at in range(0, len(data), piece))
-    if isinstance(whole, Request) or isinstance(pieces, Request):
+    if isinstance(whole, HttpRequest) or isinstance(pieces, HttpRequest):
         assert whole == pieces
     if whole is not None:
         _check(whole)
 
 
-def _receive(pieces: Iterable[bytes]) -> Request | Page | None:
-    """Do as the endpoint does with what it reads."""
-    reception = Reception(LIMITS.request_bytes)
+def _receive(pieces: Iterable[bytes]) -> HttpRequest | Page | None:
+    """Process input as the endpoint does."""
+    parser = RequestParser(LIMITS.request_bytes)
     for piece in pieces:
         for at in range(0, len(piece), LIMITS.request_bytes):
-            received = reception.receive(piece[at : at + LIMITS.request_bytes])
+            received = parser.receive(piece[at : at + LIMITS.request_bytes])
             if received is not None:
                 return received
-    return reception.receive(b"")
+    return parser.receive(b"")
 
 
-def _check(received: Request | Page) -> None:
-    page = endpoint()._answer(received) if isinstance(received, Request) else received
+def _check(received: HttpRequest | Page) -> None:
+    page = endpoint().page_for(received) if isinstance(received, HttpRequest) else received
     assert page.status != HTTPStatus.INTERNAL_SERVER_ERROR
-    is_head = isinstance(received, Request) and received.method == "HEAD"
-    said = answer(page, render(page, lambda: None), is_head=is_head)
+    is_head = isinstance(received, HttpRequest) and received.method == "HEAD"
+    said = response(page, render(page, lambda: None), is_head=is_head)
     assert len(said) < 20_000
-    method = received.method if isinstance(received, Request) and received.method in ("HEAD", "POST") else "GET"
+    method = received.method if isinstance(received, HttpRequest) and received.method in ("HEAD", "POST") else "GET"
     read_answer(said, method)
 
 
 def read_answer(said: bytes, method: str = "GET") -> int:
-    """Read an answer as another implementation does, and give its status."""
+    """Parse a response with an independent implementation, and return its status."""
     client = h11.Connection(h11.CLIENT)
     headers = [("Host", "localhost"), ("Connection", "close")]
     client.send(h11.Request(method=method, target="/", headers=headers))
@@ -107,7 +107,7 @@ def read_answer(said: bytes, method: str = "GET") -> int:
 
 
 def ask_for_real(data: bytes) -> bytes:
-    """Send bytes to the endpoint over loopback, and give what it answers."""
+    """Send bytes to the endpoint over loopback, and return the response."""
     with socket.create_connection(("127.0.0.1", endpoint().port), timeout=10) as connection:
         connection.sendall(data)
         connection.shutdown(socket.SHUT_WR)
@@ -116,5 +116,5 @@ def ask_for_real(data: bytes) -> bytes:
             while piece := connection.recv(65536):
                 answered += piece
         except ConnectionResetError:
-            pass  # it has closed before it has read everything
+            pass  # the endpoint has closed before reading everything
         return answered

@@ -1,6 +1,7 @@
-"""Log directives: any text is a filter or refused in one short line; a filter says itself in directives."""
+"""Log directives: any text is a filter or rejected in one short line; a filter can be formatted as directives."""
 
-from relay.ops.logs.filter import LONGEST, MOST, Level, LogFilter
+from relay.logger import Level
+from relay.ops.logs.filter import MAX_DIRECTIVES, MAX_LENGTH, LogFilter
 
 MODULES = ("relay.ops.logs.filter",)
 
@@ -26,8 +27,8 @@ def run(data: bytes) -> None:
         assert said.isascii()
         assert len(said) < 600
         return
-    assert 1 <= len(directives.directives) <= MOST
-    assert len(text) <= LONGEST
+    assert 1 <= len(directives.directives) <= MAX_DIRECTIVES
+    assert len(text) <= MAX_LENGTH
     again = LogFilter.parse(str(directives))
     for target in (*_TARGETS, *(".".join(each.parts) for each in directives.directives)):
         level = directives.threshold(target)

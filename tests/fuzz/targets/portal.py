@@ -1,4 +1,4 @@
-"""The portal's channel: what a portal, a network and time do to it, in any order; it says what it may, and no secret."""
+"""The portal channel with any sequence of frames, network errors and delays sends only valid frames, and shows no secret."""
 
 import json
 from collections.abc import Callable
@@ -6,17 +6,16 @@ from random import Random
 
 from relay.core.addresses import Family
 from relay.core.credentials import RelaySecret
-from relay.core.instant import Instant
 from relay.core.portal import limits
 from relay.core.portal.channel import PortalChannel, State
 from relay.core.portal.commands import Abandon, Begin, Close, Connect, Fatal, Left, Note, PortalCommand, SendText
 from relay.core.portal.endpoint import PortalConfig, PortalToken, PortalUrl
-from relay.core.portal.refusal import Refusal
+from relay.core.portal.events import Connected, ConnectionLost, OtherReceived, TextReceived, UpgradeRefused
+from relay.core.timestamp import Timestamp
 from tests.fuzz.reader import Reader
 
 MODULES = tuple(
-    f"relay.core.portal.{name}"
-    for name in ("channel", "frames", "conversation", "refusal", "retry", "quoting", "reasons", "commands")
+    f"relay.core.portal.{name}" for name in ("channel", "frames", "connection", "events", "retry", "reasons", "commands")
 )
 
 TOKEN = "t0ken-of-the-relay-that-is-fuzzed"
@@ -66,16 +65,16 @@ def run(data: bytes) -> None:
 
 
 class _Session:
-    """One channel, and what is done to it."""
+    """A channel and its inputs."""
 
     def __init__(self, data: bytes) -> None:
         self.reader = Reader(data)
         self.channel = PortalChannel(CONFIG, Random(1))
-        self.now = Instant(1000.0, 1_700_000_000.0)
+        self.now = Timestamp(1000.0, 1_700_000_000.0)
         self.current = 0
-        """The connection that there is; 0 if there is none."""
+        """The current connection; 0 without a connection."""
         self.gone = 0
-        """The connection that is gone by the last report: what was due before that may still be about it."""
+        """The connection lost by the last report: commands due before the report may still concern this connection."""
         self.is_connected = False
         self.numbers = [0]
         self.frames = 0
@@ -107,29 +106,29 @@ class _Session:
 
     def _pass_time(self) -> None:
         seconds = self.reader.choose(SECONDS)
-        self.now = Instant(self.now.monotonic + seconds, self.now.unix + seconds)
+        self.now = Timestamp(self.now.monotonic + seconds, self.now.unix + seconds)
         if self.reader.flag():
             self.channel.handle_timeout(self.now)
 
     def _wait(self) -> None:
-        """Let time pass until it wants to be woken."""
+        """Let time pass until the next wake-up."""
         at = self.channel.poll_timeout()
         if at is not None:
             late = max(at - self.now.monotonic, 0.0)
-            self.now = Instant(self.now.monotonic + late, self.now.unix + late)
+            self.now = Timestamp(self.now.monotonic + late, self.now.unix + late)
             self.channel.handle_timeout(self.now)
             again = self.channel.poll_timeout()
             assert again is None or again > self.now.monotonic, "it would be woken without end"
 
     def _connection(self) -> int:
-        """Choose which connection a report is about; most often, the one there is."""
+        """Choose the connection of a report, mostly the current connection."""
         return self.current if self.reader.byte() & 7 else self.reader.choose(self.numbers)
 
     def _report_connected(self) -> None:
         number = self._connection()
         if number != self.current or not self.is_connected:
             self.is_connected = self.is_connected or number == self.current
-            self.channel.handle_connected(number, self.now)  # type: ignore[arg-type] # a number as any
+            self.channel.handle_event(number, Connected(), self.now)  # type: ignore[arg-type] # a number as any
 
     def _report_refused(self) -> None:
         reader = self.reader
@@ -138,16 +137,17 @@ class _Session:
         number = self._connection()
         if number == self.current and self.is_connected:
             return
-        self.channel.handle_refused(number, Refusal(reader.choose(STATUSES), wait, body), self.now)  # type: ignore[arg-type] # as above
+        refusal = UpgradeRefused(reader.choose(STATUSES), wait, body)
+        self.channel.handle_event(number, refusal, self.now)  # type: ignore[arg-type] # as above
         self._forget(number)
 
     def _report_lost(self) -> None:
         number = self._connection()
-        self.channel.handle_lost(number, self.reader.text(), self.now)  # type: ignore[arg-type] # as above
+        self.channel.handle_event(number, ConnectionLost(self.reader.text()), self.now)  # type: ignore[arg-type] # as above
         self._forget(number)
 
     def _report_other(self) -> None:
-        self.channel.handle_other_frame(self._connection(), self.reader.choose(("binary", "ping", "pong")), self.now)  # type: ignore[arg-type] # as above
+        self.channel.handle_event(self._connection(), OtherReceived(self.reader.choose((True, False, False))), self.now)  # type: ignore[arg-type] # as above
 
     def _say(self) -> None:
         reader = self.reader
@@ -174,13 +174,13 @@ class _Session:
         self._hear(self.reader.text())
 
     def _hear(self, text: str) -> None:
-        self.channel.handle_text(self._connection(), text, self.now)  # type: ignore[arg-type] # as above
+        self.channel.handle_event(self._connection(), TextReceived(text), self.now)  # type: ignore[arg-type] # as above
 
     def _forget(self, number: int) -> None:
         if number == self.current:
             self.current, self.gone = 0, number
 
-    # What must hold.
+    # Invariants.
 
     def _carry_out(self) -> None:
         commands = self.channel.drain()
@@ -223,9 +223,9 @@ class _Session:
                 self._check_words(reason)
             case Left():
                 self.is_over = True
-            case Note(_, event, fields):
+            case Note(event, fields):
                 self.notes += event.startswith("the portal sent")
-                assert self.notes <= limits.NOTES_PER_CONNECTION + 1
+                assert self.notes <= limits.LOGS_PER_CONNECTION + 1
                 self._check_words(event, *(str(each) for each in fields.values()))
 
     @staticmethod

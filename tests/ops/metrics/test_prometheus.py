@@ -1,10 +1,10 @@
-"""The page that is scraped: how often it is written anew."""
+"""The scraped page: how long a response is cached."""
 
-from relay.ops.metrics.prometheus import FRESH_FOR, LONGEST_FRESH_FOR, MOST_TIME, MetricsPage
-from tests.ops.metrics.conftest import Measured
+from relay.ops.metrics.prometheus import FRESH_FOR, MAX_FRESH_FOR, MAX_TIME, MetricsPage
+from tests.support.metrics import Measured
 
 
-def test_whoever_scrapes_all_the_time_gets_the_same_answer_for_a_while(measured: Measured) -> None:
+def test_a_scrape_is_cached_briefly(measured: Measured) -> None:
     now = 1000.0
     page = MetricsPage(measured.sources, lambda: now)
     first = page({})
@@ -16,8 +16,8 @@ def test_whoever_scrapes_all_the_time_gets_the_same_answer_for_a_while(measured:
     assert "relay_receive_buffer_drops_total 0.0" in str(first.body)
 
 
-def test_an_answer_that_took_long_is_given_for_longer(measured: Measured) -> None:
-    """As where there are thousands of sockets to be asked."""
+def test_a_slow_scrape_is_cached_longer(measured: Measured) -> None:
+    """With thousands of sockets a scrape is slow."""
     now, takes = 1000.0, 0.1
 
     def drops() -> int:
@@ -28,12 +28,12 @@ def test_an_answer_that_took_long_is_given_for_longer(measured: Measured) -> Non
     page = MetricsPage(measured.sources._replace(kernel_drops=drops), lambda: now)
     began = now
     first = page({})
-    now = began + takes / MOST_TIME - 0.001
+    now = began + takes / MAX_TIME - 0.001
     assert page({}) is first
-    now = began + takes / MOST_TIME + 0.001
+    now = began + takes / MAX_TIME + 0.001
     takes = 1000.0
     began = now
     second = page({})
     assert second is not first
-    now = max(now, began + LONGEST_FRESH_FOR)
+    now = max(now, began + MAX_FRESH_FOR)
     assert page({}) is not second

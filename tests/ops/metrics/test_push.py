@@ -1,26 +1,25 @@
-"""When metrics are pushed, what is said of it, and that nobody waits for it."""
+"""Pushes of metrics: times, log events, and no delay at the end."""
 
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from structlog.testing import capture_logs
 
-from relay.config import BadUseError, OtlpConfig
-from relay.ops.metrics import push
+from relay.config import OtlpConfig, UsageError
 from relay.ops.metrics.push import QUIET_FOR, Pusher, read_settings
-from tests.conftest import PATIENCE, wait_until
+from tests.support.log_lines import capture_logs
+from tests.support.waiting import PATIENCE, wait_until
 
 ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector.example:4317"}
 FOREVER = 1000.0
 
 
 class Collector:
-    """Counts pushes; a test says what comes of each.
+    """Counts pushes, with outcomes chosen by a test.
 
     Args:
-        outcome: gives why a push failed, or None; or raises, or waits.
+        outcome: returns the reason of a failure or None for a success; may raise or wait.
     """
 
     def __init__(self, outcome: Callable[[], str | None] = lambda: None) -> None:
@@ -37,10 +36,10 @@ class Collector:
 
 
 def said(pusher: Pusher, count: int) -> list[str]:
-    """Push so many times, and give what the log has of it."""
+    """Push some times, and return the levels of the log events."""
     with capture_logs() as lines:
         for _ in range(count):
-            pusher._push()
+            pusher.push()
     return [str(line["log_level"]) for line in lines]
 
 
@@ -64,7 +63,7 @@ def said(pusher: Pusher, count: int) -> list[str]:
         ("http://127.0.0.1:4317", {"OTEL_SDK_DISABLED": "TRUE"}, None),
     ],
 )
-def test_metrics_are_pushed_if_an_endpoint_is_given_and_nothing_forbids_it(
+def test_pushing_requires_an_endpoint_and_no_opt_out(
     endpoint: str | None, variables: dict[str, str], expected: OtlpConfig | None
 ) -> None:
     assert read_settings(endpoint, variables) == expected
@@ -85,21 +84,21 @@ def test_metrics_are_pushed_if_an_endpoint_is_given_and_nothing_forbids_it(
     ],
     ids=lambda variables: next(iter(variables.items()))[1][:20],
 )
-def test_what_makes_no_sense_in_the_environment_is_bad_use(variables: dict[str, str], tmp_path: Path) -> None:
+def test_an_invalid_variable_is_a_usage_error(variables: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "ca.pem").touch()
     good = {**ENDPOINT, "OTEL_EXPORTER_OTLP_CERTIFICATE": str(tmp_path / "ca.pem")}
     assert read_settings(None, good) == OtlpConfig(None, 60)
-    with pytest.raises(BadUseError, match="OTEL_"):
+    with pytest.raises(UsageError, match="OTEL_"):
         read_settings(None, good | variables)
 
 
-def test_it_is_pushed_each_interval_and_once_more_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(push, "LAST_PUSH_TIMEOUT", PATIENCE)
+def test_metrics_are_pushed_each_interval_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     collector = Collector()
+    monkeypatch.setattr("relay.ops.metrics.push.LAST_PUSH_TIMEOUT", PATIENCE)
     pusher = Pusher(collector, 0.01)
     pusher.start()
     wait_until(lambda: collector.pushes >= 3)
-    # A moment before its end it is held up, so that what comes after is the last one.
+    # Block a push shortly before the stop, so that the next push is the last.
     held, gate = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -115,7 +114,7 @@ def test_it_is_pushed_each_interval_and_once_more_at_the_end(monkeypatch: pytest
     assert collector.closed.is_set()
 
 
-def test_nothing_is_pushed_before_the_first_interval_nor_at_the_end_without_a_push_that_arrived() -> None:
+def test_nothing_is_pushed_before_the_first_interval() -> None:
     collector = Collector()
     pusher = Pusher(collector, FOREVER)
     pusher.start()
@@ -124,31 +123,33 @@ def test_nothing_is_pushed_before_the_first_interval_nor_at_the_end_without_a_pu
     assert collector.closed.is_set()
 
 
-def test_the_end_does_not_wait_for_a_collector_that_does_not_answer() -> None:
+def test_stop_does_not_wait_for_a_hanging_push(monkeypatch: pytest.MonkeyPatch) -> None:
     never = threading.Event()
     collector = Collector(lambda: None if never.wait(1000) else "never")
+    monkeypatch.setattr("relay.ops.metrics.push.STOP_TIMEOUT", 0.02)
     pusher = Pusher(collector, 0.01)
     pusher.start()
     wait_until(lambda: collector.pushes == 1)
-    # The test's own time limit would end it.
+    # A stop without a timeout would exceed the time limit of the test.
     pusher.stop()
     assert collector.closed.is_set()
     never.set()
 
 
-def test_the_end_does_not_wait_for_a_library_that_does_not_close() -> None:
+def test_stop_does_not_wait_for_a_hanging_close(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stuck(Collector):
         def close(self) -> None:
             never.wait(1000)
 
     never = threading.Event()
+    monkeypatch.setattr("relay.ops.metrics.push.STOP_TIMEOUT", 0.02)
     pusher = Pusher(Stuck(), FOREVER)
     pusher.start()
     pusher.stop()
     never.set()
 
 
-def test_the_log_hears_when_pushing_begins_to_fail_and_when_it_works_again() -> None:
+def test_the_first_failure_and_the_recovery_are_logged() -> None:
     now = 1000.0
     collector = Collector()
     pusher = Pusher(collector, FOREVER, lambda: now)
@@ -161,7 +162,7 @@ def test_the_log_hears_when_pushing_begins_to_fail_and_when_it_works_again() -> 
     assert said(pusher, 3) == ["info"]
 
 
-def test_a_collector_that_comes_and_goes_fills_no_log() -> None:
+def test_a_flapping_collector_is_logged_at_a_limited_rate() -> None:
     now = 1000.0
     outcomes = iter(["unavailable", None] * 1000)
     pusher = Pusher(Collector(lambda: next(outcomes)), FOREVER, lambda: now)
@@ -170,13 +171,13 @@ def test_a_collector_that_comes_and_goes_fills_no_log() -> None:
     assert said(pusher, 1000) == ["warning", "info"]
 
 
-def test_whatever_the_library_fails_with_is_one_more_push_that_failed() -> None:
+def test_any_exception_of_the_library_is_a_failed_push() -> None:
     def fail() -> None:
         raise RuntimeError("\x1b[31m a text of the collector's")
 
     pusher = Pusher(Collector(fail), FOREVER)
     with capture_logs() as lines:
-        pusher._push()
+        pusher.push()
     (line,) = lines
     assert line["error"] == "RuntimeError"
     assert "collector's" not in str(line)

@@ -1,6 +1,7 @@
-"""The definitions: names that others know, and label sets that nobody can make grow."""
+"""The definitions: stable names, and bounded label sets."""
 
 import re
+import time
 from collections import Counter
 from itertools import product
 from types import SimpleNamespace
@@ -11,35 +12,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.core import counters
-from relay.core.authentication import ErrorCode
+from relay.core.attributes import EVEN_PORT
 from relay.core.counters import DropReason
+from relay.core.errors import ErrorCode
 from relay.core.portal.channel import State
 from relay.core.stun import MessageClass, Method, encode
 from relay.offload import layout
 from relay.offload.datapath import Datapath
-from relay.offload.layout import PassReason
-from relay.offload.program import Totals
-from relay.ops.metrics.metric import Histogram, Kind, LabelValue, Metric
-from relay.ops.metrics.sources import Look, Sources
+from relay.offload.layout import PassReason, Totals
+from relay.ops.metrics.metric import Histogram, LabelValue, Metric, MetricKind
 from relay.ops.metrics.table import TABLE
-from tests.core.driver import CHANNEL, CLIENT, OTHER_CLIENT, PEER, Client, channel_data
-from tests.ops.metrics.conftest import Measured
+from relay.ops.totals import Limits, RelayState, RelayTotals
+from tests.support.core import CHANNEL, CLIENT, OTHER_CLIENT, PEER, UDP, Client, channel_data, relay_with
+from tests.support.metrics import Measured
 
 BY_NAME = {metric.name: metric for metric in TABLE}
 
 
-def values(metric: Metric | str, sources: Sources) -> dict[tuple[LabelValue, ...], float | Histogram]:
-    read = list((BY_NAME[metric] if isinstance(metric, str) else metric).read(Look(sources)))
-    # No combination of labels comes twice.
+def values(metric: Metric | str, sources: RelayState) -> dict[tuple[LabelValue, ...], float | Histogram]:
+    read = (BY_NAME[metric] if isinstance(metric, str) else metric).points(RelayTotals(sources))
+    # Combinations of labels are unique.
     assert len(dict(read)) == len(read)
     return dict(read)
 
 
-def combinations(sources: Sources) -> set[tuple[str, tuple[LabelValue, ...]]]:
+def combinations(sources: RelayState) -> set[tuple[str, tuple[LabelValue, ...]]]:
     return {(metric.name, labels) for metric in TABLE for labels in values(metric, sources)}
 
 
-def nonzero(metric: str, sources: Sources) -> dict[tuple[LabelValue, ...], float | Histogram]:
+def nonzero(metric: str, sources: RelayState) -> dict[tuple[LabelValue, ...], float | Histogram]:
     return {labels: value for labels, value in values(metric, sources).items() if value}
 
 
@@ -52,21 +53,23 @@ def test_a_definition_is_well_formed(metric: Metric, measured: Measured) -> None
     read = values(metric, measured.sources)
     assert read
     for labels, value in read.items():
-        assert labels in set(product(*metric.labels.values()))
-        assert isinstance(value, Histogram) is (metric.kind is Kind.HISTOGRAM)
+        # A label without values has one that is fixed at the start.
+        fixed = zip(metric.labels.values(), labels, strict=False)
+        assert labels in set(product(*(known or (each,) for known, each in fixed)))
+        assert isinstance(value, Histogram) is (metric.kind is MetricKind.HISTOGRAM)
         if isinstance(value, Histogram):
             assert len(value.counts) == len(metric.bounds) + 1
 
 
-def test_no_name_is_given_twice() -> None:
+def test_names_are_unique() -> None:
     assert not [name for name, count in Counter(metric.name for metric in TABLE).items() if count > 1]
 
 
-def test_the_metrics_that_dashboards_know_are_what_they_expect() -> None:
+def test_metrics_of_existing_dashboards_keep_their_names_and_labels() -> None:
     known = {
-        "relay.active_allocations": ("{allocation}", Kind.GAUGE, ()),
-        "relay.responses": ("{response}", Kind.COUNTER, ("response_class", "message_type", "error_code")),
-        "relay.packet.size": ("By", Kind.HISTOGRAM, ("relay.datapath",)),
+        "relay.active_allocations": ("{allocation}", MetricKind.GAUGE, ()),
+        "relay.responses": ("{response}", MetricKind.COUNTER, ("response_class", "message_type", "error_code")),
+        "relay.packet.size": ("By", MetricKind.HISTOGRAM, ("relay.datapath",)),
     }
     for name, (unit, kind, labels) in known.items():
         metric = BY_NAME[name]
@@ -81,12 +84,12 @@ def test_the_metrics_that_dashboards_know_are_what_they_expect() -> None:
     )
 
 
-def test_both_data_paths_count_sizes_in_the_same_steps() -> None:
+def test_both_data_paths_use_the_same_size_buckets() -> None:
     assert (counters.SIZE_STEPS, 1 << counters.SIZE_SHIFT) == (layout.SIZES, layout.SIZE_STEP)
     assert BY_NAME["relay.packet.size"].bounds == tuple(range(127, 1920, 128))
 
 
-def test_every_drop_reason_and_error_code_and_portal_state_has_its_label() -> None:
+def test_every_drop_reason_error_code_and_portal_state_has_a_label() -> None:
     assert {reason.value for reason in DropReason} < set(BY_NAME["relay.drops"].labels["reason"])
     assert {int(code) for code in ErrorCode} < set(BY_NAME["relay.responses"].labels["error_code"])
     assert {state.value for state in State} < set(BY_NAME["relay.portal.state"].labels["state"])
@@ -96,7 +99,7 @@ def test_every_drop_reason_and_error_code_and_portal_state_has_its_label() -> No
     st.lists(st.binary(max_size=60), max_size=10),
     st.dictionaries(st.text(max_size=5) | st.sampled_from(["EPERM", "ENOMEM", "E2BIG", "RuntimeError"]), st.integers(1, 9)),
 )
-def test_nothing_that_others_send_makes_there_be_more_of_them(garbage: list[bytes], errors: dict[str, int]) -> None:
+def test_untrusted_input_creates_no_label_sets(garbage: list[bytes], errors: dict[str, int]) -> None:
     measured = Measured()
     before = combinations(measured.sources)
     relay = measured.relay
@@ -118,7 +121,7 @@ def test_nothing_that_others_send_makes_there_be_more_of_them(garbage: list[byte
         assert sum(counted) == sum(errors.values())
 
 
-def test_what_is_relayed_is_counted_by_direction_and_size(measured: Measured) -> None:
+def test_relayed_packets_are_counted_by_direction_and_size(measured: Measured) -> None:
     relay, client = measured.relay, Client(measured.relay)
     allocation = client.allocate().id
     client.bind_channel()
@@ -139,7 +142,7 @@ def test_what_is_relayed_is_counted_by_direction_and_size(measured: Measured) ->
     assert {at: count for at, count in enumerate(sizes.counts) if count} == {0: 1, 9: 2}
 
 
-def test_requests_are_counted_by_what_was_asked_and_answered(measured: Measured) -> None:
+def test_requests_are_counted_by_method_and_response(measured: Measured) -> None:
     client = Client(measured.relay)
     client.allocate()
     client.refresh(600)
@@ -150,7 +153,6 @@ def test_requests_are_counted_by_what_was_asked_and_answered(measured: Measured)
         ("success", "refresh", ""): 1,
         ("error", "channelbind", 400): 1,
     }
-    assert nonzero("relay.allocations.refused", measured.sources) == {(401,): 1}
     assert nonzero("relay.nonces", measured.sources) == {("ours",): 3}
     assert nonzero("relay.active_allocations", measured.sources) == {(): 1}
     client.refresh(0)
@@ -158,7 +160,42 @@ def test_requests_are_counted_by_what_was_asked_and_answered(measured: Measured)
     assert nonzero("relay.allocations.freed", measured.sources) == {("deleted",): 1}
 
 
-def test_answers_that_were_withheld_are_counted_by_method_and_code(measured: Measured) -> None:
+def test_refusals_are_counted_by_cause(measured: Measured) -> None:
+    client, other = Client(measured.relay), Client(measured.relay, OTHER_CLIENT, salt="other")
+    assert client.ask(Method.ALLOCATE, UDP, (EVEN_PORT, True)).code == 508
+    client.allocate()
+    measured.relay.server.handle_drain(measured.relay.now)
+    assert other.ask(Method.ALLOCATE, UDP).code == 508
+    measured.relay.server.handle_resume(measured.relay.now)
+    full = Measured(relay_with(ports=range(50000, 50001), max_allocations=1))
+    Client(full.relay).allocate()
+    assert Client(full.relay, OTHER_CLIENT, salt="other").ask(Method.ALLOCATE, UDP).code == 508
+    assert nonzero("relay.refusals", measured.sources) == {("reservation",): 1, ("draining",): 1}
+    assert nonzero("relay.refusals", full.sources) == {("ports",): 1}
+
+
+def test_each_limit_has_its_used_part(measured: Measured) -> None:
+    client = Client(measured.relay)
+    client.allocate()
+    client.bind_channel()
+    ports = measured.relay.server.free_port_count + 1
+    sources = measured.sources._replace(
+        limits=Limits(10, ports, 30), free_ports=lambda: measured.relay.server.free_port_count
+    )
+    used, limits = values("relay.capacity.used", sources), values("relay.capacity.limit", sources)
+    assert list(used) == list(limits) == [("allocations",), ("ports",), ("channels",), ("descriptors",)]
+    assert list(used.values())[:3] == [1, 1, 1]
+    assert list(limits.values())[:3] == [10, ports, 30]
+    assert 0 < used["descriptors",] < limits["descriptors",]  # type: ignore[operator]
+
+
+def test_a_drain_shows_its_end(measured: Measured) -> None:
+    assert values("relay.drain.end_time", measured.sources) == {(): 0}
+    until = values("relay.drain.end_time", measured.sources._replace(ends=lambda: time.monotonic() + 60))[()]
+    assert until == pytest.approx(time.time() + 60, abs=30)
+
+
+def test_withheld_responses_are_counted_by_method_and_code(measured: Measured) -> None:
     counted = measured.relay.counters
     counted.count_withheld(Method.BINDING, None)
     counted.count_withheld(Method.ALLOCATE, 401)
@@ -170,12 +207,12 @@ def test_answers_that_were_withheld_are_counted_by_method_and_code(measured: Mea
     }
 
 
-def test_an_error_without_a_name_of_its_own_is_counted_as_another(measured: Measured) -> None:
+def test_an_unlisted_error_is_counted_as_other(measured: Measured) -> None:
     measured.carried_out.bind_errors.update({"EMFILE": 2, "ENETRESET": 3, "unknown": 1})
     assert nonzero("relay.bind_failures", measured.sources) == {("EMFILE",): 2, ("other",): 4}
 
 
-def test_one_state_of_the_portal_is_the_present_one(measured: Measured) -> None:
+def test_exactly_one_portal_state_is_current(measured: Measured) -> None:
     assert nonzero("relay.portal.state", measured.sources) == {("idle",): 1}
     measured.portal.start(measured.relay.now)
     assert nonzero("relay.portal.state", measured.sources) == {("connecting",): 1}
@@ -183,7 +220,7 @@ def test_one_state_of_the_portal_is_the_present_one(measured: Measured) -> None:
     assert nonzero("relay.portal.state", measured.sources) == {("standalone",): 1}
 
 
-def test_what_is_lost_on_the_way_is_among_the_drops(measured: Measured) -> None:
+def test_drops_include_losses_in_inbox_and_sender(measured: Measured) -> None:
     measured.inbox.dropped = 2
     measured.carried_out.late_sends = 3
     measured.relay.receive(b"", CLIENT)
@@ -192,12 +229,12 @@ def test_what_is_lost_on_the_way_is_among_the_drops(measured: Measured) -> None:
     assert nonzero("relay.receive_buffer.drops", measured.sources) == {(): 4}
 
 
-def test_a_relay_that_starts_has_no_inbox_yet(measured: Measured) -> None:
+def test_metrics_exist_before_the_inbox(measured: Measured) -> None:
     sources = measured.sources._replace(inbox=lambda: None)
     assert combinations(sources) == combinations(measured.sources)
 
 
-def test_what_the_kernel_relays_is_told_beside_what_the_relay_does(measured: Measured) -> None:
+def test_kernel_and_userspace_traffic_are_counted_separately(measured: Measured) -> None:
     client = Client(measured.relay)
     client.allocate()
     client.bind_channel()
@@ -212,7 +249,7 @@ def test_what_the_kernel_relays_is_told_beside_what_the_relay_does(measured: Mea
     kernel = SimpleNamespace(
         program=SimpleNamespace(totals=lambda: totals),
         channels=SimpleNamespace(installed={"one": 1}, refused=5, failures=6),
-        devices=SimpleNamespace(modes={"eth0": "native", "eth1": None}, failures={"eth1": "no such interface"}),
+        devices=SimpleNamespace(modes={"eth0": "native", "eth1": None}, failures={"eth1": "no such interface"}, stalls=7),
     )
     sources = measured.sources._replace(datapath=cast(Datapath, kernel))
     assert combinations(sources) == combinations(measured.sources)
@@ -228,4 +265,5 @@ def test_what_the_kernel_relays_is_told_beside_what_the_relay_does(measured: Mea
     assert nonzero("relay.xdp.channels", sources) == {(): 1}
     assert nonzero("relay.xdp.channels.refused", sources) == {(): 5}
     assert nonzero("relay.xdp.table_failures", sources) == {(): 6}
+    assert nonzero("relay.xdp.stalls", sources) == {(): 7}
     assert nonzero("relay.xdp.interfaces", sources) == {("attached",): 1, ("failed",): 1}

@@ -1,1 +1,0 @@
-"""Finds the public addresses of this machine by asking the cloud that it runs in."""

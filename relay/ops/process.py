@@ -1,0 +1,86 @@
+"""Resources that this process uses, read from /proc (proc(5)).
+
+With tens of thousands of threads and sockets, most other interfaces take tens of milliseconds.
+"""
+
+import contextlib
+import os
+import resource
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from relay.ops.yielder import Yielder
+
+_TICKS: Final = os.sysconf("SC_CLK_TCK")
+_PAGE: Final = os.sysconf("SC_PAGE_SIZE")
+_DESCRIPTORS: Final = "/proc/self/fd"
+
+# Fields of /proc/self/stat, counted from the state, which follows the name.
+_USER, _SYSTEM, _THREADS, _STARTED, _VIRTUAL, _RESIDENT = 11, 12, 17, 19, 20, 21
+
+
+class ProcessFigures(NamedTuple):
+    """Resources of a process."""
+
+    cpu_seconds: float
+    """CPU time since the start, in user mode and in the kernel."""
+    threads: int
+    resident: int
+    """Resident memory (RSS), in bytes."""
+    virtual: int
+    """Address space, in bytes."""
+    started_at: float
+    """Unix seconds."""
+    descriptors: int
+    """Open file descriptors."""
+    max_descriptors: int
+    """RLIMIT_NOFILE."""
+
+
+def read_process() -> ProcessFigures:
+    """Read the resources of this process.
+
+    Raises:
+        OSError: /proc is not mounted.
+    """
+    # The process name in parentheses may contain any character.
+    text = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    fields = {at: int(text[at]) for at in (_USER, _SYSTEM, _THREADS, _STARTED, _VIRTUAL, _RESIDENT)}
+    return ProcessFigures(
+        (fields[_USER] + fields[_SYSTEM]) / _TICKS,
+        fields[_THREADS],
+        fields[_RESIDENT] * _PAGE,
+        fields[_VIRTUAL],
+        _booted_at() + fields[_STARTED] / _TICKS,
+        count_descriptors(),
+        resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+    )
+
+
+def _booted_at() -> float:
+    """Return the Unix time at which the machine was booted; 0 if /proc/stat is missing."""
+    with contextlib.suppress(OSError), Path("/proc/stat").open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("btime "):
+                return float(line.split()[1])
+    return 0.0
+
+
+def count_descriptors(directory: str = _DESCRIPTORS) -> int:
+    """Return the number of open descriptors.
+
+    Args:
+        directory: has an entry for each descriptor. Since Linux 6.2, the size of /proc/self/fd is their number, and read
+            within microseconds. A directory whose size is 0 is listed, which takes 100 ms for 20,000 descriptors.
+    """
+    return Path(directory).stat().st_size or _list_descriptors(directory)
+
+
+def _list_descriptors(directory: str) -> int:
+    count, yield_if_due = 0, Yielder()
+    with os.scandir(directory) as entries:
+        for _ in entries:
+            count += 1
+            yield_if_due()
+    # Listing the directory opened one of them.
+    return count - 1

@@ -1,0 +1,31 @@
+"""Long work in short steps: during a computation, no other thread can relay packets."""
+
+import time
+from collections.abc import Callable
+
+STEP = 0.0004
+"""Seconds of uninterrupted work. A thread may keep the interpreter for `--switch-interval`, and packets wait
+meanwhile."""
+
+PAUSE = 0.0004
+"""Seconds for which other threads then have the interpreter. A yield without a pause is too short: a thread on another CPU
+needs longer to wake up."""
+
+
+class Yielder:
+    """Function to call between small pieces of work. Pauses this thread after `STEP` seconds of work."""
+
+    __slots__ = ("_clock", "_pause", "_until")
+
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, pause: Callable[[float], object] = time.sleep
+    ) -> None:
+        self._clock = clock
+        self._pause = pause
+        self._until = clock() + STEP
+
+    def __call__(self) -> None:
+        """Return at once, or after a pause if the pause is due."""
+        if self._clock() >= self._until:
+            self._pause(PAUSE)
+            self._until = self._clock() + STEP

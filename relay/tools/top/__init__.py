@@ -1,0 +1,1 @@
+"""`firezone-relay top`: a live view of a relay in a terminal."""

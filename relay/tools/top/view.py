@@ -1,0 +1,221 @@
+"""Frames: the lines on the screen at a moment, for a terminal of any size."""
+
+import os
+
+from rich.text import Text
+
+from relay.status.model import PortalStatus, Status, XdpStatus
+from relay.tools.top import columns
+from relay.tools.top.figures import bit_rate, printable, short, size, span, sparkline
+from relay.tools.top.scene import Scene
+
+_ROUTINE_ERRORS = {"401", "438"}
+"""Every client gets a challenge first."""
+
+_MIN_ROWS = 3
+"""Allocations for which less important lines are omitted."""
+
+_OTHER_LINES = 2
+"""The titles of the columns, and the line of keys."""
+
+_LABEL_WIDTH = 41
+"""Characters left of a sparkline."""
+
+HELP = (
+    ("r t a e", "sort by rate, traffic, age, expiry (time left)"),
+    ("c p n", "sort by client, port, number of channels"),
+    ("arrows PgUp PgDn", "scroll; so do k and j"),
+    ("Home End", "go to the first or last allocation"),
+    ("space", "pause or resume"),
+    ("h ?", "show or hide this help"),
+    ("q Ctrl-C", "quit"),
+    ("", ""),
+    ("TO PEER", "bits per second from the client to its peers"),
+    ("TO CLIENT", "bits per second from its peers"),
+    ("TOTAL", "bytes in both directions since the allocation was made"),
+    ("CH", "channels; LEFT: time until the allocation expires"),
+    ("XDP", "share of packets relayed by the kernel"),
+    ("ID", "number of the allocation, for firezone-relay kick"),
+    ("DROPS USER", "dropped datagrams; fingerprint of the username"),
+)
+
+_KEYS = ("q quit", "h help", "r rate", "t traffic", "a age", "e expiry", "c client", "p port", "n channels", "space pause")
+
+
+def rows_in(size_: os.terminal_size, scene: Scene) -> int:
+    """Return the number of allocations that fit on the screen."""
+    return max(0, size_.lines - len(_top(scene, size_)) - _OTHER_LINES)
+
+
+def frame(scene: Scene, size_: os.terminal_size) -> list[Text]:
+    """Return a frame, which has as many lines as the terminal."""
+    lines = _top(scene, size_) + (_help() if scene.help else _table(scene, size_))
+    lines = lines[: size_.lines - 1]
+    lines += [Text()] * (size_.lines - 1 - len(lines)) + [_keys(scene, size_.columns)]
+    for line in lines:
+        line.truncate(size_.columns)
+    return lines
+
+
+def _top(scene: Scene, size_: os.terminal_size) -> list[Text]:
+    """Return the lines above the table: on a low terminal, fewer lines."""
+    rates = _rates(scene, size_.columns)
+    room = size_.lines - _OTHER_LINES - _MIN_ROWS
+    title, data_paths, counts = _title(scene, size_.columns), _data_paths(scene.latest), _counts(scene)
+    for lines in (
+        [title, data_paths, *rates, counts, Text()],
+        [title, data_paths, *rates, counts],
+        [title, *rates, counts],
+        [title, *rates],
+    ):
+        if len(lines) <= room:
+            return lines
+    return [title]
+
+
+def headlines(scene: Scene) -> list[Text]:
+    """Return the lines above the table without sparklines, for `--once`."""
+    return [_title(scene, 0), _data_paths(scene.latest), *_rates(scene), _counts(scene)]
+
+
+def _title(scene: Scene, width: int) -> Text:
+    status = scene.latest
+    name = status["config"].get("name")
+    line = Text(f"firezone-relay {printable(status['version'])}", style="bold")
+    line.append(f"  {printable(str(name))}" if name else "", style="bold cyan")
+    handovers = f", {status['handovers']} handovers" if status["handovers"] else ""
+    line.append(f"  up {span(status['uptime'])}{handovers}  ")
+    drain = status["drain"]
+    if status["ready"]:
+        line.append("ready", style="green")
+    elif drain is not None:
+        line.append(
+            f"draining for at most {span(drain['time_left'])}, allocations left: {drain['allocations']}", style="yellow"
+        )
+    else:
+        line.append(f"not ready: {printable(', '.join(status['not_ready']))}", style="red")
+    if scene.paused:
+        line.append("  paused", style="bold yellow")
+    if scene.problem is not None:
+        line.append(f"  no answer for {span(scene.silent_for)}: {printable(scene.problem)}", style="bold red")
+    left = width - line.cell_len - len(scene.address)
+    if left > 1:
+        line.append(" " * left + scene.address, style="dim")
+    return line
+
+
+def _data_paths(status: Status) -> Text:
+    line = _portal(status["portal"], is_configured=status["config"].get("portal_url") is not None)
+    xdp = status["data_paths"]["xdp"]
+    line.append("   relayed by sockets")
+    if xdp is not None:
+        line.append(" and ")
+        line.append_text(_xdp(xdp))
+    return line
+
+
+def _portal(portal: PortalStatus | None, *, is_configured: bool) -> Text:
+    if portal is None:
+        if is_configured:
+            return Text("portal not joined yet", style="yellow")
+        return Text("standalone, without a portal", style="dim")
+    state, since = printable(portal["state"]), portal["state_age"]
+    is_well = state == "joined" and portal["has_begun"]
+    line = Text("portal ")
+    line.append(state, style="green" if is_well else "red")
+    line.append("" if since is None else f" for {span(since)}")
+    if portal["joins"] > 1:
+        line.append(f", {portal['joins']} joins")
+    if state == "joined" and not portal["has_begun"]:
+        line.append(", has not sent init", style="red")
+    elif not is_well and portal["last_failure"]:
+        line.append(f": {printable(portal['last_failure'])}", style="red")
+    return line
+
+
+def _xdp(xdp: XdpStatus) -> Text:
+    line = Text("XDP on ")
+    for at, (name, mode) in enumerate(xdp["interfaces"].items()):
+        line.append(", " if at else "")
+        text = printable(mode) if mode else "not attached"
+        line.append(f"{printable(name)} ({text})", "" if mode else "red")
+    line.append(f", {xdp['channels']} channels")
+    if xdp["channels_refused"]:
+        line.append(f", {xdp['channels_refused']} refused", style="yellow")
+    return line
+
+
+def _rates(scene: Scene, width: int = 0) -> list[Text]:
+    """Return a line with figures and a sparkline for each direction, both in the same scale."""
+    totals, lines = scene.latest["totals"], []
+    width = max(0, width - _LABEL_WIDTH)
+    shown = [*list(scene.to_peer)[-width:], *list(scene.to_client)[-width:]]
+    peak = max((value for value in shown if value is not None), default=0.0)
+    for label, style, values, rate, flow in (
+        ("to peer", "cyan", scene.to_peer, totals["to_peer_rate"], totals["to_peer"]),
+        ("to client", "green", scene.to_client, totals["to_client_rate"], totals["to_client"]),
+    ):
+        bits, packets = ("-", "-") if rate is None else (bit_rate(rate["bytes"]), short(rate["packets"]))
+        figures = f"{label:<9}{bits:>9} {packets:>6} pkt/s {size(flow['bytes']):>8}"
+        lines.append(Text.assemble(f"{figures:<{_LABEL_WIDTH}}", (sparkline(list(values), width, peak), style)))
+    return lines
+
+
+def _counts(scene: Scene) -> Text:
+    status = scene.latest
+    totals = status["totals"]
+    most = printable(str(status["config"].get("max_allocations")))
+    line = Text(f"allocations {totals['allocations']} of {most}   channels {totals['channels']}")
+    drops = sum(totals["drops"].values())
+    line.append(f"   drops {short(drops)}", style="yellow" if scene.is_dropping else "")
+    errors: dict[str, int] = {}
+    for by_code in totals["responses"]["errors"].values():
+        for code in by_code.keys() - _ROUTINE_ERRORS:
+            errors[code] = errors.get(code, 0) + by_code[code]
+    by_error = totals["send_errors"]
+    for title, count, detail in (
+        ("errors", sum(errors.values()), " ".join(f"{printable(code)}x{short(errors[code])}" for code in sorted(errors))),
+        ("unsent", sum(by_error.values()), " ".join(map(printable, by_error))),
+    ):
+        if count:
+            line.append(f"   {title} {short(count)} ({detail})", style="yellow")
+    return line
+
+
+def _table(scene: Scene, size_: os.terminal_size) -> list[Text]:
+    if not scene.latest["matching"]:
+        return [Text("no allocations", style="dim")]
+    lines = table(scene.latest, size_.columns)
+    for line in lines[1:]:
+        line.stylize("dim" if scene.problem is not None else "")
+    return lines
+
+
+def table(status: Status, width: int | None) -> list[Text]:
+    """Return the table of allocations, with a line of titles; ``width`` is None for no limit."""
+    rows = status["allocations"]
+    fitted = columns.fit(rows, status, width)
+    return [columns.header(fitted, status["page"]["sort"]), *(columns.line(row, fitted) for row in rows)]
+
+
+def _help() -> list[Text]:
+    return [Text.assemble((f"  {keys:<17}", "bold"), text) for keys, text in HELP]
+
+
+def _keys(scene: Scene, width: int) -> Text:
+    """Return the last line: the position in the list, and the keys."""
+    status = scene.latest
+    page, total = status["page"], status["matching"]
+    last = page["offset"] + len(status["allocations"])
+    largest = {"desc": "largest first", "asc": "smallest first"}.get(page["order"], "")
+    position = f" {min(page['offset'] + 1, last)}-{last} of {total} by {printable(page['sort'])}, {largest} "
+    line = Text(position, style="reverse")
+    for key in _KEYS:
+        if line.cell_len + len(key) + 3 > width:
+            break
+        name, _, text = key.partition(" ")
+        line.append("| ")
+        line.append(name, style="bold")
+        line.append(f" {text} ")
+    line.append(" " * max(0, width - line.cell_len))
+    return line
