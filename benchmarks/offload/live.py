@@ -74,7 +74,7 @@ class Live:
         """Count and drop the packets that arrive at an interface, until the link is closed."""
         index = place.interface(interface).ifindex
         with place.entered():
-            return XdpLink(self._programs[_SINK], index, XdpMode.DRIVER)
+            return XdpLink.create(self._programs[_SINK], index, XdpMode.DRIVER)
 
     def prepare(self, frames: Sequence[bytes], ifindex: int, *, window: int, arriving: int) -> None:
         """Prepare the packets of `send`: the first frame of each flow, the sending interface, and the length at the far end.

@@ -8,14 +8,16 @@ from typing import Any, Final, NamedTuple
 import pykka
 
 from relay.actors.actor import Actor, FailureListener, TimedActor
-from relay.actors.messages import Failed, OwnAddresses, Tick
+from relay.actors.messages import Failed, OwnAddresses, Ping, Tick
 from relay.core.addresses import ClientAddress, Family, family_of, show
 from relay.core.commands import OFFLOAD_COMMANDS, Command, InstallChannel
 from relay.logger import Logger
 from relay.net.routes import source_toward
 from relay.net.threads import yield_cpu
 from relay.net.udp import UdpSocket
+from relay.offload.bpf import XdpMode
 from relay.offload.datapath import Datapath, asking
+from relay.offload.devices import InheritedLink
 from relay.offload.layout import OWN_ADDRESSES, V4_MAPPED, packed_address
 from relay.offload.netlink import Changes, Monitor, Network
 from relay.offload.network import Link
@@ -58,6 +60,26 @@ class SwitchOffload(NamedTuple):
     attached: bool
 
 
+class ReadLinks(NamedTuple):
+    """A request for `OffloadedLinks`."""
+
+
+class ReplaceProgram(NamedTuple):
+    """Replace the program of a predecessor on its interfaces, then attach the program to further interfaces."""
+
+
+class OffloadedLinks(NamedTuple):
+    """The interfaces with the program, for a successor."""
+
+    content: dict[str, Any]
+    """Plain data: whether an operator wants offload, and a row of each interface."""
+    descriptors: list[int]
+    """A new descriptor of each link."""
+
+
+NO_LINKS: Final = OffloadedLinks({"wanted": True, "links": []}, [])
+
+
 class OffloadActor(TimedActor):
     """The actor that writes next hops, and attaches and detaches the program.
 
@@ -67,6 +89,7 @@ class OffloadActor(TimedActor):
         clock: the clock for intervals between route queries.
         by_sockets: returns the number of packets that the sockets have relayed.
         failed: receives failures.
+        is_wanted: whether the program is attached, or an operator has detached it.
     """
 
     def __init__(
@@ -76,6 +99,8 @@ class OffloadActor(TimedActor):
         clock: Clock,
         by_sockets: Callable[[], int],
         failed: FailureListener,
+        *,
+        is_wanted: bool = True,
     ) -> None:
         super().__init__("offload", failed)
         self._datapath = datapath
@@ -84,7 +109,7 @@ class OffloadActor(TimedActor):
         self._watch = ProgramWatch()
         self._clock = clock
         self._next_hops = NextHops()
-        self._wanted = True
+        self._wanted = is_wanted
         self._looked_at = -math.inf
         self._network = Network()
         self._inputs: dict[type, Callable[[Any], object]] = {
@@ -92,6 +117,9 @@ class OffloadActor(TimedActor):
             Changes: self._hear,
             OwnAddresses: self._bind,
             SwitchOffload: lambda told: self._switch(attached=told.attached),
+            ReadLinks: lambda _: self._links(),
+            ReplaceProgram: lambda _: self._replace(),
+            Ping: lambda _: None,
             Tick: lambda _: self._look_soon(),
             Failed: _raise,
         }
@@ -166,6 +194,17 @@ class OffloadActor(TimedActor):
         self._next_hops.attach({})
         _log.info("detached: the sockets relay everything")
         return True
+
+    def _links(self) -> OffloadedLinks:
+        links = self._datapath.devices.links()
+        rows = [[each.name, each.ifindex, each.mac.hex(), each.mtu, each.mode] for each in links]
+        return OffloadedLinks({"wanted": self._wanted, "links": rows}, [each.descriptor for each in links])
+
+    def _replace(self) -> None:
+        for note in self._datapath.devices.replace():
+            _log.info("offload changed", what=note)
+        self._watch = ProgramWatch()
+        self._inbox.wake_at(self._clock.monotonic(), self._clock)
 
     def _watch_program(self) -> None:
         """Step down from a mode in which the program does not run: `_attach` then tries the next mode."""
@@ -262,8 +301,11 @@ class Offloading:
         self._offload: pykka.ActorRef[OffloadActor] | None = None
         self._stops: list[Callable[[], object]] = []
 
-    def start(self) -> None:
+    def start(self, inherited: OffloadedLinks | None = None) -> None:
         """Start both actors.
+
+        Args:
+            inherited: the interfaces of a predecessor, which keep its program until `replace`.
 
         Raises:
             UsageError: the kernel rejects rtnetlink queries.
@@ -271,15 +313,44 @@ class Offloading:
         # The monitor opens before the first query, so that no change is missed.
         with asking():
             monitor = Monitor()
-        self._offload = OffloadActor.start(self.datapath, self._hosts, self._clock, self._by_sockets, _failed)
+        if inherited is not None:
+            rows = zip(inherited.content["links"], inherited.descriptors, strict=True)
+            self.datapath.devices.inherit(
+                InheritedLink(name, ifindex, bytes.fromhex(mac), mtu, XdpMode(mode), descriptor)
+                for (name, ifindex, mac, mtu, mode), descriptor in rows
+            )
+        self._offload = OffloadActor.start(
+            self.datapath,
+            self._hosts,
+            self._clock,
+            self._by_sockets,
+            _failed,
+            is_wanted=inherited is None or inherited.content["wanted"],
+        )
         listener = MonitorActor.start(monitor, self._tell, _failed)
         self._stops = [monitor.stop, lambda: _stop(listener), lambda: _stop(self._offload)]
 
     def stop(self) -> None:
-        """Stop both actors, and detach the program."""
-        for stop in self._stops:
+        """Stop both actors, and detach the program. A second call does nothing."""
+        stops, self._stops = self._stops, []
+        for stop in stops:
             stop()
-        self.datapath.detach()
+        if stops:
+            self.datapath.detach()
+
+    def links(self) -> OffloadedLinks:
+        """Return the interfaces with the program, for a successor. The caller closes the descriptors."""
+        links: OffloadedLinks | None = self._ask(ReadLinks())
+        return NO_LINKS if links is None else links
+
+    def install(self, commands: list[Command]) -> None:
+        """Apply the offload commands of a predecessor's state, and return when the next hops are written."""
+        self.carry_out(commands)
+        self._ask(Ping())
+
+    def replace(self) -> None:
+        """Replace the predecessor's program on its interfaces."""
+        self._ask(ReplaceProgram())
 
     def carry_out(self, commands: list[Command]) -> None:
         """Apply the offload commands of a batch, in the server actor's current thread."""
@@ -336,12 +407,16 @@ class Offloading:
 
     def switch(self, attached: bool) -> bool:  # noqa: FBT001 - the only argument
         """Attach or detach the program, and return whether this succeeded."""
+        return bool(self._ask(SwitchOffload(attached)))
+
+    def _ask(self, message: SwitchOffload | ReadLinks | ReplaceProgram | Ping) -> Any:  # noqa: ANN401 - as in Pykka
+        """Return the reply of the offload actor, or None if the actor is dead or too slow."""
         if self._offload is None:
-            return False
+            return None
         try:
-            return bool(self._offload.ask(SwitchOffload(attached), timeout=SWITCH_TIMEOUT))
+            return self._offload.ask(message, timeout=SWITCH_TIMEOUT)
         except (pykka.ActorDeadError, pykka.Timeout):
-            return False
+            return None
 
 
 def _stop(actor: pykka.ActorRef[Any] | None) -> None:

@@ -202,6 +202,8 @@ class ServerActor(Actor):
             return
         self._mailbox.patience = CORE_WAIT
         self._mailbox.handle_by(self._packets)
+        if self._offload is not None:
+            self._offload(frozen.commands)
         for command in frozen.commands:
             self._outputs[type(command)](command)
         rest: ClientDatagrams | None = ClientDatagrams(frozen.requests)

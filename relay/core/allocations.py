@@ -195,10 +195,15 @@ class Allocations:
         self.deadlines.set(allocation.id, ends)
 
     def restore(self, allocation: Allocation, bindings: list[ChannelBinding], at: float, sequence: int) -> None:
-        """Add an allocation of another relay, with its channels and its deadline, or replace a former copy."""
+        """Add an allocation of another relay, with its channels and its deadline, or replace a former copy.
+
+        The kernel relays its live channels from now on.
+        """
         former = self.by_id.get(allocation.id)
         if former is not None:
             self._leave(former)
+            for binding in former.live.values():
+                self._uninstall(binding)
         for binding in bindings:
             live, peers = (
                 (allocation.live, allocation.live_peers) if binding.live else (allocation.expired, allocation.expired_peers)
@@ -210,6 +215,8 @@ class Allocations:
         if allocation.state is AllocationState.ESTABLISHED:
             self.by_port[allocation.port] = allocation.id
         self.deadlines.restore(allocation.id, at, sequence)
+        for binding in allocation.live.values() if self._offload is not None else ():
+            self._install(allocation, binding)
 
     def extend(self, allocation: Allocation, ends: float) -> None:
         """Extend an established allocation."""
@@ -226,11 +233,6 @@ class Allocations:
 
     def remove(self, allocation: Allocation) -> None:
         """Remove an allocation and its channels from all tables."""
-        self.forget(allocation)
-        self._remove_from_kernel(allocation.client, allocation.live)
-
-    def forget(self, allocation: Allocation) -> None:
-        """Remove an allocation and its channels from all tables but the kernel's."""
         self.deadlines.discard(allocation.id)
         self._leave(allocation)
         del self.by_id[allocation.id]
@@ -240,12 +242,7 @@ class Allocations:
         del self.inside_channels[allocation.client]
         self.by_port.pop(allocation.port, None)
         del self.live_peers[allocation.id]
-
-    def install_all(self) -> None:
-        """Let the kernel relay all live channels."""
-        for allocation in self.by_id.values() if self._offload is not None else ():
-            for binding in allocation.live.values():
-                self._install(allocation, binding)
+        self._remove_from_kernel(allocation.client, allocation.live)
 
     def bind_channel(self, allocation: Allocation, number: ChannelNumber, peer: PeerAddress, now: float) -> bool:
         """Bind or refresh a channel. Return False if the number or the peer has another binding."""

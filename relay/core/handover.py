@@ -112,14 +112,15 @@ class Handover:
     def read_rest(self, rest: Rest) -> None:
         """Read the rest of the state, as the last portion."""
         for id_ in rest["ended"]:
-            self._tables.forget(self._tables.by_id[AllocationId(id_)])
+            self._tables.remove(self._tables.by_id[AllocationId(id_)])
+        while self._tables.is_kernel_behind:
+            self._tables.update_kernel()
         self.read_allocations(rest["allocations"])
         self.read_replays(rest["replays"])
         self._early.restore(rest["early"])
         self._requests.lifecycle.restore(rest["lifecycle"])
         self._requests.restore(rest["requests"])
         self._tables.deadlines.sequence = rest["sequence"]
-        self._tables.install_all()
 
     def _row_of(self, allocation: Allocation) -> Row:
         at, sequence = self._tables.deadlines.entry(allocation.id)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from relay.offload import syscall
 from relay.offload.elf import MapDefinition
@@ -176,15 +176,27 @@ class Program(Owned):
 
 
 class XdpLink(Owned):
-    """A program attached to an interface, until the link is closed or the process ends."""
+    """A program attached to an interface, until all descriptors of the link are closed.
 
-    def __init__(self, program: Program, ifindex: int, mode: XdpMode) -> None:
-        """Attach the program to an interface of this thread's network namespace.
+    Args:
+        fd: a descriptor of the link, perhaps from another process.
+    """
+
+    @classmethod
+    def create(cls, program: Program, ifindex: int, mode: XdpMode) -> Self:
+        """Attach a program to an interface of this thread's network namespace.
 
         Raises:
             OSError: EBUSY or EEXIST if another program is attached, EOPNOTSUPP without support by the driver, ENODEV or
                 EINVAL without such an interface.
         """
-        self._subject = f"link to interface {ifindex}"
         arguments = syscall.LinkCreate(program=program.fd, ifindex=ifindex, attach_type=_XDP_ATTACHMENT, flags=mode)
-        super().__init__(syscall.call(Command.LINK_CREATE, arguments, self._subject))
+        return cls(syscall.call(Command.LINK_CREATE, arguments, f"link to interface {ifindex}"))
+
+    def update(self, program: Program) -> None:
+        """Replace the program, between two packets.
+
+        Raises:
+            OSError: ENOLINK if the interface is gone.
+        """
+        syscall.call(Command.LINK_UPDATE, syscall.LinkUpdate(link=self.fd, program=program.fd), "link")

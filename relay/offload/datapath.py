@@ -89,10 +89,18 @@ class Datapath:
             yield [ChannelUsage(*key, *both) for key, both in read if key is not None]
 
 
-def open_datapath(config: Config, offload: OffloadConfig, packaged: Callable[[], bytes] = elf.packaged) -> Datapath:
+def open_datapath(
+    config: Config, offload: OffloadConfig, packaged: Callable[[], bytes] = elf.packaged, *, is_successor: bool = False
+) -> Datapath:
     """Load and attach the program, and drop the capabilities for this.
 
     Call this before starting a thread: dropping a capability affects only the calling thread and threads started later.
+
+    Args:
+        config: the settings.
+        offload: the settings of offload.
+        packaged: returns the object file.
+        is_successor: attach the program later, in place of the predecessor's.
 
     Raises:
         UsageError: the machine, the process or the package does not support offload.
@@ -110,7 +118,7 @@ def open_datapath(config: Config, offload: OffloadConfig, packaged: Callable[[],
     try:
         channels = Channels(program)
         attached = Devices(program, offload)
-        notes = _attach(attached, links)
+        notes = [] if is_successor else _attach(attached, links)
         capabilities.drop()
     except BaseException:
         program.close()

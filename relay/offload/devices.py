@@ -107,9 +107,23 @@ class _Attached(NamedTuple):
     driver: str
     link: XdpLink
 
+    def __str__(self) -> str:
+        return f"{self.spelling} mode, driver {self.driver}"
+
     @property
     def spelling(self) -> str:
         return self.mode.name.lower()
+
+
+class InheritedLink(NamedTuple):
+    """An interface with the program of another process."""
+
+    name: str
+    ifindex: int
+    mac: bytes
+    mtu: int
+    mode: XdpMode
+    descriptor: int
 
 
 class Devices:
@@ -136,6 +150,8 @@ class Devices:
         """Reasons why existing interfaces do not have the program, or the program does not run."""
         self.stalls = 0
         """Times that the program did not run on an interface."""
+        self.is_successor = False
+        """Whether the interfaces have the program of a predecessor. Other interfaces wait."""
         self._unfit: dict[tuple[int, XdpMode], str] = {}
         """Reasons against modes of interfaces."""
 
@@ -187,7 +203,7 @@ class Devices:
         before = {name: each.mode for name, each in self._attached.items()}
         for name in self.names:
             link = by_name.get(name)
-            if link is not None and name not in self._attached:
+            if link is not None and name not in self._attached and not self.is_successor:
                 notes += self._take(link, self._modes(self._driver_of(name)))
         if len({each.mode for each in self._attached.values()}) > 1:
             # A driver loses redirected packets if it has no program of its own.
@@ -202,6 +218,37 @@ class Devices:
         )
         return notes + self._changes(before) + self._see_vlans(links)
 
+    def links(self) -> list[InheritedLink]:
+        """Return the interfaces with the program, for a successor. The descriptors are new."""
+        return [
+            InheritedLink(name, each.ifindex, each.mac, each.mtu, each.mode, os.dup(each.link.fd))
+            for name, each in self._attached.items()
+        ]
+
+    def inherit(self, links: Iterable[InheritedLink]) -> None:
+        """Prepare to replace the program of a predecessor. Links that do not fit the settings are closed."""
+        self.is_successor = True
+        for each in links:
+            link, driver = XdpLink(each.descriptor), self._driver_of(each.name)
+            if each.name in self.names and each.mode in self._modes(driver):
+                self._attached[each.name] = _Attached(each.ifindex, each.mac, each.mtu, each.mode, driver, link)
+            else:
+                link.close()
+
+    def replace(self) -> list[str]:
+        """Replace the program of the predecessor on its interfaces, each between two packets. Return changes to log."""
+        self.is_successor = False
+        notes = []
+        for name, each in list(self._attached.items()):
+            try:
+                self._program.replace(each.link)
+            except OSError as error:
+                self._release(name)
+                notes.append(f"{name} does not take the new program ({error.strerror}): the sockets relay its packets")
+            else:
+                notes.append(f"{name} goes on relaying in the kernel ({each})")
+        return notes
+
     def detach(self) -> None:
         """Detach the program from all interfaces."""
         for each in self._attached.values():
@@ -215,7 +262,7 @@ class Devices:
         In `auto`, the program is detached from the interface. The next call of `attach` tries the next mode.
         """
         attached = self._attached[name]
-        reason = f"no packet of {name} reaches the XDP program ({attached.spelling} mode, driver {attached.driver})"
+        reason = f"no packet of {name} reaches the XDP program ({attached})"
         self.stalls += 1
         if self._mode is AttachMode.AUTO:
             self._unfit[attached.ifindex, attached.mode] = reason
@@ -280,7 +327,7 @@ class Devices:
 
     def _changes(self, before: Mapping[str, XdpMode]) -> list[str]:
         return [
-            f"{name} relays in the kernel ({each.spelling} mode, driver {each.driver})"
+            f"{name} relays in the kernel ({each})"
             for name, each in self._attached.items()
             if before.get(name) is not each.mode
         ]

@@ -93,8 +93,12 @@ class XdpProgram:
         self._opened.close()
 
     def attach(self, ifindex: int, mode: XdpMode) -> XdpLink:
-        """Attach the program to an interface until the link is closed. Errors are as for `XdpLink`."""
-        return XdpLink(self._program, ifindex, mode)
+        """Attach the program to an interface until the link is closed. Errors are as for `XdpLink.create`."""
+        return XdpLink.create(self._program, ifindex, mode)
+
+    def replace(self, link: XdpLink) -> None:
+        """Replace another program on its interface. Errors are as for `XdpLink.update`."""
+        link.update(self._program)
 
     def write_channels(self, clients: Mapping[bytes, bytes], peers: Mapping[bytes, bytes]) -> None:
         """Add or replace channels, as entries of both their ends."""

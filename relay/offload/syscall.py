@@ -29,6 +29,7 @@ class Command(IntEnum):
     MAP_UPDATE_BATCH = 26
     MAP_DELETE_BATCH = 27
     LINK_CREATE = 28
+    LINK_UPDATE = 29
 
 
 def _u32(*names: str) -> tuple[tuple[str, Any], ...]:
@@ -76,6 +77,12 @@ class LinkCreate(ctypes.Structure):
     """BPF_LINK_CREATE."""
 
     _fields_ = _u32("program", "ifindex", "attach_type", "flags")
+
+
+class LinkUpdate(ctypes.Structure):
+    """BPF_LINK_UPDATE."""
+
+    _fields_ = _u32("link", "program", "flags", "old_program")
 
 
 _syscall = ctypes.CDLL(None, use_errno=True).syscall

@@ -8,6 +8,7 @@ hello       successor                                    its settings: some must
 refuse      relay                                        the reason; the relay goes on
 group       relay, for each family                       the sockets of the port for clients
 pages       relay                                        the listening sockets of the pages
+links       relay, with offload                          the interfaces with its XDP program
 some        relay, repeatedly; the successor confirms    allocations with their sockets
 replays     relay, repeatedly                            remembered requests
 ready?      relay; the successor answers with ready      everything but the last changes is sent
@@ -29,9 +30,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import pykka
 
@@ -51,10 +52,14 @@ from relay.net.handover import (
     network_of,
     withdraw,
 )
+from relay.net.threads import yield_cpu
 from relay.ops.machine import OTHER_DESCRIPTORS
 from relay.system.events import HandedOver
 from relay.system.succession import PREPARATION, SUCCESSION, settings_of
 from relay.system.system import System
+
+if TYPE_CHECKING:
+    from relay.actors.offload import OffloadedLinks, Offloading
 
 PORTION: Final = 64
 """Allocations in a message: 0.8 ms of the server actor."""
@@ -153,6 +158,8 @@ class _Predecessor:
         self._held = 0.0
         """Seconds for which requests waited."""
         self._counts: dict[AllocationId, tuple[int, ...]] = {}
+        self._offloaded: object = None
+        """The interfaces with the XDP program."""
 
     def hand_over(self) -> None:
         """Hand over, or raise and go on.
@@ -209,8 +216,6 @@ class _Predecessor:
             return "the relay is shutting down"
         if not system.has_begun:
             return "the relay has not started yet"
-        if system.config.offload is not None:
-            return "the kernel relays packets of this relay: restart it instead"
         for name, here in settings_of(system.config, system.hosts).items():
             if hello["settings"].get(name) != here:
                 return f"the {name} may not change in one step: {here} here, {hello['settings'].get(name)} there"
@@ -234,6 +239,9 @@ class _Predecessor:
             self._link.send("group", content, [each.fileno() for each in group.all])
         pages = {name: [each.listening.fileno() for each in server.listeners] for name, server in system.pages.items()}
         self._link.send("pages", [[name, len(each)] for name, each in pages.items()], list(itertools.chain(*pages.values())))
+        if system.offload is not None:
+            with _links_of(system.offload) as (self._offloaded, descriptors):
+                self._link.send("links", self._offloaded, descriptors)
         ids = self._in_actor(lambda _: self._handover.begin())
         for start in range(0, len(ids), PORTION):
             self._send_some(self._in_actor(functools.partial(self._write, ids=ids[start : start + PORTION])))
@@ -265,6 +273,10 @@ class _Predecessor:
             close_all(descriptors)
 
     def _send_rest(self) -> None:
+        if self._system.offload is not None:
+            with _links_of(self._system.offload) as (now, _):
+                if now != self._offloaded:
+                    raise HandoverError("an interface with the XDP program has changed: try again")
         self._frozen_at = time.monotonic()
         rest, new = self._in_actor(self._freeze)
         for start in range(0, len(new), PORTION):
@@ -305,6 +317,9 @@ class _Predecessor:
         system = self._system
         self._held = time.monotonic() - self._frozen_at
         self._succeeded()
+        if system.offload is not None:
+            # Its program runs no more, unless the successor has none.
+            system.offload.stop()
         readers = self._in_actor(self._pass_on)
         if system.portal_actor is not None:
             system.portal_actor.tell(Succeeded())
@@ -312,7 +327,7 @@ class _Predecessor:
         left = withdraw([*system.readers, *accepting, *readers], RETIREMENT)
         if left:
             _log.warning("readers did not leave in time", readers=left)
-        counts = self._in_actor(self._relayed_since)
+        counts = [*self._in_actor(self._relayed_since), *self._relayed_in_kernel()]
         process = self._link.process
         try:
             self._link.send("retired", [self._held, counts])
@@ -337,6 +352,16 @@ class _Predecessor:
         ]
         return [each for each in since if any(each[1:])]
 
+    def _relayed_in_kernel(self) -> Iterator[list[int]]:
+        """Return the packets and bytes of each channel that the kernel relayed for this process."""
+        offload, by_client = self._system.offload, self._system.core.allocations.by_client
+        for portion in () if offload is None else offload.datapath.usage():
+            for each in portion:
+                allocation = by_client.get(each.client)
+                if allocation is not None:
+                    yield [allocation.id, *each.to_peer[:2], *each.to_client[:2]]
+            yield_cpu()
+
     def _forward(self, message: ClientDatagrams | PeerDatagrams) -> None:
         allocation = message.allocation if isinstance(message, PeerDatagrams) else None
         with contextlib.suppress(HandoverError, TimeoutError):
@@ -350,3 +375,12 @@ class _Predecessor:
 
     def _left(self) -> float:
         return max(0.1, self._until - time.monotonic())
+
+
+@contextlib.contextmanager
+def _links_of(offload: "Offloading") -> Iterator["OffloadedLinks"]:
+    links = offload.links()
+    try:
+        yield links
+    finally:
+        close_all(links.descriptors)

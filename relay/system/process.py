@@ -88,7 +88,7 @@ def run(  # noqa: PLR0913 - the options that are not settings
     if config.offload is not None:
         from relay.offload.datapath import open_datapath  # noqa: PLC0415 - for few relays only
 
-        datapath = open_datapath(config, config.offload)
+        datapath = open_datapath(config, config.offload, is_successor=inheritance is not None)
     events: EventQueue = queue.SimpleQueue()
     leave_last_words()
     with logs.writing(LogFormat(log_format), log_filter, sys.stderr) as log:

@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +22,7 @@ from relay.core.addresses import AllocationId, Family, RelayedPort, family_of
 from relay.core.handover import FORMAT
 from relay.core.server import Server
 from relay.logger import Logger
-from relay.net.handover import HandoverError, HandoverLink, Message, connect, network_of
+from relay.net.handover import HandoverError, HandoverLink, Message, close_all, connect, network_of
 from relay.net.many import ManyReceiver
 from relay.net.reuseport import ReuseportGroup
 from relay.net.udp import ADDRESS_FAMILIES, AskedAddresses, UdpCounters, UdpSocket
@@ -52,7 +52,6 @@ def settings_of(config: Config, hosts: Mapping[Family, str]) -> dict[str, object
         "control address": str(config.control),
         "metrics address": config.metrics and str(config.metrics),
         "portal": None if config.portal is None else config.portal.url.text,
-        "offload": config.offload is not None,
     }
 
 
@@ -80,21 +79,45 @@ class Inheritance:
         self.receiver: ManyReceiver[AllocationId | None] = ManyReceiver()
         """Reads all sockets, from the decision on."""
         self.pages: dict[str, list[socket.socket]] = {}
+        self.links: tuple[dict[str, Any], list[int]] | None = None
+        """The interfaces with the predecessor's XDP program: arguments of `OffloadedLinks`."""
         self._asked: dict[AllocationId, str | None] = {}
 
     def receive(self, config: Config, hosts: Mapping[Family, str], core: Server, counters: UdpCounters, limit: int) -> None:
-        """Receive the sockets and the state, and decide: afterwards this process relays.
+        """Receive the sockets and the state.
 
         Raises:
-            UsageError: the relay refuses, is gone, or went on alone.
+            UsageError: the relay refuses, or is gone.
         """
-        try:
+        with self._failure_explained():
             self._say_hello(config, hosts, limit)
-            core.handover.read_rest(self._receive_all(core, counters))
+            self._receive_until("ready?", core, counters)
+            self.receiver.add(None, [each for group in self.groups.values() for each in group.all])
+
+    def decide(self, core: Server, counters: UdpCounters, complete: Callable[[], None]) -> None:
+        """Receive the last changes, and decide: afterwards this process relays.
+
+        Args:
+            core: the core.
+            counters: the counters of the sockets.
+            complete: prepares the relay for the state of the core.
+
+        Raises:
+            UsageError: the relay is gone, or went on alone.
+        """
+        with self._failure_explained():
+            self._link.send("ready")
+            core.handover.read_rest(self._receive_until("rest", core, counters))
             for id_ in self.allocations.keys() - core.allocations.by_id.keys():
                 self.receiver.remove(id_)
                 self.allocations.pop(id_).sockets.close()
+            complete()
             os.eventfd_read(self._token)
+
+    @contextlib.contextmanager
+    def _failure_explained(self) -> Iterator[None]:
+        try:
+            yield
         except (HandoverError, TimeoutError, BlockingIOError, OSError, LookupError, TypeError, ValueError) as error:
             reason = "it did not wait any longer" if isinstance(error, BlockingIOError) else str(error) or "it is too slow"
             self.close()
@@ -116,7 +139,14 @@ class Inheritance:
             handle.sockets.close()
         for each in itertools.chain(*self.pages.values()):
             each.close()
+        self.close_links()
         self._link.close()
+
+    def close_links(self) -> None:
+        """Leave the interfaces with the predecessor's program, until it ends."""
+        if self.links is not None:
+            close_all(self.links[1])
+            self.links = None
 
     def follow(self, server: pykka.ActorRef[ServerActor], systemd: Systemd, reader: InheritedReader) -> None:
         """Tell the running relay that this process relays, and receive its last packets, in a thread."""
@@ -170,11 +200,13 @@ class Inheritance:
             },
         )
 
-    def _receive_all(self, core: Server, counters: UdpCounters) -> dict[str, Any]:
-        """Receive everything, and return the last changes."""
+    def _receive_until(self, last: str, core: Server, counters: UdpCounters) -> Any:  # noqa: ANN401 - plain data
+        """Receive everything up to a message, and return the content of this message."""
         while True:
-            message = self._link.receive("group", "pages", "some", "replays", "ready?", "rest", timeout=PREPARATION)
+            message = self._link.receive("group", "pages", "links", "some", "replays", last, timeout=PREPARATION)
             match message.kind:
+                case "links":
+                    self.links = message.content, message.descriptors
                 case "group":
                     self._adopt_group(message, counters)
                 case "pages":
@@ -188,11 +220,8 @@ class Inheritance:
                     self._link.send("some")
                 case "replays":
                     core.handover.read_replays(message.content)
-                case "ready?":
-                    self.receiver.add(None, [each for group in self.groups.values() for each in group.all])
-                    self._link.send("ready")
                 case _:
-                    return dict(message.content)
+                    return message.content
 
     def _adopt_group(self, message: Message, counters: UdpCounters) -> None:
         family, has_rest = Family(message.content[0]), message.content[1]

@@ -131,6 +131,7 @@ class System:
         self.pages: dict[str, HttpEndpoint] = {}
         self._log = log
         self._datapath = datapath
+        self.offload: Offloading | None = None
         self.shutdown = Shutdown(self.systemd, self._clock, lambda: RelayTotals(self.measured).traffic)
         self._stack = contextlib.ExitStack()
         self.has_begun = False
@@ -237,19 +238,8 @@ class System:
         # The sockets are opened before the portal is joined, so that a port in use is a usage error.
         inheritance = self._inheritance
         self._stack.enter_context(pushing(self.config.otlp, self.measured))
-        self._open_service_sockets()
-        offload = None
-        if self._datapath is not None:
-            from relay.actors.offload import Offloading  # noqa: PLC0415 - for few relays only
-
-            counters = self.core.counters
-            offload = Offloading(
-                self._datapath,
-                self._addresses.hosts,
-                self.listening,
-                self._clock,
-                lambda: counters.to_peer_packets + counters.to_client_packets,
-            )
+        self._start_data_paths()
+        offload = self.offload
         context = PageContext(
             state=self.measured,
             is_alive=self.is_alive,
@@ -291,9 +281,6 @@ class System:
         # The last usage error was raised above. A usage error must be the only line.
         self._warn()
         self._stack.enter_context(NeighbourWatch(self._inbox.load, self.config.timeouts.look_at_neighbours))
-        if offload is not None:
-            self._stack.callback(offload.stop)
-            offload.start()
         self._follow_addresses(server, offload)
         if self._log is not None:
             self._observe(self._log)
@@ -301,6 +288,45 @@ class System:
             self._start_portal(self.config.portal)
         elif inheritance is None:
             self.start_listeners()
+
+    def _start_data_paths(self) -> None:
+        """Open the sockets and start offload. With a predecessor, this process relays from the end on."""
+        self._open_service_sockets()
+        if self._datapath is not None:
+            self._start_offload(self._datapath)
+        inheritance = self._inheritance
+        if inheritance is not None:
+            inheritance.decide(self.core, self.server_counters.udp, lambda: self._prepare_for(inheritance))
+            if self.offload is not None:
+                # Before the first change of an allocation.
+                self.offload.replace()
+
+    def _start_offload(self, datapath: "Datapath") -> None:
+        from relay.actors.offload import NO_LINKS, OffloadedLinks, Offloading  # noqa: PLC0415 - for few relays only
+
+        counters = self.core.counters
+        self.offload = Offloading(
+            datapath,
+            self._addresses.hosts,
+            self.listening,
+            self._clock,
+            lambda: counters.to_peer_packets + counters.to_client_packets,
+        )
+        self._stack.callback(self.offload.stop)
+        if self._inheritance is None:
+            self.offload.start()
+        else:
+            links, self._inheritance.links = self._inheritance.links, None
+            self.offload.start(NO_LINKS if links is None else OffloadedLinks(*links))
+            self._prepare_for(self._inheritance)
+
+    def _prepare_for(self, inheritance: "Inheritance") -> None:
+        """Prepare the sockets for clients, and the kernel's data path, for the state of another process."""
+        for family, opened in self.listening.items():
+            if self.hosts[family] == UNSPECIFIED[family]:
+                inheritance.restore(opened.asked, family, self.core)
+        if self.offload is not None:
+            self.offload.install(self.core.drain())
 
     def _follow_predecessor(self, inheritance: "Inheritance", server: pykka.ActorRef[ServerActor]) -> None:
         """Relay from now on, in place of another process."""
@@ -323,6 +349,8 @@ class System:
         if self._inheritance is not None:
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             self._inheritance.receive(self.config, self.hosts, self.core, counters, limit)
+            if self._datapath is None:
+                self._inheritance.close_links()
             self.groups = self._inheritance.groups
         for family, host in self.hosts.items():
             if self._inheritance is None:
@@ -333,8 +361,6 @@ class System:
             if host == UNSPECIFIED[family]:
                 asked = AskedAddresses(self.core.allocations.by_client, is_needed=family in self._addresses.several)
                 group.answer_from(asked)
-                if self._inheritance is not None:
-                    self._inheritance.restore(asked, family, self.core)
 
     def _observe(self, log: Log) -> None:
         """Log the core's events that the filter admits, and the relayed traffic."""

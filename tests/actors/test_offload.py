@@ -18,9 +18,10 @@ from typing import Any
 import pykka
 import pytest
 
-from relay.actors.messages import Tick
+from relay.actors.messages import ClientDatagrams, Execute, Tick
 from relay.actors.offload import REST, OffloadActor
 from relay.config import OffloadConfig
+from relay.core.allocations import CHANNEL_LIFETIME
 from relay.net import threads
 from relay.offload import capabilities
 from relay.offload.datapath import open_datapath
@@ -112,6 +113,18 @@ def test_channels_are_in_the_kernel_from_the_response_until_deletion(offloading:
     assert client.refresh(0) is None
     assert state(offloading)["xdp_channels"] == 0
     assert page(offloading, "GET", "/offload/channels")[1] == {"clients": {}}
+
+
+def test_a_channel_that_expires_in_a_failed_handover_leaves_the_kernel(offloading: Relay) -> None:
+    client = offloading.client()
+    client.allocate()
+    assert relays(client)
+    server = offloading.system.server
+    server.ask(Execute(lambda actor: actor.freeze()))
+    offloading.clock.jump(CHANNEL_LIFETIME)
+    server.tell(ClientDatagrams([(b"\x40\0\0\0", client.address, 0, 0)]))
+    server.ask(Execute(lambda actor: actor.thaw()))
+    assert state(offloading)["xdp_channels"] == 0
 
 
 def test_a_scrape_reports_kernel_channels_and_interfaces(offloading: Relay) -> None:

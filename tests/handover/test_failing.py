@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 
 from relay.core.handover import FORMAT
-from relay.net.handover import HandoverError, HandoverLink, Message, close_all, connect, network_of
-from tests.support.handover import HOST, SECRET, Allocator, Starter
+from relay.net.handover import HandoverError, HandoverLink
+from tests.support.handover import SECRET, Allocator, HalfSuccessor, Starter
 from tests.support.program import Program
 from tests.support.turn_client import TurnClient
 from tests.support.waiting import wait_until
@@ -21,61 +21,6 @@ from tests.support.waiting import wait_until
 CHANNEL = 0x4000
 
 STEPS: Final = ("connected", "offered", "group", "some", "ready?", "rest", "decided", "stopped")
-
-
-class HalfSuccessor:
-    """A successor that goes no further than to some step."""
-
-    def __init__(self, path: Path) -> None:
-        link = connect(path)
-        assert link is not None
-        self.link = link
-        self.messages: list[Message] = []
-
-    def go(self, step: str) -> None:
-        """Follow the protocol to a step."""
-        if step == "connected":
-            return
-        offer = self.receive("offer")
-        if step == "offered":
-            return
-        self.link.send("hello", self.hello())
-        while True:
-            message = self.receive("group", "pages", "some", "replays", "ready?", "rest")
-            if message.kind == step:
-                return
-            if message.kind == "some":
-                self.link.send("some")
-            elif message.kind == "ready?":
-                self.link.send("ready")
-            elif message.kind == "rest":
-                break
-        if step == "decided":
-            assert os.eventfd_read(offer.descriptors[0]) == 1
-
-    def receive(self, *kinds: str) -> Message:
-        self.messages.append(self.link.receive(*kinds, timeout=30))
-        return self.messages[-1]
-
-    @staticmethod
-    def hello() -> dict[str, Any]:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened:
-            network = network_of(opened)
-        settings = {
-            "public addresses": [HOST],
-            "bound addresses": [HOST],
-            "health address": f"{HOST}:8080",
-            "control address": "127.0.0.1:0",
-            "portal": None,
-            "offload": False,
-        }
-        ports = [49152, 65535]
-        return {"settings": settings, "ports": ports, "network": network, "now": time.monotonic(), "descriptors": 60000}
-
-    def close(self) -> None:
-        for each in self.messages:
-            close_all(each.descriptors)
-        self.link.close()
 
 
 @pytest.fixture

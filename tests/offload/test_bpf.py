@@ -258,7 +258,7 @@ def test_a_test_run_sets_the_receiving_interface(link_pair: Machine) -> None:
     del link_pair
     near = socket.if_nametoindex("near")
     # Its queues handle XDP only with an attached program.
-    with Program(INTERFACE_AS_VERDICT, license="GPL") as program, XdpLink(program, near, XdpMode.DRIVER):
+    with Program(INTERFACE_AS_VERDICT, license="GPL") as program, XdpLink.create(program, near, XdpMode.DRIVER):
         assert run(program, FRAME, ifindex=near).verdict == near
 
 
@@ -275,8 +275,8 @@ def test_live_frames_are_sent(link_pair: Machine) -> None:
         Map(MapDefinition("counter", MapType.ARRAY, 4, 8, 1, 0)) as counter,
         Program(answer(Verdict.TX), license="GPL") as sending,
         Program(counting(counter), license="GPL") as receiving,
-        XdpLink(sending, near, XdpMode.DRIVER),
-        XdpLink(receiving, far, XdpMode.DRIVER),
+        XdpLink.create(sending, near, XdpMode.DRIVER),
+        XdpLink.create(receiving, far, XdpMode.DRIVER),
     ):
         send_live(sending, FRAME, ifindex=near, repeat=128)
         wait_until(lambda: counter.lookup() == struct.pack("<Q", 128))
@@ -301,7 +301,7 @@ def test_a_link_runs_its_program_until_closed(link_pair: Machine, mode: XdpMode)
         Map(MapDefinition("counter", MapType.ARRAY, 4, 8, 1, 0)) as counter,
         Program(counting(counter), license="GPL") as program,
     ):
-        with XdpLink(program, near, mode), packet_socket("far") as sender:
+        with XdpLink.create(program, near, mode), packet_socket("far") as sender:
             sender.send(FRAME)
             wait_until(lambda: counter.lookup() != bytes(8))
         counted = counter.lookup()
@@ -315,22 +315,22 @@ def test_a_link_runs_its_program_until_closed(link_pair: Machine, mode: XdpMode)
 def test_a_second_link_is_rejected(link_pair: Machine, passing: Program) -> None:
     del link_pair
     near = socket.if_nametoindex("near")
-    with XdpLink(passing, near, XdpMode.DRIVER):
+    with XdpLink.create(passing, near, XdpMode.DRIVER):
         with pytest.raises(OSError, match="BPF_LINK_CREATE of link to interface") as raised:
-            XdpLink(passing, near, XdpMode.DRIVER)
+            XdpLink.create(passing, near, XdpMode.DRIVER)
         assert raised.value.errno == errno.EBUSY
 
 
 def test_a_driver_without_xdp_is_an_error(link_pair: Machine, passing: Program) -> None:
     del link_pair
     with pytest.raises(OSError, match="Operation not supported") as raised:
-        XdpLink(passing, socket.if_nametoindex("lo"), XdpMode.DRIVER)
+        XdpLink.create(passing, socket.if_nametoindex("lo"), XdpMode.DRIVER)
     assert raised.value.errno == errno.EOPNOTSUPP
 
 
 def test_a_link_outlives_its_interface(link_pair: Machine, passing: Program) -> None:
-    with XdpLink(passing, socket.if_nametoindex("near"), XdpMode.DRIVER):
+    with XdpLink.create(passing, socket.if_nametoindex("near"), XdpMode.DRIVER):
         link_pair.run("ip", "link", "del", "near")
         link_pair.run("ip", "link", "add", "near", "type", "veth", "peer", "name", "far")
-        with XdpLink(passing, socket.if_nametoindex("near"), XdpMode.DRIVER) as link:
+        with XdpLink.create(passing, socket.if_nametoindex("near"), XdpMode.DRIVER) as link:
             assert link.fd >= 0

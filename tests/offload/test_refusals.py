@@ -123,7 +123,7 @@ def test_an_interface_with_another_program_is_rejected(host: Host, refused: Refu
     with (
         bpf.Program(PASS, license="GPL") as other,
         host.entered(),
-        bpf.XdpLink(other, host.ifindex("r0"), bpf.XdpMode.DRIVER),
+        bpf.XdpLink.create(other, host.ifindex("r0"), bpf.XdpMode.DRIVER),
     ):
         line = refused("--ebpf-offloading", "r0", "--ebpf-attach-mode", mode)
     assert "r0 has another XDP program: take that away first (ip link set dev r0 xdp off)" in line
