@@ -15,6 +15,7 @@ from typing import Any, Final, TypeAlias
 
 from relay.core.addresses import AllocationId, ChannelNumber, ClientAddress, Family, PeerAddress, RelayedPort
 from relay.core.allocations import Allocation, Allocations, AllocationState, ChannelBinding
+from relay.core.counters import DropReason
 from relay.core.early import EarlyData
 from relay.core.requests import Requests
 
@@ -142,6 +143,7 @@ class Handover:
             allocation.success.hex(),
             list(allocation.cut_short),
             _counts_of(allocation),
+            allocation.drops,
             [_channel_row(each) for each in (*allocation.live.values(), *allocation.expired.values())],
             at,
             sequence,
@@ -150,7 +152,7 @@ class Handover:
     def _read(self, row: Row) -> None:
         (
             id_, client, username, transaction_id, families, missing, port, even_port, lifetime, fingerprint, made_at, ends,
-            state, refused, success, cut_short, counts, channels, at, sequence,
+            state, refused, success, cut_short, counts, drops, channels, at, sequence,
         ) = row  # fmt: skip
         allocation = Allocation(
             AllocationId(id_),
@@ -169,6 +171,7 @@ class Handover:
             refused,
             bytes.fromhex(success),
             cut_short=dict.fromkeys(map(ChannelNumber, cut_short)),
+            drops={DropReason(reason): count for reason, count in drops.items()},
             **dict(zip(_COUNTS, counts, strict=True)),
         )
         bindings = [

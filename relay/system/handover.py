@@ -74,6 +74,8 @@ FOREVER: Final = 1e6
 RETIREMENT: Final = 5.0
 """Seconds for the readers of the relay to leave."""
 
+SHUTTING_DOWN: Final = "the relay is shutting down"
+
 _log = Logger("relay.system.handover")
 
 
@@ -213,7 +215,7 @@ class _Predecessor:
     def _reason_against(self, hello: dict[str, Any]) -> str | None:  # noqa: PLR0911 - a list of reasons
         system = self._system
         if system.shutdown.has_begun:
-            return "the relay is shutting down"
+            return SHUTTING_DOWN
         if not system.has_begun:
             return "the relay has not started yet"
         for name, here in settings_of(system.config, system.hosts).items():
@@ -284,6 +286,8 @@ class _Predecessor:
         self._link.send("rest", rest)
 
     def _freeze(self, actor: ServerActor) -> tuple[dict[str, Any], list[_WrittenAllocation]]:
+        if self._system.shutdown.has_begun:
+            raise HandoverError(SHUTTING_DOWN)
         actor.freeze()
         rest = self._handover.rest()
         self._handover.end()

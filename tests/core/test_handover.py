@@ -128,6 +128,18 @@ def test_the_successor_ends_channels_to_addresses_that_came_to_this_machine_mean
     assert client.bind_channel().code == 403
 
 
+def test_drops_of_an_allocation_go_on() -> None:
+    relay = relay_with()
+    client = Client(relay)
+    id_ = client.allocate().id
+    client.send_on_channel(b"x", CHANNEL)
+    relay.receive_from_peer(id_, b"no channel", PEER)
+    drops = relay.server.allocations.by_id[id_].drops
+    assert drops
+    hand_over(relay)
+    assert relay.server.allocations.by_id[id_].drops == drops
+
+
 def test_later_traffic_is_added_to_the_counts_of_an_allocation() -> None:
     relay = relay_with()
     client = Client(relay)

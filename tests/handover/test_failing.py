@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Final
 
@@ -74,6 +75,22 @@ def test_the_relay_goes_on_if_its_successor_ends(
     successor.close()
     successor.messages.clear()
     relay.wait_for_log("not handed over: this relay goes on")
+    assert serves(client, peer)
+
+
+def test_a_relay_that_begins_to_drain_meanwhile_is_not_handed_over(
+    relay: Program, client: TurnClient, peer: socket.socket, half: Callable[[], HalfSuccessor]
+) -> None:
+    successor = half()
+    successor.go("ready?")
+    host, _, port = relay.control.rpartition(":")
+    connection = HTTPConnection(host, int(port))
+    connection.request("POST", "/drain?timeout=10m")
+    assert connection.getresponse().status == 200
+    connection.close()
+    successor.link.send("ready")
+    relay.wait_for_log("not handed over: this relay goes on")
+    assert "the relay is shutting down" in relay.log
     assert serves(client, peer)
 
 
