@@ -1,7 +1,7 @@
 """The messages of actors."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from relay.core.addresses import AllocationId, Family
 from relay.core.data import Datagram
@@ -74,6 +74,18 @@ class Execute(NamedTuple):
 
 class Ping(NamedTuple):
     """A check that the actor still handles messages: the reply is empty."""
+
+
+class OffloadedLinks(NamedTuple):
+    """The interfaces with the XDP program, for a successor."""
+
+    content: dict[str, Any]
+    """Plain data: whether an operator wants offload, and a row of each interface."""
+    descriptors: list[int]
+    """A new descriptor of each link."""
+
+
+NO_LINKS: Final = OffloadedLinks({"wanted": True, "links": []}, [])
 
 
 class PortalEvent(NamedTuple):

@@ -1,14 +1,10 @@
 """Owns the core: passes the messages of other actors to it, and carries out its commands."""
 
-import contextlib
 import errno
 import gc
-import time
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, Self, cast
-
-import pykka
+from typing import Any, NamedTuple, cast
 
 from relay.actors.actor import Actor, FailureListener
 from relay.actors.handover import FrozenRelay
@@ -26,9 +22,10 @@ from relay.actors.messages import (
     Resume,
     Tick,
 )
-from relay.actors.readers import AllocationActor, RelayedSockets
+from relay.actors.readers import RelayedSockets
+from relay.actors.sockets import AllocationHandle, AllocationSockets, by_address_length
 from relay.config import Timeouts
-from relay.core.addresses import AllocationId, Family, RelayedPort
+from relay.core.addresses import AllocationId, Family
 from relay.core.commands import (
     OFFLOAD_COMMANDS,
     BindPort,
@@ -42,10 +39,9 @@ from relay.core.commands import (
 from relay.core.data import Datagram
 from relay.core.events import CORE_EVENTS, CoreEvent
 from relay.core.lifecycle import BindRefusal
-from relay.core.overload import CORE_WAIT, HANDOVER_WAIT, STALE_AFTER, TURN
+from relay.core.overload import CORE_WAIT, HANDOVER_WAIT, TURN
 from relay.core.server import Server
 from relay.logger import Logger
-from relay.net.receiver import Receiver
 from relay.net.threads import yield_cpu
 from relay.net.udp import UdpSocket, is_broken, name_of
 from relay.ops.clock import Clock
@@ -63,8 +59,6 @@ reference cycles."""
 
 _log = Logger("relay.actors.server")
 
-_ADDRESS_LENGTHS = {Family.IPV4: 2, Family.IPV6: 4}
-
 # Not EACCES and EPERM: a rule that forbids one port forbids them all, and trying each port would delay all clients.
 _PORT_REFUSALS = frozenset((errno.EADDRINUSE,))
 
@@ -79,25 +73,8 @@ class DataPaths(NamedTuple):
     offload: Callable[[list[Command]], None] | None = None
     """Carries out the commands for the kernel's data path; None without offload."""
     timeouts: Timeouts = Timeouts()
-    inherited: "Mapping[AllocationId, AllocationHandle]" = MappingProxyType({})
+    inherited: Mapping[AllocationId, AllocationHandle] = MappingProxyType({})
     """The allocations that a predecessor handed over."""
-
-
-class AllocationHandle(NamedTuple):
-    """The actor and the sockets of one allocation."""
-
-    actor: pykka.ActorRef[AllocationActor] | None
-    """None while `InheritedReader` reads the sockets."""
-    sockets: RelayedSockets
-    receiver: Receiver
-    to_peers: dict[int, UdpSocket]
-    """The sockets by the length of the addresses that they send to."""
-
-    @classmethod
-    def of(cls, sockets: RelayedSockets) -> Self:
-        """Return the handle of sockets that no actor reads yet."""
-        receiver = Receiver(tuple(sockets.by_family.values()), stale_after=STALE_AFTER)
-        return cls(None, sockets, receiver, by_address_length(sockets.by_family))
 
 
 class ServerActor(Actor):
@@ -119,15 +96,12 @@ class ServerActor(Actor):
         self.core = core
         self.counters = counters
         self._mailbox = cast(Mailbox, self.actor_inbox)
-        self.allocations = dict(paths.inherited)
-        self._inherited = self.allocations.copy()
-        """Allocations without a reader of their own."""
-        if self._inherited:
+        self._sockets = AllocationSockets(self.actor_ref, self._mailbox.load, paths.inherited)
+        self.allocations = self._sockets.by_id
+        if paths.inherited:
             self._mailbox.patience = HANDOVER_WAIT
         self._frozen: FrozenRelay | None = None
         """Set from the last look of a successor until the outcome of the handover."""
-        self._closing: dict[RelayedPort, pykka.Future[bool]] = {}
-        """Ports of ended allocations whose sockets may be open still."""
         self._listening = paths.listening
         self._to_clients = by_address_length(paths.listening)
         self._bind_hosts = paths.bind_hosts
@@ -157,7 +131,7 @@ class ServerActor(Actor):
             SendToClient: self._send_to_client,
             SendToPeer: self._send_to_peer,
             BindPort: self._bind_port,
-            FreeAllocation: self._free_allocation,
+            FreeAllocation: lambda command: self._sockets.close(command.allocation),
             Drained: news,
             HandIn: self._hand_in,
             **dict.fromkeys(CORE_EVENTS, news),
@@ -221,16 +195,9 @@ class ServerActor(Actor):
 
     def start_readers(self, allocations: Collection[AllocationId]) -> None:
         """Start a reader for each of these inherited allocations, or close its sockets. Call this in an `Execute`."""
-        for id_ in allocations:
-            handle = self._inherited.pop(id_)
-            if id_ not in self.allocations:
-                handle.sockets.close()
-                continue
-            try:
-                self.allocations[id_] = self._start_reader(id_, handle)
-            except RuntimeError as error:
-                self._fail_allocation(AllocationFailed(id_, error))
-        if not self._inherited:
+        for failure in self._sockets.start_readers(allocations):
+            self._fail_allocation(failure)
+        if not self._sockets.are_inherited:
             self._mailbox.patience = CORE_WAIT
 
     def on_failure(self, *failure: Any) -> None:  # noqa: ANN401 - what sys.exc_info() gives
@@ -241,16 +208,8 @@ class ServerActor(Actor):
     def on_stop(self) -> None:
         """Close all allocations, within a bounded time."""
         self._mailbox.close(self._timeouts.release_core)
-        for inherited in self._inherited.values():
-            inherited.sockets.close()
-        started = [each for each in self.allocations.values() if each.actor is not None]
-        waited_for = [*self._closing.values(), *map(_close, started)]
-        self.allocations.clear()
-        until = time.monotonic() + STOP_TIMEOUT
-        for closed in waited_for:
-            if not _is_closed(closed, until - time.monotonic()):
-                _log.warning("allocations not closed in time", seconds=STOP_TIMEOUT)
-                return
+        if not self._sockets.close_all(STOP_TIMEOUT):
+            _log.warning("allocations not closed in time", seconds=STOP_TIMEOUT)
 
     def _handle_client_datagrams(self, message: ClientDatagrams) -> ClientDatagrams | None:
         """Handle datagrams until the turn is over; return the rest."""
@@ -371,40 +330,16 @@ class ServerActor(Actor):
         self._rest[:0] = command.datagrams
 
     def _bind_port(self, command: BindPort) -> None:
-        closed = self._closing.get(command.port)
         # If it takes longer, the bind fails because the port is in use, and the core tries another port. No packet is
         # relayed during the wait, so the server actor waits only for the last port.
-        if closed is not None and _is_closed(closed, 0 if self.core.free_port_count else self._timeouts.close_port):
-            del self._closing[command.port]
+        self._sockets.wait_for(command.port, 0 if self.core.free_port_count else self._timeouts.close_port)
         try:
-            self.allocations[command.allocation] = self._start_allocation(command)
+            hosts = {family: self._bind_hosts[family] for family in command.families}
+            self._sockets.add(command.allocation, RelayedSockets.open(hosts, command.port, self.counters.udp))
         except (OSError, RuntimeError) as error:
             self._report_refusal(command, error)
         else:
             self.core.handle_bound(command.allocation, self._clock.now())
-
-    def _start_allocation(self, command: BindPort) -> AllocationHandle:
-        """Bind the sockets of an allocation and start its actor.
-
-        Raises:
-            OSError: a socket can't be opened or bound.
-            RuntimeError: a thread can't be started.
-        """
-        hosts = {family: self._bind_hosts[family] for family in command.families}
-        sockets = RelayedSockets.open(hosts, command.port, self.counters.udp)
-        return self._start_reader(command.allocation, AllocationHandle.of(sockets))
-
-    def _start_reader(self, id_: AllocationId, handle: AllocationHandle) -> AllocationHandle:
-        def failed(_: str, error: BaseException) -> None:
-            with contextlib.suppress(pykka.ActorDeadError):
-                self.actor_ref.tell(AllocationFailed(id_, error))
-
-        try:
-            actor = AllocationActor.start(id_, handle.sockets, handle.receiver, self.actor_ref, self._mailbox.load, failed)
-        except BaseException:
-            handle.sockets.close()
-            raise
-        return handle._replace(actor=actor)
 
     def _report_refusal(self, command: BindPort, error: OSError | RuntimeError) -> None:
         self.counters.bind_errors[_name(error)] += 1
@@ -416,37 +351,6 @@ class ServerActor(Actor):
         self.core.handle_bind_refused(
             command.allocation, BindRefusal.PORT if port_refused else BindRefusal.MACHINE, self._clock.now()
         )
-
-    def _free_allocation(self, command: FreeAllocation) -> None:
-        handle = self.allocations.pop(command.allocation, None)
-        if handle is None or handle.actor is None:
-            # `start_readers` closes inherited sockets, which another thread reads.
-            return
-        # Old ports are closed by now, so only the ports of the last moments are kept.
-        while self._closing and _is_closed(self._closing[oldest := next(iter(self._closing))], 0):
-            del self._closing[oldest]
-        self._closing[handle.sockets.port] = _close(handle)
-
-
-def _close(handle: AllocationHandle) -> pykka.Future[bool]:
-    """Stop an allocation's actor, which closes the sockets; return a future of that."""
-    assert handle.actor is not None  # noqa: S101 - inherited sockets are closed otherwise
-    handle.receiver.stop()
-    return handle.actor.stop(block=False)
-
-
-def _is_closed(closed: pykka.Future[bool], timeout: float) -> bool:
-    """Wait for some seconds until an allocation's sockets are closed; return whether they are."""
-    try:
-        closed.get(timeout=max(0.0, timeout))
-    except pykka.Timeout:
-        return False
-    return True
-
-
-def by_address_length(sockets: Mapping[Family, UdpSocket]) -> dict[int, UdpSocket]:
-    """Return sockets by the length of their family's addresses: a look-up costs a packet no more than a len()."""
-    return {_ADDRESS_LENGTHS[family]: each for family, each in sockets.items()}
 
 
 def _name(error: OSError | RuntimeError) -> str:

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 import pykka
 
 from relay import __version__
-from relay.actors.messages import ClientDatagrams, Execute, PeerDatagrams, Succeeded
+from relay.actors.messages import ClientDatagrams, Execute, OffloadedLinks, PeerDatagrams, Succeeded
 from relay.actors.server import ServerActor
 from relay.config import UsageError
 from relay.core.addresses import AllocationId, Family, RelayedPort, family_of
@@ -59,7 +59,7 @@ from relay.system.succession import PREPARATION, SUCCESSION, settings_of
 from relay.system.system import System
 
 if TYPE_CHECKING:
-    from relay.actors.offload import OffloadedLinks, Offloading
+    from relay.system.offload import Offloading
 
 PORTION: Final = 64
 """Allocations in a message: 0.8 ms of the server actor."""
@@ -382,7 +382,7 @@ class _Predecessor:
 
 
 @contextlib.contextmanager
-def _links_of(offload: "Offloading") -> Iterator["OffloadedLinks"]:
+def _links_of(offload: "Offloading") -> Iterator[OffloadedLinks]:
     links = offload.links()
     try:
         yield links

@@ -25,7 +25,7 @@ from relay.status.page import StatusPage
 
 if TYPE_CHECKING:
     # Imported only by relays with offload.
-    from relay.actors.offload import Offloading
+    from relay.system.offload import Offloading
 
 _LIMITS = Limits(shared=frozenset(("/livez",)))
 """A flood of the health address must not cause a 503 for the supervisor's probe, which would restart the relay."""

@@ -14,9 +14,10 @@ from typing import Any, Final
 import pykka
 
 from relay.actors.handover import InheritedReader
-from relay.actors.messages import ClientDatagrams, Execute, PeerDatagrams
+from relay.actors.messages import NO_LINKS, ClientDatagrams, Execute, OffloadedLinks, PeerDatagrams
 from relay.actors.readers import RelayedSockets
-from relay.actors.server import AllocationHandle, ServerActor
+from relay.actors.server import ServerActor
+from relay.actors.sockets import AllocationHandle
 from relay.config import Config, UsageError
 from relay.core.addresses import AllocationId, Family, RelayedPort, family_of
 from relay.core.handover import FORMAT
@@ -79,8 +80,7 @@ class Inheritance:
         self.receiver: ManyReceiver[AllocationId | None] = ManyReceiver()
         """Reads all sockets, from the decision on."""
         self.pages: dict[str, list[socket.socket]] = {}
-        self.links: tuple[dict[str, Any], list[int]] | None = None
-        """The interfaces with the predecessor's XDP program: arguments of `OffloadedLinks`."""
+        self._links = NO_LINKS
         self._asked: dict[AllocationId, str | None] = {}
 
     def receive(self, config: Config, hosts: Mapping[Family, str], core: Server, counters: UdpCounters, limit: int) -> None:
@@ -139,14 +139,13 @@ class Inheritance:
             handle.sockets.close()
         for each in itertools.chain(*self.pages.values()):
             each.close()
-        self.close_links()
+        close_all(self._links.descriptors)
         self._link.close()
 
-    def close_links(self) -> None:
-        """Leave the interfaces with the predecessor's program, until it ends."""
-        if self.links is not None:
-            close_all(self.links[1])
-            self.links = None
+    def take_links(self) -> OffloadedLinks:
+        """Return the interfaces with the predecessor's XDP program. The caller closes the descriptors."""
+        links, self._links = self._links, NO_LINKS
+        return links
 
     def follow(self, server: pykka.ActorRef[ServerActor], systemd: Systemd, reader: InheritedReader) -> None:
         """Tell the running relay that this process relays, and receive its last packets, in a thread."""
@@ -206,7 +205,7 @@ class Inheritance:
             message = self._link.receive("group", "pages", "links", "some", "replays", last, timeout=PREPARATION)
             match message.kind:
                 case "links":
-                    self.links = message.content, message.descriptors
+                    self._links = OffloadedLinks(message.content, message.descriptors)
                 case "group":
                     self._adopt_group(message, counters)
                 case "pages":

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import queue
-import resource
 from collections import Counter
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -31,7 +30,7 @@ from relay.net.receiver import Receiver
 from relay.net.reuseport import ReuseportGroup
 from relay.net.routes import own_addresses
 from relay.net.threads import sharing_a_cpu
-from relay.net.udp import AskedAddresses, UdpSocket, discard_waiting
+from relay.net.udp import UdpSocket, discard_waiting
 from relay.ops.addresses import (
     relay_addresses,
     relayed_hosts,
@@ -44,11 +43,12 @@ from relay.ops.kernel_settings import findings, read_machine
 from relay.ops.logs.core import log_event, wanted
 from relay.ops.logs.log import Log
 from relay.ops.logs.stats import StatsLine, flow_in
-from relay.ops.machine import UNSPECIFIED, bind_hosts, open_service_sockets, raise_descriptor_limit
+from relay.ops.machine import bind_hosts, raise_descriptor_limit
 from relay.ops.metrics.push import pushing
 from relay.ops.systemd import Systemd
 from relay.ops.totals import Handovers, Identity, Limits, NotReady, RelayState, RelayTotals, ServerCounters
 from relay.system.core import random_source, server_config
+from relay.system.data_paths import OwnNetwork, open_data_paths
 from relay.system.events import DrainRequest, EventQueue, Failure, SystemRequest
 from relay.system.liveness import Liveness
 from relay.system.pages import PageContext, serving, warn_if_open
@@ -56,10 +56,10 @@ from relay.system.shutdown import ANSWERING, Shutdown
 
 if TYPE_CHECKING:
     # Imported only by relays that use them: see _start.
-    from relay.actors.offload import Offloading
     from relay.actors.portal import PortalActor
     from relay.offload.datapath import Datapath
     from relay.ops.http.endpoint import HttpEndpoint
+    from relay.system.offload import Offloading
     from relay.system.succession import Inheritance
 
 
@@ -238,12 +238,36 @@ class System:
         # The sockets are opened before the portal is joined, so that a port in use is a usage error.
         inheritance = self._inheritance
         self._stack.enter_context(pushing(self.config.otlp, self.measured))
-        self._start_data_paths()
-        offload = self.offload
+        self.groups, self.offload = open_data_paths(
+            self.config,
+            OwnNetwork(self.hosts, self._addresses),
+            self.core,
+            self.server_counters.udp,
+            self._clock,
+            self._datapath,
+            inheritance,
+            self._stack,
+        )
+        self._serve_pages()
+        server, inbox = self._start_server()
+        if inheritance is not None:
+            self._follow_predecessor(inheritance, server)
+        # The last usage error was raised above. A usage error must be the only line.
+        self._warn()
+        self._stack.enter_context(NeighbourWatch(inbox.load, self.config.timeouts.look_at_neighbours))
+        self._follow_addresses(server, self.offload)
+        if self._log is not None:
+            self._observe(self._log)
+        if self.config.portal is not None:
+            self._start_portal(self.config.portal)
+        elif inheritance is None:
+            self.start_listeners()
+
+    def _serve_pages(self) -> None:
         context = PageContext(
             state=self.measured,
             is_alive=self.is_alive,
-            offloading=offload,
+            offloading=self.offload,
             bind_hosts=self.hosts,
             clients=lambda: [self.address_of(family) for family in self.groups],
             now=self._clock.now,
@@ -251,16 +275,17 @@ class System:
             drain=self._request_drain,
             log=self._log,
         )
-        self.pages = self._stack.enter_context(
-            serving(self.config, context, {} if inheritance is None else inheritance.pages)
-        )
+        inherited = {} if self._inheritance is None else self._inheritance.pages
+        self.pages = self._stack.enter_context(serving(self.config, context, inherited))
         self.http = {name: each.address for name, each in self.pages.items()}
+
+    def _start_server(self) -> tuple[pykka.ActorRef[ServerActor], Mailbox]:
         paths = DataPaths(
             self.listening,
             self._addresses.hosts,
-            None if offload is None else offload.carry_out,
+            None if self.offload is None else self.offload.carry_out,
             self.config.timeouts,
-            {} if inheritance is None else inheritance.allocations,
+            {} if self._inheritance is None else self._inheritance.allocations,
         )
 
         def report(event: Drained | CoreEvent) -> None:
@@ -276,57 +301,7 @@ class System:
         self._liveness = Liveness(server, lambda: self.events.put(SystemRequest.DUMP))
         self._inbox = cast(Mailbox, server.actor_inbox)
         self._stack.callback(self._inbox.close, self.config.timeouts.release_core)
-        if inheritance is not None:
-            self._follow_predecessor(inheritance, server)
-        # The last usage error was raised above. A usage error must be the only line.
-        self._warn()
-        self._stack.enter_context(NeighbourWatch(self._inbox.load, self.config.timeouts.look_at_neighbours))
-        self._follow_addresses(server, offload)
-        if self._log is not None:
-            self._observe(self._log)
-        if self.config.portal is not None:
-            self._start_portal(self.config.portal)
-        elif inheritance is None:
-            self.start_listeners()
-
-    def _start_data_paths(self) -> None:
-        """Open the sockets and start offload. With a predecessor, this process relays from the end on."""
-        self._open_service_sockets()
-        if self._datapath is not None:
-            self._start_offload(self._datapath)
-        inheritance = self._inheritance
-        if inheritance is not None:
-            inheritance.decide(self.core, self.server_counters.udp, lambda: self._prepare_for(inheritance))
-            if self.offload is not None:
-                # Before the first change of an allocation.
-                self.offload.replace()
-
-    def _start_offload(self, datapath: "Datapath") -> None:
-        from relay.actors.offload import NO_LINKS, OffloadedLinks, Offloading  # noqa: PLC0415 - for few relays only
-
-        counters = self.core.counters
-        self.offload = Offloading(
-            datapath,
-            self._addresses.hosts,
-            self.listening,
-            self._clock,
-            lambda: counters.to_peer_packets + counters.to_client_packets,
-        )
-        self._stack.callback(self.offload.stop)
-        if self._inheritance is None:
-            self.offload.start()
-        else:
-            links, self._inheritance.links = self._inheritance.links, None
-            self.offload.start(NO_LINKS if links is None else OffloadedLinks(*links))
-            self._prepare_for(self._inheritance)
-
-    def _prepare_for(self, inheritance: "Inheritance") -> None:
-        """Prepare the sockets for clients, and the kernel's data path, for the state of another process."""
-        for family, opened in self.listening.items():
-            if self.hosts[family] == UNSPECIFIED[family]:
-                inheritance.restore(opened.asked, family, self.core)
-        if self.offload is not None:
-            self.offload.install(self.core.drain())
+        return server, self._inbox
 
     def _follow_predecessor(self, inheritance: "Inheritance", server: pykka.ActorRef[ServerActor]) -> None:
         """Relay from now on, in place of another process."""
@@ -342,25 +317,6 @@ class System:
         self.has_begun = True
         inheritance.follow(server, self.systemd, reader)
         reader.begin()
-
-    def _open_service_sockets(self) -> None:
-        """Open the sockets of the port for clients, or continue with all sockets of another process."""
-        counters = self.server_counters.udp
-        if self._inheritance is not None:
-            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-            self._inheritance.receive(self.config, self.hosts, self.core, counters, limit)
-            if self._datapath is None:
-                self._inheritance.close_links()
-            self.groups = self._inheritance.groups
-        for family, host in self.hosts.items():
-            if self._inheritance is None:
-                self.groups[family] = open_service_sockets(family, host, self.config.service_port, counters)
-            group = self.groups[family]
-            for each in group.all:
-                self._stack.callback(each.close)
-            if host == UNSPECIFIED[family]:
-                asked = AskedAddresses(self.core.allocations.by_client, is_needed=family in self._addresses.several)
-                group.answer_from(asked)
 
     def _observe(self, log: Log) -> None:
         """Log the core's events that the filter admits, and the relayed traffic."""
