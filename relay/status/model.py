@@ -45,7 +45,7 @@ class PortalStatus(TypedDict):
     """Connection to the portal."""
 
     state: str
-    """Normally `joined`; `docs/portal.md` lists all states."""
+    """Normally `joined`; `docs/metrics.md` lists all states."""
     has_begun: bool
     """Whether the portal has sent `init`, after which the relay answers clients."""
     state_age: float | None
