@@ -87,7 +87,7 @@ def warn_about_addresses(config: Config, hosts: Mapping[Family, str]) -> None:
     own = own_addresses()
     for family, public in config.public_hosts.items():
         version = "46"[family - 1]
-        if _is_private(public):
+        if _is_private(public) and not ip_address(public).is_loopback:
             mend = f"give --public-ip{version}-addr the address at which clients reach this relay"
             _log.warning("the public address is private: clients on the internet can't reach it", address=public, mend=mend)
         if hosts[family] != UNSPECIFIED[family]:

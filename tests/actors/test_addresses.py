@@ -196,6 +196,11 @@ def test_a_relay_of_a_private_network_needs_no_route_to_the_internet(
     assert (warned["address"], "--public-ip4-addr" in warned["mend"]) == ("10.0.0.5", True)
 
 
+def test_a_relay_on_loopback_is_for_trials_and_warns_of_no_address(start: Start, entries: Entries) -> None:
+    start(public_ip4=IPv4Address("127.0.0.1"), public_ip6=None)
+    assert entries.of("the public address is private: clients on the internet can't reach it") == []
+
+
 def test_behind_a_nat_a_route_to_the_public_address_is_enough(machine: Machine, start: Start) -> None:
     """Not all networks behind a NAT have a default route, for example that of Firezone's compose file."""
     machine.run("ip", "route", "del", "default")
