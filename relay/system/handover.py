@@ -176,8 +176,10 @@ class _Predecessor:
             try:
                 self._send_all()
                 self._link.receive("ready", timeout=self._left())
-                self._send_rest()
-                self._decide(token)
+                with self._system.deciding:
+                    self._send_rest()
+                    self._decide(token)
+                    self._system.has_successor = True
             except BaseException:
                 self._in_actor(self._go_on)
                 raise
@@ -286,7 +288,7 @@ class _Predecessor:
         self._link.send("rest", rest)
 
     def _freeze(self, actor: ServerActor) -> tuple[dict[str, Any], list[_WrittenAllocation]]:
-        if self._system.shutdown.has_begun:
+        if self._system.shutdown.has_begun or not self._system.has_begun:
             raise HandoverError(SHUTTING_DOWN)
         actor.freeze()
         rest = self._handover.rest()

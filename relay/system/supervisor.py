@@ -1,5 +1,6 @@
 """Supervise a running relay: handle its events in the main thread until it must stop."""
 
+import contextlib
 import queue
 from collections.abc import Callable
 from typing import Any
@@ -24,14 +25,31 @@ def supervise(system: System, dump: Callable[[], None]) -> int:
         dump: writes the state and all stacks.
     """
     while True:
-        try:
+        event: Event | None = None
+        with contextlib.suppress(queue.Empty):
             event = system.events.get(timeout=system.shutdown.timeout())
-        except queue.Empty:
-            code = system.shutdown.expire(len(system.core.allocations.by_id))
-        else:
-            code = _handle(system, event, dump)
-        if code is not None:
-            return code
+        with system.deciding:
+            if system.has_successor:
+                return _wait_until_handed_over(system, event)
+            code = (
+                system.shutdown.expire(len(system.core.allocations.by_id)) if event is None else _handle(system, event, dump)
+            )
+            if code is not None:
+                # No handover may begin any more.
+                system.has_begun = False
+                return code
+
+
+def _wait_until_handed_over(system: System, event: Event | None) -> int:
+    """Leave everything to the successor. Requests to end stay in the queue."""
+    late = []
+    while not isinstance(event, HandedOver):
+        if event in {SystemRequest.LEAVE, SystemRequest.STOP}:
+            late.append(event)
+        event = system.events.get()
+    for each in late:
+        system.events.put(each)
+    return 0
 
 
 def _handle(system: System, event: Event, dump: Callable[[], None]) -> int | None:
@@ -40,8 +58,7 @@ def _handle(system: System, event: Event, dump: Callable[[], None]) -> int | Non
     match event:
         case SystemRequest.DUMP:
             _dump(dump)
-        case SystemRequest.STOP | HandedOver():
-            system.has_successor = event == HandedOver()
+        case SystemRequest.STOP:
             code = 0
         case SystemRequest.LEAVE:
             code = _begin_shutdown(system, system.portal_actor, exit_code=0)

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import queue
+import threading
 from collections import Counter
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -138,6 +139,9 @@ class System:
         """Whether the relay responds to clients."""
         self.has_successor = False
         """Whether another process relays now."""
+        self.deciding = threading.Lock()
+        """Held from the freeze of a handover to its outcome, and for each event. An end of this process in between would
+        shut down the sockets of the successor."""
         self._unreachable: Collection[NotReady] = ()
         self._server: pykka.ActorRef[ServerActor] | None = None
         self._liveness: Liveness | None = None

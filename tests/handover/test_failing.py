@@ -2,6 +2,8 @@
 
 import os
 import random
+import select
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -92,6 +94,26 @@ def test_a_relay_that_begins_to_drain_meanwhile_is_not_handed_over(
     relay.wait_for_log("not handed over: this relay goes on")
     assert "the relay is shutting down" in relay.log
     assert serves(client, peer)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_to_end_does_not_disturb_the_sockets_of_a_successor(
+    relay: Program, client: TurnClient, half: Callable[[], HalfSuccessor], number: signal.Signals
+) -> None:
+    successor = half()
+    successor.go("rest")
+    relay.process.send_signal(number)
+    # The relay is frozen. Established channels go on until the decision.
+    assert os.eventfd_read(successor.messages[0].descriptors[0]) == 1
+    successor.link.send("relaying")
+    successor.receive("retired")
+    successor.receive("go")
+    assert relay.wait() == 0
+    client.start_binding(CHANNEL + 1, ("127.0.0.1", 5000))
+    (group,) = (each.descriptors for each in successor.messages if each.kind == "group")
+    arrived, _, _ = select.select(group, [], [], 30)
+    with socket.socket(fileno=os.dup(arrived[0])) as opened:
+        assert opened.recv(2000), "the socket is shut down"
 
 
 def test_the_relay_goes_on_if_its_successor_hangs_before_the_decision(
