@@ -13,8 +13,9 @@ import yaml
 from kubernetes_validate import ValidationError
 
 from relay.cli import cli
-from relay.config import LIVE_TIMEOUT, SERVICE_PORT
+from relay.config import LIVE_TIMEOUT
 from relay.system.shutdown import LEAVE_TIMEOUT, STOP_TIMEOUT
+from relay.system.succession import PREPARATION
 
 TOP = Path(__file__).parents[2]
 KUBERNETES = TOP / "deploy" / "kubernetes"
@@ -81,7 +82,7 @@ def test_each_manifest_is_valid(path: Path) -> None:
 
 
 def broken_type(manifest: Manifest) -> None:
-    manifest["spec"]["template"]["spec"]["containers"][0]["ports"][0]["containerPort"] = "3478"
+    manifest["spec"]["template"]["spec"]["volumes"][0]["hostPath"] = "/run/firezone-relay"
 
 
 def broken_name(manifest: Manifest) -> None:
@@ -109,12 +110,17 @@ def test_an_invalid_manifest_is_detected(daemonset: Manifest, breaks: Callable[[
 
 
 def check_monitor(monitor: Manifest, template: Manifest) -> None:
-    """Check that a PodMonitor selects the pods, and a port that has the metrics address."""
+    """Check that a PodMonitor selects the relays, and scrapes the metrics address."""
     assert monitor["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
     (container,) = template["spec"]["containers"]
     (endpoint,) = monitor["podMetricsEndpoints"]
-    (port,) = [each["containerPort"] for each in container["ports"] if each["name"] == endpoint["port"]]
-    assert settings(container)["METRICS_ADDR"] == f"$(POD_IP):{port}"
+    # Prometheus would find a port by name or number among the declared ports only.
+    assert endpoint.keys() == {"interval", "relabelings"}
+    of_container, address, *_, without_pod = endpoint["relabelings"]
+    assert (of_container["action"], of_container["regex"]) == ("keep", container["name"])
+    assert address["targetLabel"] == "__address__"
+    assert settings(container)["METRICS_ADDR"] == address["replacement"].replace("$1", "$(POD_IP)")
+    assert without_pod == {"action": "labeldrop", "regex": "pod"}
     names = [each["name"] for each in container["env"]]
     assert names.index("POD_IP") < names.index("METRICS_ADDR"), "Kubernetes expands earlier variables only"
 
@@ -132,6 +138,7 @@ def test_the_output_of_kustomize_is_valid(tmp_path: Path, components: list[str])
     assert set(manifests) == {"Namespace", "PriorityClass", "DaemonSet"}
     for each in manifests.values():
         check(each)
+    check_ports(manifests["DaemonSet"])
     for monitor in monitors:
         check_monitor(monitor["spec"], manifests["DaemonSet"]["spec"]["template"])
     (container,) = manifests["DaemonSet"]["spec"]["template"]["spec"]["containers"]
@@ -176,9 +183,10 @@ def test_a_hanging_relay_gets_time_to_dump_and_none_to_drain(pod: Manifest, cont
 
 def test_the_token_is_mounted_at_the_configured_path(pod: Manifest, container: Manifest) -> None:
     path = Path(settings(container)["FIREZONE_TOKEN"])
-    (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
-    assert mount["name"] == volume["name"]
+    (volume,) = (each for each in pod["volumes"] if "secret" in each)
+    (mount,) = (each for each in container["volumeMounts"] if each["name"] == volume["name"])
     assert Path(mount["mountPath"]) == path.parent
+    assert mount["readOnly"]
     assert path.name == "token", "as the command in kustomization.yaml names it"
     assert volume["secret"]["defaultMode"] & 0o040, "readable by fsGroup, which is the relay's"
     assert not volume["secret"]["defaultMode"] & 0o007
@@ -186,13 +194,11 @@ def test_the_token_is_mounted_at_the_configured_path(pod: Manifest, container: M
 
 def test_probes_use_existing_health_pages(container: Manifest) -> None:
     host, _, port = settings(container)["HEALTH_CHECK_ADDR"].rpartition(":")
-    ports = {each["name"]: each["containerPort"] for each in container["ports"]}
     probes = {kind: container[f"{kind}Probe"]["httpGet"] for kind in ("startup", "liveness", "readiness")}
-    assert {(each["host"], ports[each["port"]]) for each in probes.values()} == {(host, int(port))}
+    assert {(each["host"], each["port"]) for each in probes.values()} == {(host, int(port))}
     # A lost portal must not restart relays, which keep serving their clients.
     paths = {"startup": "/livez", "liveness": "/livez", "readiness": "/readyz"}
     assert {kind: each["path"] for kind, each in probes.items()} == paths
-    assert ports["turn"] == SERVICE_PORT
 
 
 def test_the_container_has_minimal_privileges(pod: Manifest, container: Manifest) -> None:
@@ -226,5 +232,42 @@ def test_the_memory_limit_fits_all_allocations(container: Manifest) -> None:
     assert "cpu" not in resources["limits"]
 
 
-def test_relays_on_a_node_are_replaced_one_at_a_time(daemonset: Manifest) -> None:
-    assert daemonset["spec"]["updateStrategy"]["rollingUpdate"] == {"maxUnavailable": 1, "maxSurge": 0}
+def check_ports(daemonset: Manifest) -> None:
+    """Check that a node has room for two pods: each port on the host network is a host port."""
+    pod = daemonset["spec"]["template"]["spec"]
+    assert pod["hostNetwork"] is True
+    for each in (*pod["initContainers"], *pod["containers"]):
+        assert "ports" not in each
+
+
+def test_a_new_pod_takes_over_beside_the_old_pod(daemonset: Manifest, container: Manifest) -> None:
+    check_ports(daemonset)
+    assert daemonset["spec"]["updateStrategy"] == {
+        "type": "RollingUpdate",
+        "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0},
+    }
+    assert settings(container)["TAKE_OVER"] == "true"
+    # Until the takeover, the old relay responds to the readiness probe of the new pod. 15 s are for the start.
+    assert daemonset["spec"]["minReadySeconds"] >= PREPARATION + 15
+
+
+def test_both_pods_have_the_directory_of_the_socket(pod: Manifest, container: Manifest) -> None:
+    (volume,) = (each for each in pod["volumes"] if "hostPath" in each)
+    # Not in a directory that any user of the node can write to.
+    assert Path(volume["hostPath"]["path"]).parent == Path("/run")
+    assert volume["hostPath"]["type"] == "DirectoryOrCreate"
+    (initial,) = pod["initContainers"]
+    mounts = [each for each in (*initial["volumeMounts"], *container["volumeMounts"]) if each["name"] == volume["name"]]
+    assert len(mounts) == 2
+    assert all(each == {"name": volume["name"], "mountPath": mounts[0]["mountPath"]} for each in mounts)
+    assert Path(settings(container)["HANDOVER_SOCKET"]).parent == Path(mounts[0]["mountPath"])
+
+
+def test_the_first_container_gives_the_directory_to_the_relay_only(pod: Manifest, container: Manifest) -> None:
+    (initial,) = pod["initContainers"]
+    *command, path = initial["command"]
+    assert path == initial["volumeMounts"][0]["mountPath"]
+    assert command == ["install", "--directory", f"--group={pod['securityContext']['runAsGroup']}", "--mode=0770"]
+    assert initial["image"] == container["image"]
+    # Root without any capability.
+    assert initial["securityContext"] == container["securityContext"] | {"runAsNonRoot": False, "runAsUser": 0}

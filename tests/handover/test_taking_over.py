@@ -5,23 +5,15 @@ import os
 import re
 import signal
 import socket
-import struct
-import threading
 import urllib.request
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.support.handover import HOST, Allocator, Starter
+from tests.support.handover import CHANNEL, HOST, Allocator, Starter, Traffic
 from tests.support.program import Program
 from tests.support.turn_client import TurnClient
 from tests.support.waiting import wait_until
-
-CHANNEL = 0x4000
-
-MOST_UNDER_WAY = 200
-"""Packets. An overloaded relay may drop packets, with or without a handover."""
 
 
 def succeed(start: Starter, relay: Program, *options: str) -> Program:
@@ -63,57 +55,6 @@ def test_allocations_and_channels_go_on_and_new_ones_are_possible(
     assert relay.stop() == 0
 
 
-class Traffic:
-    """Numbered packets of clients to one peer and back, as many at once as any relay can hold."""
-
-    def __init__(self, clients: list[TurnClient], peer: socket.socket) -> None:
-        self._clients = clients
-        self._peer = peer
-        self._is_over = threading.Event()
-        self.sent = 0
-        self.to_peer: list[tuple[int, int]] = []
-        self.to_clients: list[tuple[int, int]] = []
-        self._threads = [
-            threading.Thread(target=self._send),
-            threading.Thread(target=self._receive_at_peer),
-            *(threading.Thread(target=self._receive_at, args=(number,)) for number in range(len(clients))),
-        ]
-        for each in self._threads:
-            each.start()
-
-    def stop(self) -> None:
-        """Send no more, and wait until all packets have arrived."""
-        self._is_over.set()
-        for each in self._threads:
-            each.join()
-
-    def _send(self) -> None:
-        number = 0
-        while not self._is_over.is_set():
-            for index, client in enumerate(self._clients):
-                client.send(CHANNEL, struct.pack("!II", index, number))
-                self._peer.sendto(struct.pack("!II", index, number), client.relayed)
-                self.sent += 1
-            number += 1
-            wait_until(lambda: 2 * self.sent - len(self.to_peer) - len(self.to_clients) < MOST_UNDER_WAY)
-        for index, client in enumerate(self._clients):
-            client.send(CHANNEL, b"end")
-            self._peer.sendto(b"end", self._clients[index].relayed)
-
-    def _receive_at_peer(self) -> None:
-        ends = 0
-        while ends < len(self._clients):
-            data = self._peer.recv(100)
-            if data == b"end":
-                ends += 1
-            else:
-                self.to_peer.append(struct.unpack("!II", data))
-
-    def _receive_at(self, index: int) -> None:
-        while (data := self._clients[index].receive()[1]) != b"end":
-            self.to_clients.append(struct.unpack("!II", data))
-
-
 def test_no_packet_is_lost_repeated_or_misdirected(start: Starter, allocated: Allocator, peer: socket.socket) -> None:
     relay = start()
     relay.wait_until_ready()
@@ -126,10 +67,7 @@ def test_no_packet_is_lost_repeated_or_misdirected(start: Starter, allocated: Al
             relay = succeed(start, relay)
     finally:
         traffic.stop()
-    for received in (traffic.to_peer, traffic.to_clients):
-        assert len(received) == traffic.sent
-        assert Counter(received).most_common(1)[0][1] == 1
-        assert {index for index, _ in received} == set(range(20))
+    traffic.check()
 
 
 def test_what_was_counted_of_an_allocation_goes_on(start: Starter, allocated: Allocator, peer: socket.socket) -> None:

@@ -2,7 +2,10 @@
 
 import os
 import socket
+import struct
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -11,9 +14,15 @@ from relay.core.credentials import Credential, RelaySecret, mint
 from relay.net.handover import Message, close_all, connect, network_of
 from tests.support.program import Program
 from tests.support.turn_client import TurnClient
+from tests.support.waiting import wait_until
 
 HOST: Final = "127.0.0.77"
 SECRET: Final = "the secret of relays that are handed over"
+
+CHANNEL: Final = 0x4000
+
+MOST_UNDER_WAY: Final = 200
+"""Packets. An overloaded relay may drop packets, with or without a handover."""
 
 Starter: TypeAlias = Callable[..., Program]
 Allocator: TypeAlias = Callable[[], TurnClient]
@@ -82,3 +91,61 @@ class HalfSuccessor:
         for each in self.messages:
             close_all(each.descriptors)
         self.link.close()
+
+
+class Traffic:
+    """Numbered packets of clients to one peer and back, as many at once as any relay can hold."""
+
+    def __init__(self, clients: list[TurnClient], peer: socket.socket) -> None:
+        self._clients = clients
+        self._peer = peer
+        self._is_over = threading.Event()
+        self.sent = 0
+        self.to_peer: list[tuple[int, int]] = []
+        self.to_clients: list[tuple[int, int]] = []
+        self._threads = [
+            threading.Thread(target=self._send),
+            threading.Thread(target=self._receive_at_peer),
+            *(threading.Thread(target=self._receive_at, args=(number,)) for number in range(len(clients))),
+        ]
+        for each in self._threads:
+            each.start()
+
+    def stop(self) -> None:
+        """Send no more, and wait until all packets have arrived."""
+        self._is_over.set()
+        for each in self._threads:
+            each.join()
+
+    def check(self) -> None:
+        """Check that each packet has arrived once, each way, for each client."""
+        for received in (self.to_peer, self.to_clients):
+            assert len(received) == self.sent
+            assert Counter(received).most_common(1)[0][1] == 1
+            assert {index for index, _ in received} == set(range(len(self._clients)))
+
+    def _send(self) -> None:
+        number = 0
+        while not self._is_over.is_set():
+            for index, client in enumerate(self._clients):
+                client.send(CHANNEL, struct.pack("!II", index, number))
+                self._peer.sendto(struct.pack("!II", index, number), client.relayed)
+                self.sent += 1
+            number += 1
+            wait_until(lambda: 2 * self.sent - len(self.to_peer) - len(self.to_clients) < MOST_UNDER_WAY)
+        for index, client in enumerate(self._clients):
+            client.send(CHANNEL, b"end")
+            self._peer.sendto(b"end", self._clients[index].relayed)
+
+    def _receive_at_peer(self) -> None:
+        ends = 0
+        while ends < len(self._clients):
+            data = self._peer.recv(100)
+            if data == b"end":
+                ends += 1
+            else:
+                self.to_peer.append(struct.unpack("!II", data))
+
+    def _receive_at(self, index: int) -> None:
+        while (data := self._clients[index].receive()[1]) != b"end":
+            self.to_clients.append(struct.unpack("!II", data))
