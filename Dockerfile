@@ -8,6 +8,8 @@
 #       --volume /etc/firezone-relay/token:/run/secrets/firezone-token:ro \
 #       --env FIREZONE_TOKEN=/run/secrets/firezone-token --env FIREZONE_API_URL=wss://api.example.com \
 #       --env PUBLIC_IP4_ADDR=203.0.113.7 \
+#       --volume firezone-relay:/run/firezone-relay \
+#       --env HANDOVER_SOCKET=/run/firezone-relay/handover.sock --env TAKE_OVER=true \
 #       firezone-relay
 #
 # - Without `--network host`, 16,384 ports must be published to the same port numbers, and every packet passes Docker's NAT
@@ -18,6 +20,7 @@
 #   others. Docker sets no limit by default; other engines do.
 # - `--stop-timeout`: seconds between SIGTERM and SIGKILL. Use DRAIN_TIMEOUT plus 15; the default is 10.
 # - The token is a file that user 65532 can read. `docker inspect` would show the token in a variable.
+# - With the volume, a second container takes over the relay (docs/upgrades.md).
 #
 # More in docs/deployment.md.
 
@@ -49,8 +52,11 @@ RUN apt-get update && apt-get install --yes --no-install-recommends curl ethtool
 COPY --from=builder /opt/firezone-relay /opt/firezone-relay
 ENV PATH=/opt/firezone-relay/bin:$PATH
 
-# A numeric user, so that orchestrators can verify that the user isn't root. The user owns no files, and the relay writes
-# none: pip has compiled the bytecode. All ports are above 1023, so the relay needs no capability.
+# For the socket of takeovers: a new volume here gets this owner and mode.
+RUN install --directory --owner=65532 --group=65532 --mode=0700 /run/firezone-relay
+
+# A numeric user, so that orchestrators can verify that the user isn't root. The relay writes no files but the socket of
+# takeovers: pip has compiled the bytecode. All ports are above 1023, so the relay needs no capability.
 USER 65532:65532
 WORKDIR /
 
