@@ -152,6 +152,18 @@ def test_an_unfit_successor_is_refused_and_the_relay_goes_on(
     assert client.refresh(600) is None
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces take root")
+def test_a_successor_in_another_network_is_refused(start: Starter, allocated: Allocator) -> None:
+    """As a container without the network of the host, with the directory of the socket."""
+    relay = start()
+    relay.wait_until_ready()
+    client = allocated()
+    unfit = start("--take-over", by=("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"))
+    assert unfit.wait() == 2
+    assert unfit.log.endswith("can't take over the running relay: it is in another network namespace\n")
+    assert client.refresh(600) is None
+
+
 def test_a_successor_with_another_secret_gives_up_and_the_relay_goes_on(
     start: Starter, allocated: Allocator, tmp_path: Path
 ) -> None:
