@@ -43,6 +43,7 @@ def network() -> Iterator[Machine]:
     with contextlib.closing(made):
         made.run("ip", "link", "set", "lo", "up")
         made.run("ip", "address", "add", f"{ADDRESS}/32", "dev", "lo")
+        made.run("ip", "link", "add", "near", "up", "type", "veth", "peer", "name", "far")
         yield made
 
 
@@ -106,8 +107,8 @@ def is_another(debian: Debian, process: str) -> bool:
     return main_process(debian) != process
 
 
-def check_reloads(debian: Debian, portal: ScriptedPortal) -> None:
-    """Reload three times, kill the relay, and restart it: systemd follows the main process."""
+def check_reloads(debian: Debian, portal: ScriptedPortal) -> int:
+    """Reload three times, kill the relay, and restart it: systemd follows the main process. Return the number of joins."""
     joined = 2
     for _ in range(3):
         before = main_process(debian)
@@ -123,6 +124,27 @@ def check_reloads(debian: Debian, portal: ScriptedPortal) -> None:
     debian.run("systemctl restart firezone-relay")
     portal.wait_until_joined(joined + 2)
     assert debian.run("systemctl is-active firezone-relay") == "active\n"
+    return joined + 2
+
+
+def check_reloads_with_offload(debian: Debian, portal: ScriptedPortal, joined: int) -> None:
+    """The successor has the capabilities of the unit, and replaces the XDP program."""
+    drop_in = "/etc/systemd/system/firezone-relay.service.d"
+    debian.run(
+        f"install -D -m 0644 /usr/share/firezone-relay/deploy/firezone-relay-offload.conf {drop_in}/offload.conf && "
+        "cp -p /etc/firezone-relay/environment /root/environment && "
+        "echo EBPF_OFFLOADING=near >>/etc/firezone-relay/environment && "
+        "systemctl daemon-reload && systemctl restart firezone-relay"
+    )
+    portal.wait_until_joined(joined := joined + 1)
+    for _ in range(2):
+        before = main_process(debian)
+        debian.run("systemctl reload firezone-relay")
+        portal.wait_until_joined(joined := joined + 1)
+        wait_until(functools.partial(is_another, debian, before))
+    log = debian.run("journalctl --output cat --unit firezone-relay")
+    assert log.count("near goes on relaying in the kernel") == 2
+    debian.run(f"rm -r {drop_in} && mv /root/environment /etc/firezone-relay/ && systemctl daemon-reload")
 
 
 def test_the_package_carries_pages_rules_dashboard_units_and_completions(debian: Debian) -> None:
@@ -171,11 +193,11 @@ def test_the_package_starts_is_upgraded_removed_and_purged(debian: Debian, porta
     assert debian.run("dpkg-query --show --showformat '${Version}' firezone-relay") == newer
     assert debian.run("cat /etc/firezone-relay/environment") == settings
 
-    check_reloads(debian, portal)
+    check_reloads_with_offload(debian, portal, check_reloads(debian, portal))
 
     debian.run("apt-get remove --yes firezone-relay")
-    # The restart left, too.
-    portal.wait_until_left(2)
+    # Both restarts left, too.
+    portal.wait_until_left(3)
     assert debian.run("bash -c 'ls -d /{opt,usr/bin,usr/lib/*,etc/systemd/system/*}/*firezone* 2>/dev/null' || true") == ""
     assert debian.run("cat /etc/firezone-relay/environment /etc/firezone-relay/token") == f"{settings}{TOKEN}\n"
 
