@@ -7,17 +7,14 @@ import errno
 import functools
 import importlib
 import io
-import json
 import os
-import secrets
 import signal
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
+from click import BOOL, INT, STRING, Choice, IntRange
 from click_option_group import OptionGroup
 
 from relay import __version__, options
@@ -29,9 +26,7 @@ from relay.core.config import (
     UNAUTHENTICATED_BURST,
     UNAUTHENTICATED_RATE,
 )
-from relay.core.credentials import SALT_BYTES, mint
 from relay.ops import signals
-from relay.options import Parsed
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -43,7 +38,8 @@ EXIT_USAGE = 2
 _UNWRITABLE = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO))
 """Errors of a full disk and of a closed terminal."""
 
-_LAZY_COMMANDS = {
+_COMMANDS = {
+    "credentials": "relay.tools.credentials",
     "drain": "relay.tools.drain",
     "explain": "relay.tools.explain",
     "healthcheck": "relay.tools.healthcheck",
@@ -51,7 +47,7 @@ _LAZY_COMMANDS = {
     "probe": "relay.tools.probe.command",
     "top": "relay.tools.top.command",
 }
-"""The module of each command that is imported only when it runs."""
+"""The module of each command, which is imported only when the command runs."""
 
 _EPILOG = """\b
 Create a relay token in the Elixir console of a self-hosted Firezone portal (bin/portal remote):
@@ -109,139 +105,124 @@ _portal, _address, _limit, _kernel, _log, _advanced = (
 """Declare an option in a section of ``--help``. Options of a section must be adjacent."""
 
 
-class _LazyGroup(click.Group):
-    """The commands of the program, including those in `_LAZY_COMMANDS`."""
+class _Commands(click.Group):
+    def list_commands(self, _: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*super().list_commands(ctx), *_LAZY_COMMANDS})
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _LAZY_COMMANDS:
-            return super().get_command(ctx, cmd_name)
-        command = getattr(importlib.import_module(_LAZY_COMMANDS[cmd_name]), cmd_name)
+    def get_command(self, _: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command = getattr(importlib.import_module(_COMMANDS[cmd_name]), cmd_name)
         assert isinstance(command, click.Command)  # noqa: S101 - guaranteed by the table
         return command
 
 
 @click.group(
-    cls=_LazyGroup,
+    cls=_Commands,
     invoke_without_command=True,
     epilog=_EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110},
 )
 @click.version_option(__version__, message="%(version)s")
-@click.option(
-    "--check", is_flag=True, show_default=False, help="Print all settings, their sources and likely mistakes, and exit."
-)
+@click.option("--check", is_flag=True, help="Print all settings, their sources and likely mistakes, and exit.")
 @_portal(
     "--token-file",
-    click.Path(path_type=Path),
+    options.FILE,
     "File with this relay's token from the portal, read again for each attempt to join. Replaces FIREZONE_TOKEN.",
     variable=(),
 )
 @_portal(
     "--api-url",
-    Parsed("URL", options.parse_portal_url),
+    options.PORTAL_URL,
     "URL of your portal's API, such as wss://api.example.com. Required with a token.",
     variable="FIREZONE_API_URL",
 )
 @_portal(
-    "--name",
-    click.STRING,
-    "Name of this relay in top and metrics. Current portals ignore the name.",
-    variable="FIREZONE_NAME",
+    "--name", STRING, "Name of this relay in top and metrics. Current portals ignore the name.", variable="FIREZONE_NAME"
 )
-@_portal(
-    "--standalone", None, "Run without a portal. See --relay-secret-file.", variable=(), is_flag=True, show_default=False
-)
+@_portal("--standalone", BOOL, "Run without a portal. See --relay-secret-file.", variable=(), is_flag=True)
 @_portal(
     "--relay-secret-file",
-    click.Path(path_type=Path),
+    options.FILE,
     "Standalone: file with the secret for credentials. Unset: the relay creates a secret and prints a credential.",
 )
-@_address(
-    "--public-ip4-addr",
-    Parsed("IPV4", options.parse_ip4),
-    "IPv4 address at which clients and peers reach this relay.",
-    name="public_ip4",
-)
+@_address("--public-ip4-addr", options.IPV4, "IPv4 address at which clients and peers reach this relay.", name="public_ip4")
 @_address(
     "--public-ip6-addr",
-    Parsed("IPV6", options.parse_ip6),
+    options.IPV6,
     "IPv6 address at which clients and peers reach this relay. At least one public address is required.",
     name="public_ip6",
 )
 @_address(
     "--listen-address-discovery-method",
-    click.Choice([each.value for each in DiscoveryMethod]),
+    Choice([*map(str, DiscoveryMethod)]),
     "Read unset public addresses from this cloud's metadata service.",
     name="discovery",
 )
 @_address(
     "--bind-ip4-addr",
-    Parsed("IPV4", options.parse_ip4),
+    options.IPV4,
     "IPv4 address to bind (1:1 NAT). Unset: the public address if this machine has it, else all addresses.",
     name="bind_ip4",
 )
 @_address(
     "--bind-ip6-addr",
-    Parsed("IPV6", options.parse_ip6),
+    options.IPV6,
     "IPv6 address to bind. Unset: the public address if this machine has it, else all addresses.",
     name="bind_ip6",
 )
 @_address(
     "--listen-port",
-    Parsed("PORT", options.parse_service_port),
+    options.CLIENT_PORT,
     "UDP port for clients. Only 3478, because clients drop packets from any other port.",
     default=str(SERVICE_PORT),
     expose_value=False,
 )
-@_address("--lowest-port", click.IntRange(1, 65535), "First port for allocations.", default=LOWEST_PORT)
-@_address("--highest-port", click.IntRange(1, 65535), "Last port for allocations.", default=HIGHEST_PORT)
+@_address("--lowest-port", IntRange(1, 65535), "First port for allocations.", default=LOWEST_PORT)
+@_address("--highest-port", IntRange(1, 65535), "Last port for allocations.", default=HIGHEST_PORT)
 @_address(
     "--health-check-addr",
-    Parsed("HOST:PORT", options.parse_endpoint),
+    options.ENDPOINT,
     "Address for GET /livez, /readyz and /healthz.",
     name="health",
     default="0.0.0.0:8080",
 )
 @_address(
     "--control-endpoint",
-    Parsed("HOST:PORT", options.parse_endpoint),
+    options.ENDPOINT,
     "Address for metrics, status and the operator's commands. No authentication: keep it on loopback.",
     name="control",
     default="127.0.0.1:9999",
 )
 @_address(
     "--metrics-addr",
-    Parsed("HOST:PORT", options.parse_endpoint),
+    options.ENDPOINT,
     "Further address for GET /metrics, without all other pages. Unset: only the control address has metrics.",
     name="metrics",
 )
 @_address(
     "--control-hostname",
-    Parsed("NAME", options.parse_hostnames),
+    options.HOSTNAMES,
     "Comma-separated hostnames for requests to the control address. IP addresses and localhost are always accepted.",
     name="control_hostnames",
     default=(),
-    show_default=False,
 )
-@_limit("--max-allocations", click.IntRange(1), "Maximum number of allocations. Unset: the number of ports.")
+@_limit("--max-allocations", IntRange(1), "Maximum number of allocations. Unset: the number of ports.")
 @_limit(
     "--max-allocations-per-address",
-    click.IntRange(1),
+    IntRange(1),
     "Maximum number of allocations per client address (IPv6: /64). Unset: no limit, since clients may share an address.",
 )
 @_limit(
     "--max-channels-per-allocation",
-    click.IntRange(1, 16384),
+    IntRange(1, 16384),
     "Maximum number of channels per allocation.",
     name="max_channels",
     default=MAX_CHANNELS,
 )
 @_limit(
     "--max-channels",
-    click.IntRange(1),
+    IntRange(1),
     f"Maximum number of channels of all allocations, {ASSURED_CHANNELS} of each allocation not counted. A channel takes "
     "0.5 KB.",
     name="max_channels_in_all",
@@ -249,110 +230,99 @@ class _LazyGroup(click.Group):
 )
 @_limit(
     "--unauthenticated-rate",
-    click.IntRange(0, 1_000_000),
+    IntRange(0, 1_000_000),
     "Maximum responses per second to one unauthenticated source address (IPv6: /64). Limits reflection attacks. 0 "
     "disables the limit.",
     default=UNAUTHENTICATED_RATE,
 )
 @_limit(
     "--unauthenticated-burst",
-    click.IntRange(1, 1_000_000),
+    IntRange(1, 1_000_000),
     "Maximum burst of responses to one unauthenticated source address, for example when a whole office connects.",
     default=UNAUTHENTICATED_BURST,
 )
 @_limit(
     "--allow-peer",
-    Parsed("CIDR", options.parse_networks),
+    options.NETWORKS,
     "Relay to peers in these networks, even if rejected by default (loopback, link-local, ...). Repeatable.",
     name="allow_peers",
     multiple=True,
 )
 @_limit(
     "--deny-peer",
-    Parsed("CIDR", options.parse_networks),
+    options.NETWORKS,
     "Never relay to peers in these networks. Overrides --allow-peer. Repeatable.",
     name="deny_peers",
     multiple=True,
 )
 @_kernel(
     "--ebpf-offloading",
-    Parsed("INTERFACE", options.parse_interfaces),
+    options.INTERFACES,
     "Relay bound channels in the kernel (XDP) on these comma-separated interfaces. Needs root, or CAP_BPF, "
     "CAP_NET_ADMIN and CAP_PERFMON.",
     name="offload",
 )
 @_kernel(
     "--ebpf-attach-mode",
-    click.Choice([each.value for each in AttachMode]),
+    Choice([*map(str, AttachMode)]),
     "XDP mode: driver, or generic (slower, any driver). auto: driver mode for drivers known to support it.",
     name="attach_mode",
     default=AttachMode.AUTO.value,
 )
 @_kernel(
     "--cpu-affinity",
-    Parsed("auto|off|N", options.parse_cpu),
+    options.CPU,
     "Pin all threads to one CPU, since Python runs one thread at a time. auto: current CPU; off: no pinning.",
     name="cpu",
     default="auto",
 )
-@_log(
-    "--log-format",
-    click.Choice([each.value for each in LogFormat]),
-    "Format of log lines.",
-    default=LogFormat.HUMAN.value,
-)
+@_log("--log-format", Choice([*map(str, LogFormat)]), "Format of log lines.", default=LogFormat.HUMAN.value)
 @_log(
     "--log-filter",
-    Parsed("DIRECTIVES", options.parse_log_filter),
+    options.LOG_FILTER,
     "Log level: off, error, warn, info, debug or trace, with exceptions such as info,relay.core=debug,portal=off.",
     variable=("LOG_FILTER", "RUST_LOG"),
     default="info",
 )
 @_log(
     "--otlp-grpc-endpoint",
-    Parsed("[http[s]://]HOST:PORT", options.parse_collector),
+    options.COLLECTOR,
     "Push metrics to this OpenTelemetry collector. The standard OTEL_ variables also apply. Needs the extra otlp.",
     name="otlp_endpoint",
 )
 @_advanced(
     "--drain-timeout",
-    Parsed("SECONDS", options.parse_timeout),
+    options.SECONDS,
     "After SIGTERM, reject new allocations and keep relaying until no packet came for 5 s, at most for this time.",
     default="0",
 )
 @_advanced(
     "--take-over",
-    click.BOOL,
+    BOOL,
     "Take over all allocations of the relay at --handover-socket, which then exits. Without a relay there, start as always.",
     is_flag=True,
-    show_default=False,
 )
 @_advanced(
     "--detach",
-    click.BOOL,
+    BOOL,
     "With --take-over: go on in the background, and exit as soon as the new process relays. For ExecReload= of systemd.",
     is_flag=True,
-    show_default=False,
 )
 @_advanced(
     "--handover-socket",
-    click.Path(path_type=Path),
+    options.FILE,
     "Unix socket at which another process of this user can take this relay over. Default: RUNTIME_DIRECTORY/handover.sock.",
 )
 @_advanced(
     "--switch-interval",
-    Parsed("SECONDS|off", options.parse_interval),
+    options.INTERVAL,
     "Maximum time that a thread holds the interpreter while other threads wait. off: Python's default, 0.005.",
     default="0.5",
 )
 @_advanced(
-    "--allow-root",
-    click.BOOL,
-    "Run even as root. A vulnerability in the relay then compromises the whole machine.",
-    is_flag=True,
-    show_default=False,
+    "--allow-root", BOOL, "Run even as root. A vulnerability in the relay then compromises the whole machine.", is_flag=True
 )
-@_advanced("--rng-seed", click.INT, "Tests only: make all random numbers predictable, including the relay's secret.")
+@_advanced("--rng-seed", INT, "Tests only: make all random numbers predictable, including the relay's secret.")
 @click.pass_context
 def cli(context: click.Context, /, **settings: Any) -> None:  # noqa: ANN401 - the values of all options
     """Relay packets between two peers that can't reach each other: STUN and TURN for Firezone networks.
@@ -365,35 +335,6 @@ def cli(context: click.Context, /, **settings: Any) -> None:  # noqa: ANN401 - t
 
         context.exit(process.run(context, **settings))
     signals.unblock()
-
-
-@cli.command(short_help="Make a username and a password for a client.")
-@click.option(
-    "--relay-secret-file",
-    type=click.Path(path_type=Path),
-    envvar="RELAY_SECRET_FILE",
-    show_envvar=True,
-    required=True,
-    help="File with the relay's secret.",
-)
-@click.option(
-    "--ttl",
-    type=Parsed("DURATION", options.parse_lifetime),
-    default="1d",
-    help="Lifetime of the credential: 90s, 15m, 12h, 1d.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def credentials(relay_secret_file: Path, ttl: int, *, as_json: bool) -> None:
-    """Make a username and a password. Every relay with the same secret accepts them until they expire.
-
-    Exit codes: 0, or 2 usage error.
-    """
-    expiry = int(time.time()) + ttl
-    credential = mint(options.read_secret(relay_secret_file), expiry, secrets.token_urlsafe(SALT_BYTES))
-    if as_json:
-        click.echo(json.dumps({**credential._asdict(), "expires_at": expiry}))
-    else:
-        click.echo(f"username: {credential.username}\npassword: {credential.password}")
 
 
 def _message_of(error: click.ClickException | UsageError) -> str:
@@ -419,7 +360,7 @@ def main() -> NoReturn:
         from relay.ops.logs.log import error_line  # noqa: PLC0415 - seldom needed
 
         click.echo(error_line(f"firezone-relay: {' '.join(_message_of(error).split())}"), err=True)
-        sys.exit(EXIT_USAGE)
+        sys.exit(getattr(error, "exit_code", EXIT_USAGE))
     except click.Abort:
         sys.exit(128 + signal.SIGINT)
     except OSError as error:

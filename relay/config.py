@@ -249,35 +249,24 @@ class Config:
 
 
 def _check_addresses(version: str, public: IPv4Address | IPv6Address | None, bind: IPv4Address | IPv6Address | None) -> None:
-    if public is not None:
-        wrong = _public_fault(public)
-        if wrong is not None:
-            raise UsageError(
-                f"--public-ip{version}-addr {public} is {wrong}: use the address at which clients reach this relay"
-            )
-    if bind is not None:
-        if public is None:
-            raise UsageError(f"--bind-ip{version}-addr has no effect without --public-ip{version}-addr: set both")
-        if _fault(bind) is not None:
-            raise UsageError(f"--bind-ip{version}-addr {bind} is {_fault(bind)}: use an address of this machine")
+    if public is not None and (fault := _fault(public, is_public=True)):
+        raise UsageError(f"--public-ip{version}-addr {public} is {fault}: use the address at which clients reach this relay")
+    if bind is not None and public is None:
+        raise UsageError(f"--bind-ip{version}-addr has no effect without --public-ip{version}-addr: set both")
+    if bind is not None and (fault := _fault(bind, is_public=False)):
+        raise UsageError(f"--bind-ip{version}-addr {bind} is {fault}: use an address of this machine")
 
 
-def _public_fault(address: IPv4Address | IPv6Address) -> str | None:
-    """Return the reason why clients can't send to an address, if there is a reason."""
-    if address.is_unspecified:
-        return "the unspecified address"
-    if isinstance(address, IPv4Address):
-        return "an address of no host" if address in _THIS_NETWORK else _fault(address)
-    if address.ipv4_mapped is not None:
-        return "an IPv4-mapped address"
-    if address.is_link_local or address.scope_id is not None:
-        return "link-local"
-    return _fault(address)
-
-
-def _fault(address: IPv4Address | IPv6Address) -> str | None:
-    if address.is_multicast:
-        return "a multicast address"
-    if address == _BROADCAST:
-        return "the broadcast address"
-    return None
+def _fault(address: IPv4Address | IPv6Address, *, is_public: bool) -> str | None:
+    """Return the reason why no relay can use an address, or why clients can't send to a public address, if there is one."""
+    faults = {
+        "the unspecified address": is_public and address.is_unspecified,
+        "a multicast address": address.is_multicast,
+        "the broadcast address": address == _BROADCAST,
+    }
+    if is_public and isinstance(address, IPv6Address):
+        faults["an IPv4-mapped address"] = address.ipv4_mapped is not None
+        faults["link-local"] = address.is_link_local or address.scope_id is not None
+    elif is_public:
+        faults["an address of no host"] = address in _THIS_NETWORK
+    return next((fault for fault, applies in faults.items() if applies), None)

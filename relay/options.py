@@ -32,61 +32,44 @@ class Parsed(click.ParamType[T]):
 
     Args:
         name: the placeholder in the help.
-        parse: parses a text without surrounding white space. Its ValueError is the error message.
+        parse: parses a text without surrounding white space. Raises ValueError if the text is invalid.
+        message: the error message, with the ``text`` and the ``error`` of the function.
     """
 
-    def __init__(self, name: str, parse: Callable[[str], T]) -> None:
+    def __init__(self, name: str, parse: Callable[[str], T], message: str = "{error}") -> None:
         self.name = name
         self._parse = parse
+        self._message = message
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> T:  # noqa: ANN401
         """Return the parsed text. Return a default value of another type unchanged."""
         if not isinstance(value, str):
             return value  # type: ignore[no-any-return]
+        text = value.strip()
         try:
-            return self._parse(value.strip())
+            return self._parse(text)
         except ValueError as error:
-            self.fail(str(error), param, ctx)
+            self.fail(self._message.format(text=text, error=error), param, ctx)
 
 
-def parse_ip4(text: str) -> IPv4Address:
-    """Parse ``203.0.113.7``."""
-    try:
-        return IPv4Address(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not an IPv4 address: use 203.0.113.7") from None
-
-
-def parse_ip6(text: str) -> IPv6Address:
-    """Parse ``2001:db8::7``."""
-    try:
-        return IPv6Address(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not an IPv6 address: use 2001:db8::7") from None
-
-
-def parse_endpoint(text: str) -> Endpoint:
+def _parse_endpoint(text: str) -> Endpoint:
     """Parse ``192.0.2.1:80``, ``[2001:db8::1]:80`` or ``localhost:80``."""
     host, _, port = text.rpartition(":")
     host = "127.0.0.1" if host.lower() == "localhost" else host
-    try:
-        address = IPv6Address(host[1:-1]) if host.startswith("[") and host.endswith("]") else IPv4Address(host)
-        number = int(port) if port.isdecimal() and port.isascii() else -1
-    except ValueError:
-        number = -1
-    if not 0 <= number < 1 << 16:
-        raise ValueError(f"{text!r} is not an address and port: use 127.0.0.1:8080, [::1]:8080 or localhost:8080")
-    return Endpoint(str(address), number)
+    address = IPv6Address(host[1:-1]) if host.startswith("[") and host.endswith("]") else IPv4Address(host)
+    if re.fullmatch("[0-9]+", port) is None or int(port) >= 1 << 16:
+        raise ValueError("not a port")
+    return Endpoint(str(address), int(port))
 
 
-def local_endpoint(text: str) -> Endpoint:
+def _parse_local_endpoint(text: str) -> Endpoint:
     """Parse an address on which a relay listens; return an address at which this machine reaches the relay."""
-    at = parse_endpoint(text)
+    at = _parse_endpoint(text)
     any_host = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - the relay listens there, this program does not
     return Endpoint(any_host.get(at.host, at.host), at.port)
 
 
-def parse_service_port(text: str) -> None:
+def _parse_service_port(text: str) -> None:
     """Check that the port for clients is `SERVICE_PORT`."""
     if text != str(SERVICE_PORT):
         raise ValueError(
@@ -95,24 +78,20 @@ def parse_service_port(text: str) -> None:
         )
 
 
-def parse_collector(text: str) -> str:
+def _parse_collector(text: str) -> str:
     """Parse ``collector.example:4317`` (no TLS) or a URL, and return a URL."""
     match = re.fullmatch(r"(?:(https?)://)?((?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5}))/?", text)
     if match is None or not 0 < int(match[3]) < 1 << 16:
-        # Without the value, which may contain a password.
-        raise ValueError("not a valid collector address: use 127.0.0.1:4317 or https://collector.example:4317")
+        raise ValueError("use 127.0.0.1:4317 or https://collector.example:4317")
     return f"{match[1] or 'http'}://{match[2]}"
 
 
-def parse_networks(text: str) -> tuple[Network, ...]:
+def _parse_networks(text: str) -> tuple[Network, ...]:
     """Parse ``10.0.0.0/8,fd00::/8``. An address without prefix length is a network of one address."""
-    try:
-        return tuple(map(ip_network, _items(text)))
-    except ValueError as error:
-        raise ValueError(f"{error}: use 10.0.0.0/8 or fd00::/8") from None
+    return tuple(map(ip_network, _items(text)))
 
 
-def parse_interfaces(text: str) -> tuple[str, ...]:
+def _parse_interfaces(text: str) -> tuple[str, ...]:
     """Parse ``eth0,eth1``."""
     for name in _items(text):
         if len(name) > _LONGEST_INTERFACE or "/" in name or not name.isprintable():
@@ -120,7 +99,7 @@ def parse_interfaces(text: str) -> tuple[str, ...]:
     return _items(text)
 
 
-def parse_hostnames(text: str) -> tuple[str, ...]:
+def _parse_hostnames(text: str) -> tuple[str, ...]:
     """Parse ``relay-1.example,relay-1``."""
     for name in _items(text):
         if _HOSTNAME.fullmatch(name) is None:
@@ -136,7 +115,7 @@ def parse_timeout(text: str) -> int:
     return int(match[1]) * _UNITS[match[2] or "s"]
 
 
-def parse_lifetime(text: str) -> int:
+def _parse_lifetime(text: str) -> int:
     """Parse a duration of at least one second."""
     seconds = parse_timeout(text)
     if not seconds:
@@ -144,7 +123,7 @@ def parse_lifetime(text: str) -> int:
     return seconds
 
 
-def parse_cpu(text: str) -> int | None:
+def _parse_cpu(text: str) -> int | None:
     """Parse a CPU number, ``auto`` (any CPU) or ``off`` (None)."""
     if text.lower() == "off":
         return None
@@ -156,7 +135,7 @@ def parse_cpu(text: str) -> int | None:
     return int(text)
 
 
-def parse_interval(text: str) -> float:
+def _parse_interval(text: str) -> float:
     """Parse seconds, or ``off`` for the interpreter's default."""
     if text.lower() == "off":
         return sys.getswitchinterval()
@@ -167,26 +146,36 @@ def parse_interval(text: str) -> float:
     return float(text)
 
 
-def parse_log_filter(text: str) -> LogFilter:
-    """Parse ``info,relay.core=debug``."""
-    try:
-        return LogFilter.parse(text)
-    except ValueError as error:
-        raise ValueError(f"invalid log filter: {error}") from None
-
-
-def parse_portal_url(text: str) -> PortalUrl:
-    """Parse ``wss://api.example.com``."""
-    try:
-        return PortalUrl.parse(text)
-    except ValueError as error:
-        # Without the value, which may contain a password.
-        raise ValueError(f"not a valid portal URL: {error}") from None
-
-
 def _items(text: str) -> tuple[str, ...]:
     """Return the parts of a comma-separated list without empty parts."""
     return tuple(filter(None, (part.strip() for part in text.split(","))))
+
+
+FILE = click.Path(path_type=Path)
+IPV4 = Parsed("IPV4", IPv4Address, "{text!r} is not an IPv4 address: use 203.0.113.7")
+IPV6 = Parsed("IPV6", IPv6Address, "{text!r} is not an IPv6 address: use 2001:db8::7")
+_NO_ENDPOINT = "{text!r} is not an address and port: use 127.0.0.1:8080, [::1]:8080 or localhost:8080"
+ENDPOINT = Parsed("HOST:PORT", _parse_endpoint, _NO_ENDPOINT)
+LOCAL_ENDPOINT = Parsed("HOST:PORT", _parse_local_endpoint, _NO_ENDPOINT)
+CLIENT_PORT = Parsed("PORT", _parse_service_port)
+# Without the value, which may contain a password.
+COLLECTOR = Parsed("[http[s]://]HOST:PORT", _parse_collector, "not a valid collector address: {error}")
+PORTAL_URL = Parsed("URL", PortalUrl.parse, "not a valid portal URL: {error}")
+NETWORK = Parsed(
+    "CIDR",
+    lambda text: str(ip_network(text, strict=False)),
+    "{text!r} is not an address or a network: use 203.0.113.5 or 203.0.113.0/24",
+)
+"""The type of arguments that are an address or a network."""
+NETWORKS = Parsed("CIDR", _parse_networks, "{error}: use 10.0.0.0/8 or fd00::/8")
+INTERFACES = Parsed("INTERFACE", _parse_interfaces)
+HOSTNAMES = Parsed("NAME", _parse_hostnames)
+SECONDS = Parsed("SECONDS", parse_timeout)
+DURATION = Parsed("DURATION", parse_timeout)
+LIFETIME = Parsed("DURATION", _parse_lifetime)
+CPU = Parsed("auto|off|N", _parse_cpu)
+INTERVAL = Parsed("SECONDS|off", _parse_interval)
+LOG_FILTER = Parsed("DIRECTIVES", LogFilter.parse, "invalid log filter: {error}")
 
 
 def token_path(text: str) -> Path | None:

@@ -6,11 +6,10 @@ from typing import TypedDict
 import click
 
 from relay.config import Endpoint
-from relay.options import Parsed, parse_timeout
+from relay.options import DURATION
 from relay.status.model import DrainStatus
-from relay.tools.control import NoAnswerError, RejectedError, ask, control_option, exit_without_answer
-from relay.tools.top.figures import span
-from relay.tools.top.request import read
+from relay.tools.control import NoAnswerError, RejectedError, ask, control_option
+from relay.tools.figures import span
 
 _POLL_INTERVAL = 1.0
 """Seconds between two requests of a command that waits."""
@@ -27,7 +26,7 @@ class _State(TypedDict):
 @control_option
 @click.option(
     "--timeout",
-    type=Parsed("DURATION", parse_timeout),
+    type=DURATION,
     help="Maximum time of the drain from now on: 90s, 15m, 12h. Unset: the relay's --drain-timeout.",
 )
 @click.option("--cancel", is_flag=True, help="Stop draining: accept new allocations, and join the portal again.")
@@ -49,14 +48,13 @@ def drain(ctx: click.Context, at: Endpoint, timeout: int | None, *, cancel: bool
     if cancel and (wait or timeout is not None):
         raise click.UsageError("--cancel excludes --timeout and --wait: use --cancel alone")
     path = "/drain/cancel" if cancel else "/drain" if timeout is None else f"/drain?timeout={timeout}"
-    with exit_without_answer(at):
-        state = _ask(at, _read(at)["uptime"], path, "POST")
-        click.echo(_words(state))
-        while wait and state is not None and state["drain"] is not None:
-            time.sleep(_POLL_INTERVAL)
-            before, state = state["drain"]["allocations"], _ask(at, state["uptime"])
-            if state is None or state["drain"] is None or state["drain"]["allocations"] != before:
-                click.echo(_words(state))
+    state = _ask(at, ask(_State, at, "/drain")["uptime"], path, "POST")
+    click.echo(_words(state))
+    while wait and state is not None and state["drain"] is not None:
+        time.sleep(_POLL_INTERVAL)
+        before, state = state["drain"]["allocations"], _ask(at, state["uptime"])
+        if state is None or state["drain"] is None or state["drain"]["allocations"] != before:
+            click.echo(_words(state))
     ctx.exit(int(wait and state is not None))
 
 
@@ -67,19 +65,12 @@ def _ask(at: Endpoint, uptime: float, path: str = "/drain", method: str = "GET")
         NoAnswerError: the relay refuses, or does not respond in time.
     """
     try:
-        state = _read(at, path, method)
+        state = ask(_State, at, path, method)
     except NoAnswerError as error:
         if isinstance(error, RejectedError) or isinstance(error.__cause__, TimeoutError):
             raise
         return None
     return state if state["uptime"] >= uptime else None
-
-
-def _read(at: Endpoint, path: str = "/drain", method: str = "GET") -> _State:
-    try:
-        return read(_State, ask(at, path, method))
-    except ValueError as error:
-        raise NoAnswerError("the server is no relay of this version") from error
 
 
 def _words(state: _State | None) -> str:

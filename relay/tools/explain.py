@@ -5,10 +5,10 @@ import datetime as dt
 import click
 
 from relay.config import Endpoint
+from relay.options import NETWORK
 from relay.status.model import AllocationStatus, RecordedRequest
-from relay.tools.control import NETWORK, control_option, exit_without_answer
-from relay.tools.top.figures import printable, span
-from relay.tools.top.request import StatusQuery, fetch
+from relay.tools.control import StatusQuery, control_option, fetch
+from relay.tools.figures import printable, span
 
 _FIRST = "normal first step: the response has a nonce"
 _LIMIT = "a limit is reached"
@@ -55,8 +55,7 @@ def explain(at: Endpoint, client: str) -> None:
 
     Exit codes: 0 success, 1 the relay is unreachable, 2 usage error.
     """
-    with exit_without_answer(at):
-        status = fetch(at, StatusQuery("age", 100, client=client))
+    status = fetch(at, StatusQuery("age", 100, client=client))
     for allocation in status["allocations"]:
         click.echo(_allocation(allocation))
     for each in status["requests"]:

@@ -6,7 +6,7 @@ import click
 
 from relay.config import Endpoint
 from relay.net.http import request
-from relay.options import Parsed, local_endpoint
+from relay.options import LOCAL_ENDPOINT
 
 _OK = 200
 _MAX_RESPONSE = 65536
@@ -18,7 +18,7 @@ _MAX_RESPONSE = 65536
     "at",
     envvar="HEALTH_CHECK_ADDR",
     show_envvar=True,
-    type=Parsed("HOST:PORT", local_endpoint),
+    type=LOCAL_ENDPOINT,
     default="0.0.0.0:8080",
     help="Health address of the relay, as in its own configuration.",
 )

@@ -5,7 +5,7 @@ from typing import Any
 
 from relay.core.addresses import ClientAddress, show
 from relay.status.model import Status
-from relay.tools.top.request import read
+from relay.tools.control import read
 from tests.support.system import SECRET, Relay, RelayMaker, ask
 from tests.support.turn_client import udp_socket
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from relay.status.model import Status
 from relay.status.parameters import MAX_ALLOCATIONS, MAX_CHANNELS, parse
 from relay.status.scan import SORTS
-from relay.tools.top.request import read
+from relay.tools.control import read
 
 TEXT = (Path(__file__).parents[2] / "docs" / "status.md").read_text(encoding="utf-8")
 

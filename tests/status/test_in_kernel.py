@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from relay.status.model import AllocationStatus, Status
-from relay.tools.top.request import read
+from relay.tools.control import read
 from tests.support.offload.fixtures import needs_bpf, object_file
 from tests.support.offload.relays import Lab, running, talk
 from tests.support.offload.topology import row

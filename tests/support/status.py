@@ -20,7 +20,7 @@ from relay.ops.yielder import Yielder
 from relay.status.model import Status
 from relay.status.page import StatusPage
 from relay.status.scan import Scan
-from relay.tools.top.request import read
+from relay.tools.control import read
 from tests.support.core import HOSTS, Client, Relay
 
 CONFIG = Config(public_ip4=IPv4Address(HOSTS[Family.IPV4]), public_ip6=IPv6Address(HOSTS[Family.IPV6]), max_allocations=50)

@@ -17,9 +17,8 @@ from click.testing import CliRunner, Result
 from relay.cli import cli
 from relay.config import Endpoint
 from relay.status.model import Status
-from relay.tools.control import NoAnswerError
+from relay.tools.control import NoAnswerError, StatusQuery, fetch, read
 from relay.tools.top.command import write_once
-from relay.tools.top.request import StatusQuery, fetch, read
 from relay.tools.top.terminal import Screen
 from tests.support.process import run
 from tests.support.terminal import HOST, Stage, Terminal, running, watching
@@ -101,11 +100,9 @@ def test_a_relay_without_allocations_is_reported(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("--once",), ("--once", "--json")])
-def test_a_missing_relay_is_one_line_and_exit_code_1(
-    top: Callable[..., Result], closed_port: int, arguments: tuple[str, ...]
-) -> None:
-    done = top(*arguments, port=closed_port)
-    assert (done.exit_code, done.stdout) == (1, "")
+def test_a_missing_relay_is_one_line_and_exit_code_1(closed_port: int, arguments: tuple[str, ...]) -> None:
+    done = run("top", "--control-endpoint", f"{HOST}:{closed_port}", *arguments)
+    assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         f"firezone-relay: no answer from {HOST}:{closed_port}: connection refused; "
         "is the relay running, and is this its --control-endpoint?\n"

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.status.model import Status
-from relay.tools.top.figures import bit_rate, printable, short, shortened, size, span
-from relay.tools.top.request import read
+from relay.tools.control import read
+from relay.tools.figures import bit_rate, printable, short, shortened, size, span
 from relay.tools.top.scene import Scene, keys_in, press
 from relay.tools.top.view import frame, rows_in
 from tests.support.status import Kernel, Watched

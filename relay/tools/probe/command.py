@@ -13,7 +13,7 @@ from relay.core.addresses import SocketAddress
 from relay.core.attributes import USERNAME_LIMIT
 from relay.core.credentials import SALT_BYTES, Credential, mint
 from relay.net.names import look_up
-from relay.options import Parsed, read_secret
+from relay.options import FILE, Parsed, read_secret
 from relay.tools.probe import steps
 from relay.tools.probe.client import TIMEOUT
 from relay.tools.probe.report import as_json, write_conclusion, write_step
@@ -60,7 +60,7 @@ def parse_target(text: str) -> tuple[Endpoint, bool]:
 )
 @click.option(
     "--relay-secret-file",
-    type=click.Path(path_type=Path),
+    type=FILE,
     envvar="RELAY_SECRET_FILE",
     show_envvar=True,
     metavar="PATH",

@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeAlias
 from rich.text import Text
 
 from relay.status.model import AllocationStatus, Status
-from relay.tools.top.figures import bit_rate, printable, short, shortened, size, span
+from relay.tools.figures import bit_rate, printable, short, shortened, size, span
 
 GAP = 2
 """Spaces between columns."""

@@ -10,11 +10,10 @@ from rich.console import Console
 from rich.text import Text
 
 from relay.config import Endpoint, UsageError
-from relay.status.model import Status
-from relay.tools.control import NETWORK, control_option, exit_without_answer
+from relay.options import NETWORK
+from relay.tools.control import StatusQuery, control_option, fetch
 from relay.tools.top import view
 from relay.tools.top.live import FIRST_INTERVAL, Live
-from relay.tools.top.request import StatusQuery, fetch
 from relay.tools.top.scene import Scene
 from relay.tools.top.terminal import Screen, size_of
 
@@ -66,11 +65,10 @@ def top(  # noqa: PLR0913 - one for each option
     if json_ and not once:
         raise click.UsageError("--json requires --once: use both")
     query = StatusQuery(sort, limit, channels=1, client=client, peer=peer, port=port)
-    with exit_without_answer(at):
-        if once:
-            write_once(at, query, as_json=json_)
-        else:
-            click.get_current_context().exit(_watch(at, query, interval))
+    if once:
+        write_once(at, query, as_json=json_)
+    else:
+        click.get_current_context().exit(_watch(at, query, interval))
 
 
 def write_once(at: Endpoint, query: StatusQuery, *, as_json: bool = False, apart: float = FIRST_INTERVAL) -> None:
@@ -87,26 +85,18 @@ def write_once(at: Endpoint, query: StatusQuery, *, as_json: bool = False, apart
         return
     console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     width = size_of(sys.stdout.fileno()).columns if console.is_terminal else None
-    status = scene.latest
-    table = view.table(status, width) if status["allocations"] else []
-    if not status["matching"]:
-        table = [Text("no allocations")]
-    for line in [*view.headlines(scene), *([Text(), *table] if table else [])]:
+    lines = view.headlines(scene)
+    if scene.latest["allocations"] or not scene.latest["matching"]:
+        lines += [Text(), *view.table(scene.latest, width)]
+    for line in lines:
         line.rstrip()
-        if width is None:
-            print(line.plain, file=console.file)
-        else:
+        if width is not None:
             line.truncate(width)
-            console.print(line)
+        console.print(line, soft_wrap=True)
 
 
 def _watch(at: Endpoint, query: StatusQuery, interval: float) -> int:
     if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM", "dumb") == "dumb":
         raise UsageError("top needs a terminal: use --once for a single table")
     scene = Scene(str(at), fetch(at, query._replace(limit=0)), query.sort, interval=interval * 3 / 4)
-    screen = Screen(sys.stdin.fileno(), sys.stdout.fileno())
-
-    def fetch_rows(rows: StatusQuery) -> Status:
-        return fetch(at, rows._replace(client=query.client, peer=query.peer, port=query.port))
-
-    return Live(screen, scene, fetch_rows, interval).run()
+    return Live(Screen(sys.stdin.fileno(), sys.stdout.fileno()), scene, at, query, interval).run()

@@ -6,12 +6,11 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable
 from typing import TypeAlias
 
+from relay.config import Endpoint
 from relay.status.model import Status
-from relay.tools.control import NoAnswerError
-from relay.tools.top.request import StatusQuery
+from relay.tools.control import NoAnswerError, StatusQuery, fetch
 from relay.tools.top.scene import QUIT, Scene, keys_in, press
 from relay.tools.top.terminal import Screen
 from relay.tools.top.view import frame, rows_in
@@ -45,10 +44,11 @@ ViewEvent: TypeAlias = Status | Exception | signal.Signals | bytes
 class Live:
     """A run of the view. Threads wait for events, so that keys are handled without delay."""
 
-    def __init__(self, screen: Screen, scene: Scene, fetch: Callable[[StatusQuery], Status], interval: float) -> None:
+    def __init__(self, screen: Screen, scene: Scene, at: Endpoint, query: StatusQuery, interval: float) -> None:
         self._screen = screen
         self._scene = scene
-        self._fetch = fetch
+        self._at = at
+        self._query = query
         self._interval = interval
         self._events: queue.SimpleQueue[ViewEvent] = queue.SimpleQueue()
         self._responded_at = time.monotonic()
@@ -86,7 +86,7 @@ class Live:
 
     def _request(self, query: StatusQuery) -> None:
         try:
-            self._events.put(self._fetch(query))
+            self._events.put(fetch(self._at, query))
         except Exception as error:  # noqa: BLE001 - raised in the main thread
             self._events.put(error)
 
@@ -95,7 +95,8 @@ class Live:
         now, scene, size = time.monotonic(), self._scene, self._screen.size()
         if now >= self._request_at and not self._is_requesting:
             self._is_requesting = True
-            query = StatusQuery(scene.sort, min(_MAX_ROWS, self._rows()), scene.offset, int(size.columns >= _WIDE))
+            rows, channels = min(_MAX_ROWS, self._rows()), int(size.columns >= _WIDE)
+            query = self._query._replace(sort=scene.sort, limit=rows, offset=scene.offset, channels=channels)
             threading.Thread(target=self._request, args=(query,), daemon=True).start()
             has_rates = scene.latest["totals"]["rates_over"] is not None
             pause = self._interval if has_rates else min(self._interval, FIRST_INTERVAL)

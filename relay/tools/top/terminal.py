@@ -1,21 +1,23 @@
 """The terminal: its modes, its size, and frames."""
 
 import contextlib
-import io
-import locale
 import os
 import termios
 from collections.abc import Sequence
 from typing import Any, Self
 
 from rich.console import Console
+from rich.control import Control
+from rich.segment import ControlType
 from rich.text import Text
 
 _TAKE = "\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[2J"
 """Switch to the alternate screen, hide the cursor, and truncate long lines."""
 _GIVE_BACK = "\x1b[?7h\x1b[?25h\x1b[0m\x1b[?1049l"
+_BEGIN_FRAME, _END_FRAME = "\x1b[?2026h", "\x1b[?2026l"
+"""In this mode, terminals show the whole frame at once."""
 
-_MIN_WIDTH, _MIN_HEIGHT, _MAX_WIDTH = 20, 4, 4096
+_MIN_WIDTH, _MIN_HEIGHT = 20, 4
 _DEFAULT_WIDTH, _DEFAULT_HEIGHT = 80, 24
 
 
@@ -24,13 +26,10 @@ class Screen:
 
     def __init__(self, keyboard: int, output: int) -> None:
         self.keyboard = keyboard
-        self._output = output
+        self._output = open(output, "w", errors="replace", closefd=False)  # noqa: SIM115 - a descriptor
         self._before: Any = None
         # Rich takes the colours of the terminal from TERM and the environment.
-        self._console = Console(
-            file=io.StringIO(), force_terminal=True, width=_MAX_WIDTH, highlight=False, markup=False, emoji=False
-        )
-        self._encoding = locale.getpreferredencoding(do_setlocale=False)
+        self._console = Console(file=self._output, force_terminal=True, highlight=False, markup=False, emoji=False)
 
     def __enter__(self) -> Self:
         self.take()
@@ -47,21 +46,21 @@ class Screen:
         wanted[0] &= ~termios.IXON
         wanted[3] &= ~(termios.ICANON | termios.ECHO)
         termios.tcsetattr(self.keyboard, termios.TCSADRAIN, wanted)
-        self._write(_TAKE)
+        print(_TAKE, end="", file=self._output, flush=True)
 
     def give_back(self) -> None:
         """Restore the terminal, if it still exists."""
         before, self._before = self._before, None
         if before is not None:
             with contextlib.suppress(OSError):
-                self._write(_GIVE_BACK)
+                print(_GIVE_BACK, end="", file=self._output, flush=True)
             with contextlib.suppress(termios.error):
                 # Discard keys that were typed for this screen.
                 termios.tcsetattr(self.keyboard, termios.TCSAFLUSH, before)
 
     def size(self) -> os.terminal_size:
         """Return the current size."""
-        return size_of(self._output)
+        return size_of(self._output.fileno())
 
     def draw(self, lines: Sequence[Text]) -> None:
         """Show a frame.
@@ -70,26 +69,20 @@ class Screen:
             OSError: the terminal has gone.
         """
         width = self.size().columns
-        written = []
-        for at, line in enumerate(lines, 1):
-            # After a full line, the cursor is still on the last character, and \x1b[K would clear the character.
-            clear = "\x1b[K" if line.cell_len < width else ""
-            with self._console.capture() as capture:
-                self._console.print(line, end="", no_wrap=True, crop=False)
-            written.append(f"\x1b[{at};1H{capture.get()}\x1b[0m{clear}")
-        # In this mode, terminals show the whole frame at once.
-        self._write("\x1b[?2026h" + "".join(written) + "\x1b[?2026l")
-
-    def _write(self, text: str) -> None:
-        data = memoryview(text.encode(self._encoding, errors="replace"))
-        while data:
-            data = data[os.write(self._output, data) :]
+        self._output.write(_BEGIN_FRAME)
+        with self._console:
+            for at, line in enumerate(lines):
+                self._console.control(Control.move_to(0, at))
+                self._console.print(line, end="", soft_wrap=True)
+                # After a full line, the cursor is still on the last character, which would be erased.
+                if line.cell_len < width:
+                    self._console.control(Control((ControlType.ERASE_IN_LINE, 0)))
+        print(_END_FRAME, end="", file=self._output, flush=True)
 
 
 def size_of(output: int) -> os.terminal_size:
     """Return the size of a terminal; 80x24 if it is unknown."""
-    try:
+    columns = lines = 0
+    with contextlib.suppress(OSError):
         columns, lines = os.get_terminal_size(output)
-    except OSError:
-        columns = lines = 0
     return os.terminal_size((max(columns or _DEFAULT_WIDTH, _MIN_WIDTH), max(lines or _DEFAULT_HEIGHT, _MIN_HEIGHT)))

@@ -5,8 +5,8 @@ import os
 from rich.text import Text
 
 from relay.status.model import PortalStatus, Status, XdpStatus
+from relay.tools.figures import bit_rate, printable, short, size, span, sparkline
 from relay.tools.top import columns
-from relay.tools.top.figures import bit_rate, printable, short, size, span, sparkline
 from relay.tools.top.scene import Scene
 
 _ROUTINE_ERRORS = {"401", "438"}
@@ -183,8 +183,6 @@ def _counts(scene: Scene) -> Text:
 
 
 def _table(scene: Scene, size_: os.terminal_size) -> list[Text]:
-    if not scene.latest["matching"]:
-        return [Text("no allocations", style="dim")]
     lines = table(scene.latest, size_.columns)
     for line in lines[1:]:
         line.stylize("dim" if scene.problem is not None else "")
@@ -193,6 +191,8 @@ def _table(scene: Scene, size_: os.terminal_size) -> list[Text]:
 
 def table(status: Status, width: int | None) -> list[Text]:
     """Return the table of allocations, with a line of titles; ``width`` is None for no limit."""
+    if not status["matching"]:
+        return [Text("no allocations", style="dim")]
     rows = status["allocations"]
     fitted = columns.fit(rows, status, width)
     return [columns.header(fitted, status["page"]["sort"]), *(columns.line(row, fitted) for row in rows)]
