@@ -6,7 +6,7 @@ import pytest
 
 from relay.core.addresses import Family
 from relay.core.credentials import Credential
-from relay.tools.probe.results import Outcome, Report, StepName
+from relay.tools.probe.report import Outcome, Report, StepName
 from tests.support.probe import Coturn
 
 Run = Callable[..., Report]

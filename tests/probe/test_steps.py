@@ -13,7 +13,7 @@ from relay.core.commands import Command, SendToClient, SendToPeer
 from relay.core.credentials import Credential, integrity_key, mint
 from relay.core.stun import Malformed, Message, MessageClass, Method, decode, encode
 from relay.core.timestamp import Timestamp
-from relay.tools.probe.results import Outcome, Report, Step, StepName
+from relay.tools.probe.report import Outcome, Report, Step, StepName
 from relay.tools.probe.steps import probe
 from tests.support.probe import IMPATIENT, LOSSY, PATIENT, QUICK, SILENT, unwatched
 from tests.support.shell import PORTS, SECRET, Shell

@@ -5,7 +5,9 @@ import click
 import pytest
 
 from relay.config import Endpoint
-from relay.tools.probe.client import printable
+from relay.core.attributes import ErrorValue
+from relay.core.stun import Method
+from relay.tools.probe.client import RefusedError
 from relay.tools.probe.command import parse_target, resolve
 
 
@@ -92,5 +94,9 @@ def test_a_lookup_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_server_text_is_escaped_for_the_terminal() -> None:
-    assert printable("\x1b[2Jrealm\r\n\N{RIGHT-TO-LEFT OVERRIDE}'\\") == r"\x1b[2Jrealm\r\n\u202e'" + "\\"
-    assert len(printable("x" * 5000)) < 200
+    def said(text: str) -> str:
+        return str(RefusedError(Method.ALLOCATE, ErrorValue(500, text), None))
+
+    words = "Allocate answered with 500"
+    assert said("\x1b[2Jrealm\r\n\N{RIGHT-TO-LEFT OVERRIDE}'\\") == rf"{words} \x1b[2Jrealm\r\n\u202e'" + "\\"
+    assert len(said("x" * 5000)) < 200

@@ -1,6 +1,5 @@
 import os
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -16,9 +15,9 @@ from relay.core.addresses import Family
 from relay.core.credentials import Credential, mint
 from relay.core.stun import Method
 from relay.tools.probe import steps
-from relay.tools.probe.client import ProbeError, TurnClient, open_socket
+from relay.tools.probe.client import ProbeError, TurnClient
 from relay.tools.probe.command import probe
-from relay.tools.probe.results import Report
+from relay.tools.probe.report import Report
 from relay.tools.probe.traffic import PacketPlan
 from tests.support.requirements import HAS_IPV6
 from tests.support.shell import HOSTS, SECRET, Shell, open_udp
@@ -142,10 +141,9 @@ def _wait_for(port: int) -> None:
     address = ("127.0.0.1", port)
     end = time.monotonic() + 60
     while time.monotonic() < end:
-        opened: socket.socket = open_socket(address)
-        with opened:
+        with TurnClient(address, 1) as client:
             try:
-                TurnClient(opened, address, 1).exchange(Method.BINDING)
+                client.exchange(Method.BINDING)
             except ProbeError:
                 time.sleep(0.05)
             else:

@@ -1,8 +1,9 @@
 """Allocate: relayed addresses of both families, with or without the server's support of dual allocations."""
 
 import contextlib
+from dataclasses import dataclass, field
 
-from relay.core.addresses import Family, family_of, show
+from relay.core.addresses import Family, SocketAddress, family_of, show
 from relay.core.attributes import (
     ADDITIONAL_ADDRESS_FAMILY,
     ADDRESS_ERROR_CODE,
@@ -14,17 +15,8 @@ from relay.core.attributes import (
     MalformedAttributeError,
 )
 from relay.core.stun import Method
-from relay.tools.probe.client import (
-    AttributeValue,
-    ProbeError,
-    RefusedError,
-    TurnClient,
-    demand,
-    open_socket,
-    printable,
-    read,
-)
-from relay.tools.probe.results import Allocated
+from relay.ops.logs.render import escape
+from relay.tools.probe.client import LONGEST_TEXT, AttributeValue, ProbeError, RefusedError, TurnClient, demand, read
 
 UDP = 17
 """Transport protocol number (RFC 8656 §18.7)."""
@@ -38,51 +30,64 @@ _DUAL_REFUSALS = (400, 420, 440)
 _INCONCLUSIVE = (None, 400, 420)
 
 
+@dataclass(slots=True)
 class ProbeAllocations:
-    """Allocations of a probe: a dual allocation, or an allocation per family if the server has no dual allocations.
+    """Allocations of a probe: a dual allocation, or an allocation per family if the server has no dual allocations."""
 
-    Args:
-        client: client of the first allocation.
-        stack: closes the socket of a second client.
-    """
+    client: TurnClient
+    """Client of the first allocation."""
+    stack: contextlib.ExitStack
+    """Closes the socket of a second client."""
+    relayed_addresses: dict[Family, SocketAddress] = field(default_factory=dict)
+    missing_families: dict[Family, int] = field(default_factory=dict)
+    """Error codes of families without an address."""
+    lifetime: int = 0
+    """Seconds."""
+    software: str | None = None
+    clients: dict[Family, TurnClient] = field(default_factory=dict)
+    """Client that owns the relayed address of a family."""
+    to_delete: list[TurnClient] = field(default_factory=list)
+    """Clients that may have an allocation."""
 
-    def __init__(self, client: TurnClient, stack: contextlib.ExitStack) -> None:
-        self.made = Allocated({}, {})
-        """Result of `make`."""
-        self.clients: dict[Family, TurnClient] = {}
-        """Client that owns the relayed address of a family."""
-        self.to_delete: list[TurnClient] = []
-        """Clients that may have an allocation."""
-        self._client = client
-        self._stack = stack
+    def make(self) -> str:
+        """Request relayed addresses of both families, and return a summary.
 
-    def make(self) -> Allocated:
-        """Request relayed addresses of both families. Raise `ProbeError` if the server made no allocation.
+        Raise `ProbeError` if the server made no allocation.
 
         A server that does not know ADDITIONAL-ADDRESS-FAMILY ignores it (RFC 8489 §14). An example is coturn 4.6, which has
         the attribute under another number.
         """
         refusal: RefusedError | None = None
         try:
-            self._allocate(self._client, (ADDITIONAL_ADDRESS_FAMILY, Family.IPV6))
+            self._allocate(self.client, (ADDITIONAL_ADDRESS_FAMILY, Family.IPV6))
         except RefusedError as error:
             if error.code not in _DUAL_REFUSALS:
                 raise
         for family in Family:
-            if family in self.clients or self.made.missing_families.get(family) not in _INCONCLUSIVE:
+            if family in self.clients or self.missing_families.get(family) not in _INCONCLUSIVE:
                 continue
+            client = self.client
+            if self.clients:
+                client = self.stack.enter_context(TurnClient(client.server, client.timeout, client.credential))
             # IPv4 is the default family, which old servers know without an attribute.
             attributes = ((REQUESTED_ADDRESS_FAMILY, family),) if family is Family.IPV6 else ()
             try:
-                self._allocate(self._free_client(), *attributes)
+                self._allocate(client, *attributes)
             except RefusedError as error:
-                self.made.missing_families[family] = error.code
+                self.missing_families[family] = error.code
                 refusal = refusal or error
         if refusal is not None and not self.clients:
             raise refusal
-        return self.made
+        parts = [
+            f"{family}: {show(self.relayed_addresses[family])}"
+            if family in self.relayed_addresses
+            else f"{family}: not served ({self.missing_families.get(family, 'no reason given')})"
+            for family in Family
+        ]
+        software = [f"software {escape(self.software, LONGEST_TEXT)}"] if self.software else []
+        return ", ".join((*parts, f"lifetime {self.lifetime} s", *software))
 
-    def delete(self, within: float | None) -> None:
+    def delete(self, within: float | None) -> str:
         """Delete all allocations, each within some seconds. Raise `ProbeError` if the server did not confirm a deletion."""
         failed: ProbeError | None = None
         for client in self.to_delete:
@@ -94,13 +99,7 @@ class ProbeAllocations:
                     failed = error
         if failed is not None:
             raise failed
-
-    def _free_client(self) -> TurnClient:
-        first = self._client
-        if not self.clients:
-            return first
-        opened = self._stack.enter_context(contextlib.closing(open_socket(first.server)))
-        return TurnClient(opened, first.server, first.timeout, first.credential)
+        return "deleted all allocations (LIFETIME 0)"
 
     def _allocate(self, client: TurnClient, *attributes: AttributeValue) -> None:
         # Without a response, there may be an allocation.
@@ -118,22 +117,8 @@ class ProbeAllocations:
         if not relayed:
             demand(message, XOR_RELAYED_ADDRESS)
         self.clients |= dict.fromkeys(relayed, client)
-        made = self.made
-        made.lifetime, made.software = demand(message, LIFETIME), read(message, SOFTWARE)
-        addresses = made.relayed_addresses | relayed
-        made.relayed_addresses = {family: addresses[family] for family in Family if family in addresses}
-        missing |= made.missing_families
-        made.missing_families = {family: code for family, code in missing.items() if family not in addresses}
-
-
-def allocated_words(allocated: Allocated) -> str:
-    """Return a summary of allocations for people."""
-    relayed, missing = allocated.relayed_addresses, allocated.missing_families
-    parts = [
-        f"{family}: {show(relayed[family])}"
-        if family in relayed
-        else f"{family}: not served ({missing.get(family, 'no reason given')})"
-        for family in Family
-    ]
-    software = [f"software {printable(allocated.software)}"] if allocated.software else []
-    return ", ".join((*parts, f"lifetime {allocated.lifetime} s", *software))
+        self.lifetime, self.software = demand(message, LIFETIME), read(message, SOFTWARE)
+        addresses = self.relayed_addresses | relayed
+        self.relayed_addresses = {family: addresses[family] for family in Family if family in addresses}
+        missing |= self.missing_families
+        self.missing_families = {family: code for family, code in missing.items() if family not in addresses}

@@ -1,16 +1,18 @@
 """A client of STUN and TURN on a real socket (RFC 8489 §6.2.1, §9.2), and its errors, with advice for the operator."""
 
+import contextlib
 import errno
 import secrets
 import socket
 import time
 from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Self, TypeAlias, TypeVar
 
 from relay.core.addresses import Family, SocketAddress, family_of, show
 from relay.core.attributes import ERROR_CODE, NONCE, REALM, USERNAME, Attribute, ErrorValue, MalformedAttributeError
 from relay.core.credentials import Credential, integrity_key
 from relay.core.stun import TRANSACTION_ID_LENGTH, Malformed, Message, MessageClass, Method, decode, encode
+from relay.ops.logs.render import escape
 from relay.tools.probe.icmp import Rejection, read_rejection, report_icmp_errors
 
 T = TypeVar("T")
@@ -43,8 +45,9 @@ TIMEOUT = 8.0
 """Seconds per step. The RFC's seven transmissions take 39.5 s, too long for an interactive command."""
 
 _LONGEST_DATAGRAM = 0xFFFF
-_LONGEST_TEXT = 100
 _NONCES_TRIED = 3
+LONGEST_TEXT = 100
+"""Characters of a server's text in the output."""
 _NO_ROUTE = frozenset((errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL))
 
 
@@ -64,6 +67,13 @@ class ProbeError(Exception):
         self.code = code
 
 
+class SkippedError(ProbeError):
+    """A step is impossible here, which is no failure."""
+
+    def __init__(self, finding: str) -> None:
+        super().__init__(finding, "")
+
+
 class NoRouteError(ProbeError):
     """This machine has no address or route of the family. The server may work."""
 
@@ -72,7 +82,7 @@ class RefusedError(ProbeError):
     """The server responded with an error (RFC 8489 §14.8), or with a challenge for credentials or a new nonce (§9.2.4)."""
 
     def __init__(self, method: Method, error: ErrorValue, challenge: Challenge | None) -> None:
-        words = f"{error.code} {printable(error.phrase)}".rstrip()
+        words = f"{error.code} {escape(error.phrase, LONGEST_TEXT)}".rstrip()
         advice = _ADVICE.get(error.code, "see the server's log")
         super().__init__(f"{title(method)} answered with {words}", advice, error.code)
         self.code: int = error.code
@@ -90,24 +100,38 @@ class Answer(NamedTuple):
 
 
 class TurnClient:
-    """Client of a server, with long-term credentials.
+    """Client of a server, with long-term credentials, on a connected socket, which reports ICMP errors.
 
     Args:
-        connected: a socket of `open_socket`, which the caller closes.
         server: address of the server.
         timeout: seconds per request.
         credential: the credential, if any.
+
+    Raises:
+        NoRouteError: this machine has no route to the server.
     """
 
-    def __init__(
-        self, connected: socket.socket, server: SocketAddress, timeout: float, credential: Credential | None = None
-    ) -> None:
-        self.socket = connected
+    def __init__(self, server: SocketAddress, timeout: float, credential: Credential | None = None) -> None:
         self.server = server
         self.timeout = timeout
         self.credential = credential
         self.challenge: Challenge | None = None
         """The latest challenge; None before the first."""
+        with contextlib.ExitStack() as stack:
+            try:
+                family = socket.AF_INET if family_of(server) is Family.IPV4 else socket.AF_INET6
+                self.socket = stack.enter_context(socket.socket(family, socket.SOCK_DGRAM))
+                report_icmp_errors(self.socket)
+                self.socket.connect(server)
+            except OSError as error:
+                raise unreachable(server, error) from error
+            stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
 
     def request(self, method: Method, attributes: Iterable[AttributeValue], *, within: float | None = None) -> Answer:
         """Send a request with the latest nonce, and again if the server requests another nonce: see `exchange`.
@@ -186,7 +210,10 @@ class TurnClient:
             elif key is not None and not (_asks_for_credentials(message) or message.integrity_holds(key)):
                 unverified += 1
             elif message.message_class is MessageClass.ERROR:
-                raise _refusal(method, message)
+                challenge = None
+                if _asks_for_credentials(message):
+                    challenge = Challenge(demand(message, REALM), demand(message, NONCE))
+                raise RefusedError(method, demand(message, ERROR_CODE), challenge)
             else:
                 return Answer(message, time.perf_counter() - started, transmissions)
         raise self._no_answer(method, unrelated, unverified)
@@ -200,24 +227,6 @@ class TurnClient:
         if unrelated:
             return ProbeError(f"{finding}, only unrelated datagrams", f"is {where} a TURN server?")
         return ProbeError(finding, "is the server started (with a portal: connected)? does a firewall block this port?")
-
-
-def open_socket(server: SocketAddress) -> socket.socket:
-    """Open a connected UDP socket, which receives only from the server and reports ICMP errors.
-
-    Raises:
-        NoRouteError: this machine has no route to the server.
-    """
-    opened = None
-    try:
-        opened = socket.socket(socket.AF_INET if family_of(server) is Family.IPV4 else socket.AF_INET6, socket.SOCK_DGRAM)
-        report_icmp_errors(opened)
-        opened.connect(server)
-    except OSError as error:
-        if opened is not None:
-            opened.close()
-        raise unreachable(server, error) from error
-    return opened
 
 
 def unreachable(server: SocketAddress, error: OSError, rejection: Rejection | None = None) -> ProbeError:
@@ -247,26 +256,10 @@ def title(method: Method) -> str:
     return method.name.title().replace("_", "")
 
 
-def printable(text: str) -> str:
-    """Return a server's text without control characters, which could control the terminal."""
-    shown = ascii(text)[1:-1].replace("\\'", "'").replace("\\\\", "\\")
-    return shown if len(shown) <= _LONGEST_TEXT else f"{shown[:_LONGEST_TEXT]}..."
-
-
 def _asks_for_credentials(message: Message) -> bool:
     """Check whether a message is an error that servers may leave unsigned, before they know the client."""
     error = read(message, ERROR_CODE) if message.message_class is MessageClass.ERROR else None
     return error is not None and error.code in (UNAUTHENTICATED, STALE_NONCE)
-
-
-def _refusal(method: Method, message: Message) -> ProbeError:
-    try:
-        challenge = None
-        if _asks_for_credentials(message):
-            challenge = Challenge(demand(message, REALM), demand(message, NONCE))
-        return RefusedError(method, demand(message, ERROR_CODE), challenge)
-    except ProbeError as error:
-        return error
 
 
 def demand(message: Message, attribute: Attribute[T]) -> T:

@@ -16,8 +16,7 @@ from relay.net.names import look_up
 from relay.options import FILE, Parsed, read_secret
 from relay.tools.probe import steps
 from relay.tools.probe.client import TIMEOUT
-from relay.tools.probe.report import as_json, write_conclusion, write_step
-from relay.tools.probe.results import Watcher
+from relay.tools.probe.report import Watcher, as_json, write_conclusion, write_step
 from relay.tools.probe.traffic import SHORTEST, PacketPlan
 
 CREDENTIAL_LIFETIME = 600

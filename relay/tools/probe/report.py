@@ -1,17 +1,129 @@
-"""Output of a probe, for people and for programs."""
+"""Results of a probe, and their output for people and for programs."""
 
 import json
 import os
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, TypeAlias
 
 import click
 
 from relay.core.addresses import Family, SocketAddress, show
-from relay.tools.probe.results import Outcome, Report, Step
+from relay.tools.probe.allocation import ProbeAllocations
+from relay.tools.probe.client import ProbeError, SkippedError
 from relay.tools.probe.traffic import Traffic
 
-_COLORS = {Outcome.OK: "green", Outcome.FAILED: "red", Outcome.SKIPPED: "yellow"}
 _LABEL_WIDTH = 16
+
+
+class StepName(StrEnum):
+    """Steps of a probe, in their order. The values are names in the JSON report."""
+
+    BINDING = "binding"
+    CHALLENGE = "challenge"
+    ALLOCATE = "allocate"
+    CHANNEL_BIND = "channel_bind"
+    PEER_PATH = "peer_path"
+    PACKETS = "packets"
+    PATH_MTU = "path_mtu"
+    REFRESH = "refresh"
+
+
+_LABELS = {StepName.CHANNEL_BIND: "ChannelBind", StepName.PATH_MTU: "Path MTU"}
+
+
+class Outcome(StrEnum):
+    """Outcome of a step."""
+
+    OK = "ok"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+
+
+_COLORS = {Outcome.OK: "green", Outcome.FAILED: "red", Outcome.SKIPPED: "yellow"}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Result of a step."""
+
+    name: StepName
+    outcome: Outcome
+    detail: str
+    """The finding, as part of a sentence."""
+    family: Family | None = None
+    """Family of the relayed address; None for steps without a relayed address."""
+    advice: str = ""
+    """The fix of a failure."""
+    code: int | None = None
+    """The error code of the response."""
+
+    @property
+    def label(self) -> str:
+        """The name for people: the name in the RFC if there is one."""
+        words = _LABELS.get(self.name) or self.name.replace("_", " ").capitalize()
+        return words if self.family is None else f"{words} {self.family}"
+
+
+Watcher: TypeAlias = Callable[["Report", Step], object]
+"""Receives the report so far, and its latest step."""
+
+
+@dataclass(slots=True)
+class Report:
+    """Result of a probe so far."""
+
+    target: str
+    """The server as given on the command line."""
+    watcher: Watcher
+    server: SocketAddress | None = None
+    """The address that responded; None if there was no response."""
+    mapped_address: SocketAddress | None = None
+    """Address of this machine as the server sees it."""
+    binding_rtt: float | None = None
+    """Seconds."""
+    realm: str | None = None
+    allocated: ProbeAllocations | None = None
+    """The allocations, if the server made an allocation."""
+    traffic: dict[Family, Traffic] = field(default_factory=dict)
+    path_mtu: dict[Family, int] = field(default_factory=dict)
+    """Bytes of the longest IP packet that passed whole, by family of the relayed address."""
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def failures(self) -> list[Step]:
+        """The steps that failed, in order."""
+        return [step for step in self.steps if step.outcome is Outcome.FAILED]
+
+    def add(
+        self,
+        name: StepName,
+        outcome: Outcome,
+        detail: str,
+        family: Family | None = None,
+        advice: str = "",
+        code: int | None = None,
+    ) -> None:
+        """Add the result of a step: the fields of `Step`."""
+        step = Step(name, outcome, detail, family, advice, code)
+        self.steps.append(step)
+        self.watcher(self, step)
+
+    def fail(self, name: StepName, error: ProbeError, family: Family | None = None) -> None:
+        """Add a step that ended with an error."""
+        outcome = Outcome.SKIPPED if isinstance(error, SkippedError) else Outcome.FAILED
+        self.add(name, outcome, str(error), family, error.advice, error.code)
+
+    def take(self, name: StepName, step: Callable[[], str]) -> bool:
+        """Take a step, which returns its finding or raises `ProbeError`. Return whether it succeeded."""
+        try:
+            finding = step()
+        except ProbeError as error:
+            self.fail(name, error)
+            return False
+        self.add(name, Outcome.OK, finding)
+        return True
 
 
 def write_step(report: Report, step: Step) -> None:
@@ -19,7 +131,8 @@ def write_step(report: Report, step: Step) -> None:
     if step is report.steps[0]:
         at = show(report.server) if report.server is not None else report.target
         _write(f"Probe of {report.target}/udp" + (f" at {at}" if at != report.target else ""))
-    word = click.style(f"{_word(step):<7}", fg=_COLORS[step.outcome], bold=step.outcome is Outcome.FAILED)
+    failed = step.outcome is Outcome.FAILED
+    word = click.style(f"{'FAILED' if failed else step.outcome:<7}", fg=_COLORS[step.outcome], bold=failed)
     _write(f"{step.label:<{_LABEL_WIDTH}}  {word}  {step.detail}")
 
 
@@ -41,33 +154,27 @@ def _write(line: str) -> None:
 def as_json(report: Report) -> str:
     """Return a report as a JSON object. Times are milliseconds, lifetimes seconds, absent values null."""
     allocated = report.allocated
-    failures = report.failures
+    failed = next(iter(report.failures), None)
     return json.dumps(
         {
             "target": report.target,
-            "server": _address(report.server),
-            "ok": not failures,
-            "failed_step": failures[0].name if failures else None,
-            "advice": failures[0].advice if failures else None,
-            "mapped_address": _address(report.mapped_address),
+            "server": report.server and show(report.server),
+            "ok": failed is None,
+            "failed_step": failed and failed.name,
+            "advice": failed and failed.advice,
+            "mapped_address": report.mapped_address and show(report.mapped_address),
             "binding_rtt_ms": _ms(report.binding_rtt),
             "realm": report.realm,
-            "software": allocated.software if allocated else None,
-            "lifetime_s": allocated.lifetime if allocated else None,
-            "relayed_addresses": _by_family(
-                {family: show(address) for family, address in allocated.relayed_addresses.items()} if allocated else {}
-            ),
+            "software": allocated and allocated.software,
+            "lifetime_s": allocated and allocated.lifetime,
+            "relayed_addresses": _by_family(allocated.relayed_addresses if allocated else {}, show),
             "address_errors": _by_family(allocated.missing_families if allocated else {}),
             "path_mtu": _by_family(report.path_mtu),
-            "packets": _by_family({family: _traffic(traffic) for family, traffic in report.traffic.items()}),
+            "packets": _by_family(report.traffic, _traffic),
             "steps": [_step(step) for step in report.steps],
         },
         indent=2,
     )
-
-
-def _word(step: Step) -> str:
-    return "FAILED" if step.outcome is Outcome.FAILED else step.outcome.value
 
 
 def _step(step: Step) -> dict[str, Any]:
@@ -91,12 +198,8 @@ def _traffic(traffic: Traffic) -> dict[str, Any]:
     }
 
 
-def _by_family(values: dict[Family, Any]) -> dict[str, Any]:
-    return {str(family).lower(): values.get(family) for family in Family}
-
-
-def _address(address: SocketAddress | None) -> str | None:
-    return None if address is None else show(address)
+def _by_family(values: dict[Family, Any], to_json: Callable[[Any], Any] = lambda value: value) -> dict[str, Any]:
+    return {str(family).lower(): to_json(values[family]) if family in values else None for family in Family}
 
 
 def _ms(seconds: float | None) -> float | None:

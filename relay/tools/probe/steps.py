@@ -4,27 +4,28 @@ import contextlib
 import itertools
 import socket
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from relay.config import Endpoint
 from relay.core.addresses import Family, SocketAddress, family_of, show, socket_address
 from relay.core.attributes import CHANNEL_NUMBER, XOR_MAPPED_ADDRESS, XOR_PEER_ADDRESS
 from relay.core.credentials import Credential
 from relay.core.stun import Method
-from relay.tools.probe.allocation import TRANSPORT, ProbeAllocations, allocated_words
+from relay.ops.logs.render import escape
+from relay.tools.probe.allocation import TRANSPORT, ProbeAllocations
 from relay.tools.probe.client import (
+    LONGEST_TEXT,
     UNAUTHENTICATED,
     NoRouteError,
     ProbeError,
     RefusedError,
+    SkippedError,
     TurnClient,
     demand,
-    open_socket,
-    printable,
     unreachable,
 )
 from relay.tools.probe.icmp import forbid_fragments
-from relay.tools.probe.results import Outcome, Report, Step, StepName, Watcher
+from relay.tools.probe.report import Outcome, Report, StepName, Watcher
 from relay.tools.probe.traffic import CHANNEL_HEADER, Exchange, PacketPlan, Traffic
 
 FIRST_CHANNEL = 0x4000
@@ -75,14 +76,16 @@ def probe(
         allocations = ProbeAllocations(client, stack)
         within: float | None = _DELETE_TIMEOUT
         try:
-            if _is_challenged(client, allocations, report) and _allocate(client, allocations, report):
-                _relay(allocations, plan, report)
+            if report.take(StepName.CHALLENGE, lambda: _challenge(client, allocations, report)) and report.take(
+                StepName.ALLOCATE, lambda: _allocate(client, allocations, report)
+            ):
+                numbers = itertools.count(FIRST_CHANNEL, 2)
+                for (family, address), number in zip(allocations.relayed_addresses.items(), numbers, strict=False):
+                    RelayedSteps(allocations.clients[family], address, number, plan, report).take()
                 within = None
         finally:
             if allocations.to_delete:
-                with report.step(StepName.REFRESH):
-                    allocations.delete(within)
-                    report.add(Step(StepName.REFRESH, Outcome.OK, "deleted all allocations (LIFETIME 0)"))
+                report.take(StepName.REFRESH, lambda: allocations.delete(within))
     return report
 
 
@@ -95,8 +98,8 @@ def _find(
     errors: list[ProbeError] = []
     for address in addresses:
         try:
-            opened = stack.enter_context(contextlib.closing(open_socket(address)))
-            answer = TurnClient(opened, address, share).exchange(Method.BINDING)
+            client = stack.enter_context(TurnClient(address, share))
+            answer = client.exchange(Method.BINDING)
             report.mapped_address = demand(answer.message, XOR_MAPPED_ADDRESS)
         except ProbeError as error:
             errors.append(error)
@@ -105,187 +108,169 @@ def _find(
         words = f"this machine is {show(report.mapped_address)}, RTT {answer.rtt * 1e3:.2f} ms"
         if answer.transmissions > 1:
             words += f" (sent {answer.transmissions} times)"
-        report.add(Step(StepName.BINDING, Outcome.OK, "; ".join((words, *map(str, errors)))))
-        return TurnClient(opened, address, timeout)
+        report.add(StepName.BINDING, Outcome.OK, "; ".join((words, *map(str, errors))))
+        client.timeout = timeout
+        return client
     report.fail(StepName.BINDING, ProbeError("; ".join(map(str, errors)), errors[0].advice, errors[0].code))
     return None
 
 
-def _is_challenged(client: TurnClient, allocations: ProbeAllocations, report: Report) -> bool:
+def _challenge(client: TurnClient, allocations: ProbeAllocations, report: Report) -> str:
     """Send an Allocate that a server must reject, to learn its realm."""
-    with report.step(StepName.CHALLENGE):
-        try:
-            client.exchange(Method.ALLOCATE, (TRANSPORT,))
-        except RefusedError as error:
-            if error.code != UNAUTHENTICATED or error.challenge is None:
-                raise
-            client.challenge, report.realm = error.challenge, error.challenge.realm
-            detail = f"401 without credentials, as expected; realm {printable(report.realm)}"
-            report.add(Step(StepName.CHALLENGE, Outcome.OK, detail))
-        else:
-            allocations.to_delete.append(client)
-            advice = "anyone can relay through this server: configure it to require credentials"
-            raise ProbeError("Allocate without credentials succeeded", advice)
-    return client.challenge is not None
+    try:
+        client.exchange(Method.ALLOCATE, (TRANSPORT,))
+    except RefusedError as error:
+        if error.code != UNAUTHENTICATED or error.challenge is None:
+            raise
+        client.challenge, report.realm = error.challenge, error.challenge.realm
+        return f"401 without credentials, as expected; realm {escape(report.realm, LONGEST_TEXT)}"
+    allocations.to_delete.append(client)
+    advice = "anyone can relay through this server: configure it to require credentials"
+    raise ProbeError("Allocate without credentials succeeded", advice)
 
 
-def _allocate(client: TurnClient, allocations: ProbeAllocations, report: Report) -> bool:
+def _allocate(client: TurnClient, allocations: ProbeAllocations, report: Report) -> str:
     if client.credential is None:
-        detail = "this step and the following need --username and --password, or --relay-secret-file"
-        report.add(Step(StepName.ALLOCATE, Outcome.SKIPPED, detail))
-        return False
-    with report.step(StepName.ALLOCATE):
-        report.allocated = allocations.make()
-        report.add(Step(StepName.ALLOCATE, Outcome.OK, allocated_words(report.allocated)))
-    return report.allocated is not None
+        raise SkippedError("this step and the following need --username and --password, or --relay-secret-file")
+    finding = allocations.make()
+    report.allocated = allocations
+    return finding
 
 
-def _relay(allocations: ProbeAllocations, plan: PacketPlan, report: Report) -> None:
-    numbers = itertools.count(FIRST_CHANNEL, 2)
-    for (family, address), number in zip(allocations.made.relayed_addresses.items(), numbers, strict=False):
-        RelayedSteps(allocations.clients[family], address, number, plan, report).take()
-
-
+@dataclass(slots=True)
 class RelayedSteps:
     """Run of the steps.
 
     The peer is a second socket of this machine. If the server rejects the peer, or packets do not arrive, the packets are
     looped: a channel leads to the allocation's own relayed address, so each packet returns to the client.
-
-    Args:
-        client: owner of the relayed address.
-        address: the relayed address.
-        number: number of the channel to the peer. The next is of the channel to the relayed address itself.
-        plan: number, rate and size of packets.
-        report: receives the results.
     """
 
-    def __init__(self, client: TurnClient, address: SocketAddress, number: int, plan: PacketPlan, report: Report) -> None:
-        self._client = client
-        self._address = address
-        self._family = family_of(address)
-        self._number = number
-        self._plan = plan
-        self._report = report
-        server = client.server
-        self._peer_server = server if family_of(server) is self._family else socket_address(address[0], server[1])
-        """The server address that the peer sends Binding to, in the family of the relayed address."""
-        self._is_silent = False
-        """Whether the announced address does not respond to Binding."""
+    client: TurnClient
+    """Owner of the relayed address."""
+    address: SocketAddress
+    """The relayed address."""
+    number: int
+    """Number of the channel to the peer. The next is of the channel to the relayed address itself."""
+    plan: PacketPlan
+    report: Report
+    is_silent: bool = False
+    """Whether the announced address does not respond to Binding."""
+
+    @property
+    def family(self) -> Family:
+        """Family of the relayed address."""
+        return family_of(self.address)
 
     def take(self) -> None:
         """Run all steps."""
         if self._goes_through_peer():
             return
-        self._number += 1
-        if self._bind(self._address):
-            self._judge(self._exchange(self._plan, None), None)
+        self.number += 1
+        if self._bind(self.address):
+            self._judge(self._exchange(self.plan, None), None)
         else:
             self._add(StepName.PACKETS, Outcome.SKIPPED, "no channel leads anywhere")
 
     def _goes_through_peer(self) -> bool:
         """Test a peer. Return false if packets have to be looped; the report has the reason."""
-        with self._report.step(StepName.PEER_PATH, self._family):
-            try:
-                with contextlib.closing(open_socket(self._peer_server)) as peer:
-                    return self._goes_through(peer, self._address_of(peer))
-            except NoRouteError as error:
-                # The server may work, unless it announces an address that clients have no route to.
-                advice = self._wrong_address()
-                outcome = Outcome.FAILED if advice else Outcome.SKIPPED
-                self._add(StepName.PEER_PATH, outcome, f"{error}; {_LOOPED}", advice)
+        server = self.client.server
+        if family_of(server) is not self.family:
+            server = socket_address(self.address[0], server[1])
+        try:
+            with TurnClient(server, self.client.timeout) as peer:
+                address = self._address_of(peer)
+                if self._bind(address):
+                    traffic = self._send_through(peer.socket)
+                    detail = f"through the server to another socket of this machine, {show(address)}"
+                    self._add(StepName.PEER_PATH, Outcome.OK, detail)
+                    self._judge(traffic, peer.socket)
+                return True
+        except NoRouteError as error:
+            # The server may work, unless it announces an address that clients have no route to.
+            advice = self._wrong_address()
+            outcome = Outcome.FAILED if advice else Outcome.SKIPPED
+            self._add(StepName.PEER_PATH, outcome, f"{error}; {_LOOPED}", advice)
+        except ProbeError as error:
+            self.report.fail(StepName.PEER_PATH, error, self.family)
         return False
 
-    def _goes_through(self, peer: socket.socket, address: SocketAddress) -> bool:
+    def _send_through(self, peer: socket.socket) -> Traffic:
+        """Send packets through a bound peer. Raise `ProbeError` if none arrives."""
         try:
-            bound = self._bind(address)
-        except RefusedError:
-            detail = f"the server rejects this machine ({show(address)}) as a peer (403); {_LOOPED}"
-            self._add(StepName.PEER_PATH, Outcome.SKIPPED, detail)
-            return False
-        if not bound:
-            return True
-        try:
-            peer.connect(self._address)
+            peer.connect(self.address)
         except OSError as error:
-            raise unreachable(self._address, error) from error
-        traffic = self._exchange(self._plan, peer)
-        if traffic.is_silent:
-            finding, advice = (
-                "no packet arrived in either direction",
-                (
-                    f"the relayed ports are unreachable from here: is {self._address[0]} the server's public address?"
-                    " does a firewall block its relayed UDP ports? is this machine behind a symmetric NAT?"
-                ),
-            )
-            if traffic.rejection is not None:
-                finding, advice = str(traffic.rejection), traffic.rejection.advice
-            raise ProbeError(f"{finding}; {_LOOPED}", self._wrong_address() or advice)
-        detail = f"through the server to another socket of this machine, {show(address)}"
-        self._add(StepName.PEER_PATH, Outcome.OK, detail)
-        self._judge(traffic, peer)
-        return True
+            raise unreachable(self.address, error) from error
+        traffic = self._exchange(self.plan, peer)
+        if not traffic.is_silent:
+            return traffic
+        finding = "no packet arrived in either direction"
+        advice = (
+            f"the relayed ports are unreachable from here: is {self.address[0]} the server's public address?"
+            " does a firewall block its relayed UDP ports? is this machine behind a symmetric NAT?"
+        )
+        if traffic.rejection is not None:
+            finding, advice = str(traffic.rejection), traffic.rejection.advice
+        raise ProbeError(f"{finding}; {_LOOPED}", self._wrong_address() or advice)
 
     def _wrong_address(self) -> str:
         """Return advice if the announced address is not the probed address, or does not respond; else nothing."""
-        announced, reached = self._address[0], self._client.server[0]
-        option = f"--public-ip{'4' if self._family is Family.IPV4 else '6'}-addr"
-        if family_of(self._client.server) is not self._family:
-            return f"the server does not respond at {announced}: correct or remove its {option}" if self._is_silent else ""
+        announced, reached = self.address[0], self.client.server[0]
+        option = f"--public-ip{'4' if self.family is Family.IPV4 else '6'}-addr"
+        if family_of(self.client.server) is not self.family:
+            return f"the server does not respond at {announced}: correct or remove its {option}" if self.is_silent else ""
         if announced == reached:
             return ""
         return f"the server announces {announced}, but responds at {reached}: give it {option} {reached}"
 
-    def _address_of(self, peer: socket.socket) -> SocketAddress:
+    def _address_of(self, peer: TurnClient) -> SocketAddress:
         """Return the address at which the server reaches the peer."""
         try:
-            answer = TurnClient(peer, self._peer_server, self._client.timeout).exchange(Method.BINDING)
-            return demand(answer.message, XOR_MAPPED_ADDRESS)
+            return demand(peer.exchange(Method.BINDING).message, XOR_MAPPED_ADDRESS)
         except ProbeError as error:
             # A server may relay a family on which it does not listen. Then the local address is the best guess. The
             # packets show whether the guess is right.
-            if isinstance(error, NoRouteError) or self._peer_server == self._client.server:
+            if isinstance(error, NoRouteError) or peer.server == self.client.server:
                 raise
-            self._is_silent = True
-            local: SocketAddress = peer.getsockname()
+            self.is_silent = True
+            local: SocketAddress = peer.socket.getsockname()
             return local
 
     def _bind(self, peer: SocketAddress) -> bool:
         """Bind a channel. Return false on failure; the report has the failure.
 
         Raises:
-            RefusedError: the server's policy forbids the peer (403), and the peer is not the relayed address itself.
+            SkippedError: the server's policy forbids the peer (403), and the peer is not the relayed address itself.
         """
-        to = "the relayed address itself" if peer == self._address else show(peer)
+        to = "the relayed address itself" if peer == self.address else show(peer)
         try:
-            self._client.request(Method.CHANNEL_BIND, ((CHANNEL_NUMBER, self._number), (XOR_PEER_ADDRESS, peer)))
+            self.client.request(Method.CHANNEL_BIND, ((CHANNEL_NUMBER, self.number), (XOR_PEER_ADDRESS, peer)))
         except ProbeError as error:
             failure = error
             if error.code == FORBIDDEN:
-                if peer != self._address:
-                    raise
+                if peer != self.address:
+                    raise SkippedError(f"the server rejects this machine ({to}) as a peer (403); {_LOOPED}") from error
                 advice = "the server also rejects its own relayed addresses as peers: probe from a machine that it accepts"
                 failure = ProbeError(f"{error} for {to}", advice, FORBIDDEN)
-            self._report.fail(StepName.CHANNEL_BIND, failure, self._family)
+            self.report.fail(StepName.CHANNEL_BIND, failure, self.family)
             return False
-        self._add(StepName.CHANNEL_BIND, Outcome.OK, f"0x{self._number:04X} to {to}")
+        self._add(StepName.CHANNEL_BIND, Outcome.OK, f"0x{self.number:04X} to {to}")
         return True
 
     def _exchange(self, plan: PacketPlan, peer: socket.socket | None) -> Traffic:
-        return Exchange(self._client.socket, self._number, peer, plan).run()
+        return Exchange(self.client.socket, self.number, peer, plan).run()
 
     def _judge(self, traffic: Traffic, peer: socket.socket | None) -> None:
         """Add the step of the packets. If they arrive, try larger packets."""
-        self._report.traffic[self._family] = traffic
+        self.report.traffic[self.family] = traffic
         lossiest = max(traffic.directions, key=lambda way: way.loss)
-        if lossiest.loss <= self._plan.max_loss:
+        if lossiest.loss <= self.plan.max_loss:
             self._add(StepName.PACKETS, Outcome.OK, traffic.words())
             self._measure_mtu(peer)
             return
         if traffic.rejection is not None:
             advice = f"{traffic.rejection}: {traffic.rejection.advice}"
         elif lossiest.received:
-            advice = f"loss over {self._plan.max_loss:.1%}: is the server or its link overloaded? try a lower --rate"
+            advice = f"loss over {self.plan.max_loss:.1%}: is the server or its link overloaded? try a lower --rate"
         elif traffic.to_peer is None:
             advice = (
                 "packets to the server's own relayed address are lost, for example at a NAT without hairpin: probe from a "
@@ -301,17 +286,17 @@ class RelayedSteps:
 
     def _measure_mtu(self, peer: socket.socket | None) -> None:
         """Send packets that no router may fragment, and find the longest that makes the round trip."""
-        ends = [self._client.socket, *([] if peer is None else [peer])]
+        ends = [self.client.socket, *([] if peer is None else [peer])]
         # A packet of IPv6 to the peer may be longer than ChannelData of IPv4.
         headers = max(_HEADERS[end.family] + CHANNEL_HEADER * (end is not peer) for end in ends)
         # Three packets of each size, because some loss is normal.
-        plan = replace(self._plan, sizes=tuple(size - headers for size in _MTUS), count=3 * len(_MTUS), rate=100)
+        plan = replace(self.plan, sizes=tuple(size - headers for size in _MTUS), count=3 * len(_MTUS), rate=100)
         for end in ends:
             forbid_fragments(end, forbidden=True)
         largest = self._exchange(plan, peer).largest
         for end in ends:
             forbid_fragments(end, forbidden=False)
-        mtu = self._report.path_mtu[self._family] = largest + headers if largest else 0
+        mtu = self.report.path_mtu[self.family] = largest + headers if largest else 0
         if mtu >= _LEAST_MTU:
             self._add(StepName.PATH_MTU, Outcome.OK, f"{mtu} bytes, of which {largest} are payload")
             return
@@ -319,4 +304,4 @@ class RelayedSteps:
         self._add(StepName.PATH_MTU, Outcome.FAILED, f"{mtu} bytes" if mtu else "no large packet passed whole", advice)
 
     def _add(self, name: StepName, outcome: Outcome, detail: str, advice: str = "") -> None:
-        self._report.add(Step(name, outcome, detail, self._family, advice))
+        self.report.add(name, outcome, detail, self.family, advice)
