@@ -14,6 +14,7 @@ from relay.core.attributes import (
     XOR_RELAYED_ADDRESS,
     MalformedAttributeError,
 )
+from relay.core.errors import ErrorCode
 from relay.core.stun import Method
 from relay.ops.logs.render import escape
 from relay.tools.probe.client import LONGEST_TEXT, AttributeValue, ProbeError, RefusedError, TurnClient, demand, read
@@ -23,7 +24,6 @@ UDP = 17
 
 TRANSPORT = (REQUESTED_TRANSPORT, UDP)
 
-_GONE = 437
 # Servers without dual allocations may reject them as malformed (400), unknown (420) or unsupported (440).
 _DUAL_REFUSALS = (400, 420, 440)
 # With these codes, or without a code, an Allocate for the missing family alone may still succeed.
@@ -95,7 +95,7 @@ class ProbeAllocations:
                 client.request(Method.REFRESH, ((LIFETIME, 0),), within=within)
             except ProbeError as error:
                 # 437 is the response to a retransmitted deletion if the first response was lost.
-                if error.code != _GONE:
+                if error.code != ErrorCode.ALLOCATION_MISMATCH:
                     failed = error
         if failed is not None:
             raise failed
@@ -118,7 +118,6 @@ class ProbeAllocations:
             demand(message, XOR_RELAYED_ADDRESS)
         self.clients |= dict.fromkeys(relayed, client)
         self.lifetime, self.software = demand(message, LIFETIME), read(message, SOFTWARE)
-        addresses = self.relayed_addresses | relayed
-        self.relayed_addresses = {family: addresses[family] for family in Family if family in addresses}
+        self.relayed_addresses |= relayed
         missing |= self.missing_families
-        self.missing_families = {family: code for family, code in missing.items() if family not in addresses}
+        self.missing_families = {family: code for family, code in missing.items() if family not in self.relayed_addresses}

@@ -11,15 +11,13 @@ from typing import Any, NamedTuple, Self, TypeAlias, TypeVar
 from relay.core.addresses import Family, SocketAddress, family_of, show
 from relay.core.attributes import ERROR_CODE, NONCE, REALM, USERNAME, Attribute, ErrorValue, MalformedAttributeError
 from relay.core.credentials import Credential, integrity_key
+from relay.core.errors import ErrorCode
 from relay.core.stun import TRANSACTION_ID_LENGTH, Malformed, Message, MessageClass, Method, decode, encode
 from relay.ops.logs.render import escape
 from relay.tools.probe.icmp import Rejection, read_rejection, report_icmp_errors
 
 T = TypeVar("T")
 AttributeValue: TypeAlias = tuple[Attribute[Any], Any]
-
-UNAUTHENTICATED = 401
-STALE_NONCE = 438
 
 _ADVICE = {
     300: "the server redirects its clients: probe the other server",
@@ -154,7 +152,7 @@ class TurnClient:
                 return self.exchange(method, (*attributes, *proof), key=key, deadline=deadline)
             except RefusedError as error:
                 # 401 to a request with a nonce means wrong credentials: another attempt would also fail.
-                is_final = self.credential is None or (key is not None and error.code == UNAUTHENTICATED)
+                is_final = self.credential is None or (key is not None and error.code == ErrorCode.UNAUTHENTICATED)
                 if error.challenge is None or is_final or tried == _NONCES_TRIED:
                     raise
                 self.challenge = error.challenge
@@ -259,7 +257,7 @@ def title(method: Method) -> str:
 def _asks_for_credentials(message: Message) -> bool:
     """Check whether a message is an error that servers may leave unsigned, before they know the client."""
     error = read(message, ERROR_CODE) if message.message_class is MessageClass.ERROR else None
-    return error is not None and error.code in (UNAUTHENTICATED, STALE_NONCE)
+    return error is not None and error.code in (ErrorCode.UNAUTHENTICATED, ErrorCode.STALE_NONCE)
 
 
 def demand(message: Message, attribute: Attribute[T]) -> T:

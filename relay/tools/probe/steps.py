@@ -1,7 +1,6 @@
 """Sequence of a probe: Binding, unauthenticated Allocate, Allocate, steps per relayed address, and Refresh to delete."""
 
 import contextlib
-import itertools
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,12 +9,12 @@ from relay.config import Endpoint
 from relay.core.addresses import Family, SocketAddress, family_of, show, socket_address
 from relay.core.attributes import CHANNEL_NUMBER, XOR_MAPPED_ADDRESS, XOR_PEER_ADDRESS
 from relay.core.credentials import Credential
+from relay.core.errors import ErrorCode
 from relay.core.stun import Method
 from relay.ops.logs.render import escape
 from relay.tools.probe.allocation import TRANSPORT, ProbeAllocations
 from relay.tools.probe.client import (
     LONGEST_TEXT,
-    UNAUTHENTICATED,
     NoRouteError,
     ProbeError,
     RefusedError,
@@ -34,8 +33,6 @@ _ADDRESSES_TRIED = 4
 _SHORTEST_WAIT = 2.0
 _DELETE_TIMEOUT = 2.0
 """Seconds for the deletion if the probe was interrupted or the server has stopped responding."""
-
-FORBIDDEN = 403
 
 _MTUS = (576, 1024, 1200, *range(1280, 1500, 10), 1454, 1462, 1472, 1476, 1492, 1500, 4000, 8900, 9001)
 """Bytes of usual MTUs: tunnels and PPPoE have 1280 to 1492, Ethernet 1500, clouds up to 9001."""
@@ -79,9 +76,8 @@ def probe(
             if report.take(StepName.CHALLENGE, lambda: _challenge(client, allocations, report)) and report.take(
                 StepName.ALLOCATE, lambda: _allocate(client, allocations, report)
             ):
-                numbers = itertools.count(FIRST_CHANNEL, 2)
-                for (family, address), number in zip(allocations.relayed_addresses.items(), numbers, strict=False):
-                    RelayedSteps(allocations.clients[family], address, number, plan, report).take()
+                for at, (family, address) in enumerate(sorted(allocations.relayed_addresses.items())):
+                    RelayedSteps(allocations.clients[family], address, FIRST_CHANNEL + 2 * at, plan, report).take()
                 within = None
         finally:
             if allocations.to_delete:
@@ -120,7 +116,7 @@ def _challenge(client: TurnClient, allocations: ProbeAllocations, report: Report
     try:
         client.exchange(Method.ALLOCATE, (TRANSPORT,))
     except RefusedError as error:
-        if error.code != UNAUTHENTICATED or error.challenge is None:
+        if error.code != ErrorCode.UNAUTHENTICATED or error.challenge is None:
             raise
         client.challenge, report.realm = error.challenge, error.challenge.realm
         return f"401 without credentials, as expected; realm {escape(report.realm, LONGEST_TEXT)}"
@@ -246,11 +242,11 @@ class RelayedSteps:
             self.client.request(Method.CHANNEL_BIND, ((CHANNEL_NUMBER, self.number), (XOR_PEER_ADDRESS, peer)))
         except ProbeError as error:
             failure = error
-            if error.code == FORBIDDEN:
+            if error.code == ErrorCode.FORBIDDEN:
                 if peer != self.address:
                     raise SkippedError(f"the server rejects this machine ({to}) as a peer (403); {_LOOPED}") from error
                 advice = "the server also rejects its own relayed addresses as peers: probe from a machine that it accepts"
-                failure = ProbeError(f"{error} for {to}", advice, FORBIDDEN)
+                failure = ProbeError(f"{error} for {to}", advice, error.code)
             self.report.fail(StepName.CHANNEL_BIND, failure, self.family)
             return False
         self._add(StepName.CHANNEL_BIND, Outcome.OK, f"0x{self.number:04X} to {to}")

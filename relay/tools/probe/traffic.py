@@ -8,7 +8,7 @@ address, and each packet returns to the client.
 import contextlib
 import math
 import secrets
-import selectors
+import select
 import socket
 import struct
 import time
@@ -136,41 +136,36 @@ class Exchange:
 
     def run(self) -> Traffic:
         """Send all packets, wait for late packets, and return the counts."""
-        with selectors.DefaultSelector() as selector:
-            for end in (self._client, self._peer):
-                if end is not None:
-                    end.settimeout(0)
-                    selector.register(end, selectors.EVENT_READ, end)
-            started = time.perf_counter()
-            while (wait := self._send_due(started)) > 0 and not self._is_complete():
-                for key, _ in selector.select(wait):
-                    self._drain(key.data)
+        count, rate = self._plan.count, self._plan.rate
+        ends = [end for end in (self._client, self._peer) if end is not None]
+        for end in ends:
+            end.settimeout(0)
+        started = time.perf_counter()
+        while self._sent < count or any(len(times) < count for times in self._arrived.values()):
+            elapsed = time.perf_counter() - started
+            limit = (count - 1) / rate + self._plan.settle
+            if not any(self._arrived.values()):
+                limit = min(limit, self._plan.silence)
+            if elapsed >= limit:
+                break
+            while self._sent < count and elapsed >= self._sent / rate:
+                self._send_next()
+            due = limit if self._sent == count else min(limit, self._sent / rate)
+            for end in select.select(ends, (), (), due - elapsed)[0]:
+                self._drain(end)
         *peer_ways, round_trip = (Direction(self._sent, len(times)) for times in self._arrived.values())
         to_peer, to_client = peer_ways or (None, None)
         rtts = self._arrived[_Kind.FROM_CLIENT if self._peer is None else _Kind.ECHO]
         largest = max(map(self._size, rtts), default=0)
         return Traffic(to_peer, to_client, round_trip, tuple(sorted(rtts.values())), largest, self._rejection)
 
-    def _send_due(self, started: float) -> float:
-        """Send due packets. Return the seconds until the next packet is due; 0 or less at the end of the run."""
-        count, rate = self._plan.count, self._plan.rate
-        now = time.perf_counter()
-        while self._sent < count and now >= started + self._sent / rate:
-            packet = self._pack(_Kind.FROM_CLIENT)
-            _send(self._client, _CHANNEL_HEADER.pack(self._channel, len(packet)) + packet)
-            if self._peer is not None:
-                _send(self._peer, self._pack(_Kind.FROM_PEER))
-            self._sent += 1
-        over = started + (count - 1) / rate + self._plan.settle
-        if not any(self._arrived.values()):
-            over = min(over, started + self._plan.silence)
-        due = over if self._sent == count else min(over, started + self._sent / rate)
-        remaining = due - time.perf_counter()
-        # 0 would mean the end of the run.
-        return remaining if due == over else max(remaining, 0.0001)
-
-    def _is_complete(self) -> bool:
-        return self._sent == self._plan.count and all(len(times) == self._sent for times in self._arrived.values())
+    def _send_next(self) -> None:
+        """Send a packet from each end."""
+        packet = self._pack(_Kind.FROM_CLIENT)
+        _send(self._client, _CHANNEL_HEADER.pack(self._channel, len(packet)) + packet)
+        if self._peer is not None:
+            _send(self._peer, self._pack(_Kind.FROM_PEER))
+        self._sent += 1
 
     def _drain(self, end: socket.socket) -> None:
         """Receive waiting datagrams, up to a limit, so that a flood does not delay sending, and all ICMP errors."""

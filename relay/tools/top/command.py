@@ -14,10 +14,8 @@ from relay.options import NETWORK
 from relay.tools.control import StatusQuery, control_option, fetch
 from relay.tools.top import view
 from relay.tools.top.live import FIRST_INTERVAL, Live
-from relay.tools.top.scene import Scene
+from relay.tools.top.scene import SORTS, Scene
 from relay.tools.top.terminal import Screen, size_of
-
-_SORTS = ("rate", "traffic", "age", "expiry", "client", "port", "channels")
 
 
 @click.command(name="top", short_help="Watch a running relay: throughput and allocations.")
@@ -29,7 +27,7 @@ _SORTS = ("rate", "traffic", "age", "expiry", "client", "port", "channels")
     metavar="SECONDS",
     help="Time between two updates.",
 )
-@click.option("--sort", type=click.Choice(_SORTS), default="rate", help="Order of allocations.")
+@click.option("--sort", type=click.Choice([*SORTS.values()]), default="rate", help="Order of allocations.")
 @click.option("--client", type=NETWORK, help="Only allocations of this client address or network.")
 @click.option("--peer", type=NETWORK, help="Only allocations with a channel to this address or network.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Only the allocation with this port.")

@@ -12,7 +12,7 @@ KEPT = 600
 
 QUIT = frozenset({"q", "Q", "\x03", "\x04"})
 
-_SORTS = {"r": "rate", "t": "traffic", "a": "age", "e": "expiry", "c": "client", "p": "port", "n": "channels"}
+SORTS = {"r": "rate", "t": "traffic", "a": "age", "e": "expiry", "c": "client", "p": "port", "n": "channels"}
 _LINES = {"\x1b[A": -1, "\x1bOA": -1, "k": -1, "\x1b[B": 1, "\x1bOB": 1, "j": 1}
 _PAGES = {"\x1b[5~": -1, "\x1b[6~": 1}
 _FIRST = frozenset({"\x1b[H", "\x1bOH", "\x1b[1~", "g"})
@@ -82,8 +82,8 @@ def keys_in(data: bytes) -> list[str]:
 
 def press(key: str, scene: Scene, rows: int) -> None:
     """Apply a key. Unknown keys are ignored."""
-    if key in _SORTS:
-        scene.sort, scene.offset = _SORTS[key], 0
+    if key in SORTS:
+        scene.sort, scene.offset = SORTS[key], 0
     elif key == " ":
         scene.paused = not scene.paused
     elif key in {"h", "?", "H", "\x1b"}:

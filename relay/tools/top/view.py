@@ -7,7 +7,7 @@ from rich.text import Text
 from relay.status.model import PortalStatus, Status, XdpStatus
 from relay.tools.figures import bit_rate, printable, short, size, span, sparkline
 from relay.tools.top import columns
-from relay.tools.top.scene import Scene
+from relay.tools.top.scene import SORTS, Scene
 
 _ROUTINE_ERRORS = {"401", "438"}
 """Every client gets a challenge first."""
@@ -39,7 +39,7 @@ HELP = (
     ("DROPS USER", "dropped datagrams; fingerprint of the username"),
 )
 
-_KEYS = ("q quit", "h help", "r rate", "t traffic", "a age", "e expiry", "c client", "p port", "n channels", "space pause")
+_KEYS = {"q": "quit", "h": "help", **SORTS, "space": "pause"}
 
 
 def rows_in(size_: os.terminal_size, scene: Scene) -> int:
@@ -59,23 +59,16 @@ def frame(scene: Scene, size_: os.terminal_size) -> list[Text]:
 
 def _top(scene: Scene, size_: os.terminal_size) -> list[Text]:
     """Return the lines above the table: on a low terminal, fewer lines."""
-    rates = _rates(scene, size_.columns)
     room = size_.lines - _OTHER_LINES - _MIN_ROWS
-    title, data_paths, counts = _title(scene, size_.columns), _data_paths(scene.latest), _counts(scene)
-    for lines in (
-        [title, data_paths, *rates, counts, Text()],
-        [title, data_paths, *rates, counts],
-        [title, *rates, counts],
-        [title, *rates],
-    ):
-        if len(lines) <= room:
-            return lines
-    return [title]
+    lines = headlines(scene, size_.columns)
+    title, _, *rates, counts = lines
+    choices = ([*lines, Text()], lines, [title, *rates, counts], [title, *rates])
+    return next((each for each in choices if len(each) <= room), [title])
 
 
-def headlines(scene: Scene) -> list[Text]:
-    """Return the lines above the table without sparklines, for `--once`."""
-    return [_title(scene, 0), _data_paths(scene.latest), *_rates(scene), _counts(scene)]
+def headlines(scene: Scene, width: int = 0) -> list[Text]:
+    """Return the lines above the table. Without a width, as for `--once`, they have no sparklines."""
+    return [_title(scene, width), _data_paths(scene.latest), *_rates(scene, width), _counts(scene)]
 
 
 def _title(scene: Scene, width: int) -> Text:
@@ -107,11 +100,7 @@ def _title(scene: Scene, width: int) -> Text:
 def _data_paths(status: Status) -> Text:
     line = _portal(status["portal"], is_configured=status["config"].get("portal_url") is not None)
     xdp = status["data_paths"]["xdp"]
-    line.append("   relayed by sockets")
-    if xdp is not None:
-        line.append(" and ")
-        line.append_text(_xdp(xdp))
-    return line
+    return Text.assemble(line, "   relayed by sockets", *([] if xdp is None else [" and ", _xdp(xdp)]))
 
 
 def _portal(portal: PortalStatus | None, *, is_configured: bool) -> Text:
@@ -134,18 +123,17 @@ def _portal(portal: PortalStatus | None, *, is_configured: bool) -> Text:
 
 
 def _xdp(xdp: XdpStatus) -> Text:
-    line = Text("XDP on ")
-    for at, (name, mode) in enumerate(xdp["interfaces"].items()):
-        line.append(", " if at else "")
-        text = printable(mode) if mode else "not attached"
-        line.append(f"{printable(name)} ({text})", "" if mode else "red")
-    line.append(f", {xdp['channels']} channels")
+    interfaces = [
+        Text(f"{printable(name)} ({printable(mode or 'not attached')})", "" if mode else "red")
+        for name, mode in xdp["interfaces"].items()
+    ]
+    line = Text.assemble("XDP on ", Text(", ").join(interfaces), f", {xdp['channels']} channels")
     if xdp["channels_refused"]:
         line.append(f", {xdp['channels_refused']} refused", style="yellow")
     return line
 
 
-def _rates(scene: Scene, width: int = 0) -> list[Text]:
+def _rates(scene: Scene, width: int) -> list[Text]:
     """Return a line with figures and a sparkline for each direction, both in the same scale."""
     totals, lines = scene.latest["totals"], []
     width = max(0, width - _LABEL_WIDTH)
@@ -210,12 +198,9 @@ def _keys(scene: Scene, width: int) -> Text:
     largest = {"desc": "largest first", "asc": "smallest first"}.get(page["order"], "")
     position = f" {min(page['offset'] + 1, last)}-{last} of {total} by {printable(page['sort'])}, {largest} "
     line = Text(position, style="reverse")
-    for key in _KEYS:
-        if line.cell_len + len(key) + 3 > width:
+    for key, text in _KEYS.items():
+        if line.cell_len + len(f"| {key} {text} ") > width:
             break
-        name, _, text = key.partition(" ")
-        line.append("| ")
-        line.append(name, style="bold")
-        line.append(f" {text} ")
+        line.append("| ").append(key, style="bold").append(f" {text} ")
     line.append(" " * max(0, width - line.cell_len))
     return line
