@@ -9,7 +9,7 @@ from relay.config import Endpoint
 from relay.options import DURATION
 from relay.status.model import DrainStatus
 from relay.tools.control import NoAnswerError, RejectedError, ask, control_option
-from relay.tools.figures import span
+from relay.tools.figures import drain_words
 
 _POLL_INTERVAL = 1.0
 """Seconds between two requests of a command that waits."""
@@ -77,6 +77,4 @@ def _words(state: _State | None) -> str:
     if state is None:
         return "the relay has ended"
     drain = state["drain"]
-    if drain is None:
-        return "the relay is not draining"
-    return f"draining for at most {span(drain['time_left'])}, allocations left: {drain['allocations']}"
+    return "the relay is not draining" if drain is None else drain_words(drain)

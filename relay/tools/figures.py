@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from relay.status.model import DrainStatus
+
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
@@ -41,6 +43,11 @@ def span(seconds: float) -> str:
             rest = left % unit // next_unit
             return f"{left // unit}{name}{rest if unit == _DAY else f'{rest:02}'}{next_name}"
     return f"{left}s"
+
+
+def drain_words(drain: DrainStatus) -> str:
+    """Return a summary of a drain."""
+    return f"draining for at most {span(drain['time_left'])}, allocations left: {drain['allocations']}"
 
 
 def printable(text: str) -> str:

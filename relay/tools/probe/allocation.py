@@ -16,8 +16,7 @@ from relay.core.attributes import (
 )
 from relay.core.errors import ErrorCode
 from relay.core.stun import Method
-from relay.ops.logs.render import escape
-from relay.tools.probe.client import LONGEST_TEXT, AttributeValue, ProbeError, RefusedError, TurnClient, demand, read
+from relay.tools.probe.client import AttributeValue, ProbeError, RefusedError, TurnClient, demand, printable, read
 
 UDP = 17
 """Transport protocol number (RFC 8656 §18.7)."""
@@ -84,7 +83,7 @@ class ProbeAllocations:
             else f"{family}: not served ({self.missing_families.get(family, 'no reason given')})"
             for family in Family
         ]
-        software = [f"software {escape(self.software, LONGEST_TEXT)}"] if self.software else []
+        software = [f"software {printable(self.software)}"] if self.software else []
         return ", ".join((*parts, f"lifetime {self.lifetime} s", *software))
 
     def delete(self, within: float | None) -> str:

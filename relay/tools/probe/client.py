@@ -13,7 +13,6 @@ from relay.core.attributes import ERROR_CODE, NONCE, REALM, USERNAME, Attribute,
 from relay.core.credentials import Credential, integrity_key
 from relay.core.errors import ErrorCode
 from relay.core.stun import TRANSACTION_ID_LENGTH, Malformed, Message, MessageClass, Method, decode, encode
-from relay.ops.logs.render import escape
 from relay.tools.probe.icmp import Rejection, read_rejection, report_icmp_errors
 
 T = TypeVar("T")
@@ -44,8 +43,7 @@ TIMEOUT = 8.0
 
 _LONGEST_DATAGRAM = 0xFFFF
 _NONCES_TRIED = 3
-LONGEST_TEXT = 100
-"""Characters of a server's text in the output."""
+_LONGEST_TEXT = 100
 _NO_ROUTE = frozenset((errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL))
 
 
@@ -80,7 +78,7 @@ class RefusedError(ProbeError):
     """The server responded with an error (RFC 8489 §14.8), or with a challenge for credentials or a new nonce (§9.2.4)."""
 
     def __init__(self, method: Method, error: ErrorValue, challenge: Challenge | None) -> None:
-        words = f"{error.code} {escape(error.phrase, LONGEST_TEXT)}".rstrip()
+        words = f"{error.code} {printable(error.phrase)}".rstrip()
         advice = _ADVICE.get(error.code, "see the server's log")
         super().__init__(f"{title(method)} answered with {words}", advice, error.code)
         self.code: int = error.code
@@ -252,6 +250,12 @@ def read(message: Message, attribute: Attribute[T]) -> T | None:
 def title(method: Method) -> str:
     """Return the name of a method in the RFC."""
     return method.name.title().replace("_", "")
+
+
+def printable(text: str) -> str:
+    """Return a server's text without control characters, which could control the terminal."""
+    shown = ascii(text)[1:-1].replace("\\'", "'").replace("\\\\", "\\")
+    return shown if len(shown) <= _LONGEST_TEXT else f"{shown[:_LONGEST_TEXT]}..."
 
 
 def _asks_for_credentials(message: Message) -> bool:

@@ -11,16 +11,15 @@ from relay.core.attributes import CHANNEL_NUMBER, XOR_MAPPED_ADDRESS, XOR_PEER_A
 from relay.core.credentials import Credential
 from relay.core.errors import ErrorCode
 from relay.core.stun import Method
-from relay.ops.logs.render import escape
 from relay.tools.probe.allocation import TRANSPORT, ProbeAllocations
 from relay.tools.probe.client import (
-    LONGEST_TEXT,
     NoRouteError,
     ProbeError,
     RefusedError,
     SkippedError,
     TurnClient,
     demand,
+    printable,
     unreachable,
 )
 from relay.tools.probe.icmp import forbid_fragments
@@ -119,7 +118,7 @@ def _challenge(client: TurnClient, allocations: ProbeAllocations, report: Report
         if error.code != ErrorCode.UNAUTHENTICATED or error.challenge is None:
             raise
         client.challenge, report.realm = error.challenge, error.challenge.realm
-        return f"401 without credentials, as expected; realm {escape(report.realm, LONGEST_TEXT)}"
+        return f"401 without credentials, as expected; realm {printable(report.realm)}"
     allocations.to_delete.append(client)
     advice = "anyone can relay through this server: configure it to require credentials"
     raise ProbeError("Allocate without credentials succeeded", advice)

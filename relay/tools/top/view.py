@@ -5,7 +5,7 @@ import os
 from rich.text import Text
 
 from relay.status.model import PortalStatus, Status, XdpStatus
-from relay.tools.figures import bit_rate, printable, short, size, span, sparkline
+from relay.tools.figures import bit_rate, drain_words, printable, short, size, span, sparkline
 from relay.tools.top import columns
 from relay.tools.top.scene import SORTS, Scene
 
@@ -82,9 +82,7 @@ def _title(scene: Scene, width: int) -> Text:
     if status["ready"]:
         line.append("ready", style="green")
     elif drain is not None:
-        line.append(
-            f"draining for at most {span(drain['time_left'])}, allocations left: {drain['allocations']}", style="yellow"
-        )
+        line.append(drain_words(drain), style="yellow")
     else:
         line.append(f"not ready: {printable(', '.join(status['not_ready']))}", style="red")
     if scene.paused:
