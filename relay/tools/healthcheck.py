@@ -1,6 +1,7 @@
 """The command that checks a relay: for containers, which have no other program for that."""
 
 import time
+from http import HTTPStatus
 
 import click
 
@@ -8,7 +9,6 @@ from relay.config import Endpoint
 from relay.net.http import request
 from relay.options import LOCAL_ENDPOINT
 
-_OK = 200
 _MAX_RESPONSE = 65536
 
 
@@ -48,6 +48,6 @@ def healthcheck(ctx: click.Context, at: Endpoint, timeout: float, *, ready: bool
         click.echo(f"{page} can't be asked: {getattr(error, 'strerror', None) or error}")
     else:
         click.echo(f"{page} answered {status}")
-        if status == _OK:
+        if status == HTTPStatus.OK:
             return
     ctx.exit(1)

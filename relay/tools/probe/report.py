@@ -61,7 +61,7 @@ class Step:
 
     @property
     def label(self) -> str:
-        """The name for people: the name in the RFC if there is one."""
+        """The name for people, from the RFC if possible."""
         words = _LABELS.get(self.name) or self.name.replace("_", " ").capitalize()
         return words if self.family is None else f"{words} {self.family}"
 
@@ -93,27 +93,18 @@ class Report:
 
     @property
     def failures(self) -> list[Step]:
-        """The steps that failed, in order."""
+        """The failed steps, in order."""
         return [step for step in self.steps if step.outcome is Outcome.FAILED]
 
-    def add(
-        self,
-        name: StepName,
-        outcome: Outcome,
-        detail: str,
-        family: Family | None = None,
-        advice: str = "",
-        code: int | None = None,
-    ) -> None:
-        """Add the result of a step: the fields of `Step`."""
-        step = Step(name, outcome, detail, family, advice, code)
+    def add(self, step: Step) -> None:
+        """Add the result of a step."""
         self.steps.append(step)
         self.watcher(self, step)
 
     def fail(self, name: StepName, error: ProbeError, family: Family | None = None) -> None:
         """Add a step that ended with an error."""
         outcome = Outcome.SKIPPED if isinstance(error, SkippedError) else Outcome.FAILED
-        self.add(name, outcome, str(error), family, error.advice, error.code)
+        self.add(Step(name, outcome, str(error), family, error.advice, error.code))
 
     def take(self, name: StepName, step: Callable[[], str]) -> bool:
         """Take a step, which returns its finding or raises `ProbeError`. Return whether it succeeded."""
@@ -122,12 +113,12 @@ class Report:
         except ProbeError as error:
             self.fail(name, error)
             return False
-        self.add(name, Outcome.OK, finding)
+        self.add(Step(name, Outcome.OK, finding))
         return True
 
 
 def write_step(report: Report, step: Step) -> None:
-    """Write a line about a step, below the heading if it is the first."""
+    """Write a line about a step, and the heading above the first step."""
     if step is report.steps[0]:
         at = show(report.server) if report.server is not None else report.target
         _write(f"Probe of {report.target}/udp" + (f" at {at}" if at != report.target else ""))

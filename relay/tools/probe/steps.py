@@ -23,7 +23,7 @@ from relay.tools.probe.client import (
     unreachable,
 )
 from relay.tools.probe.icmp import forbid_fragments
-from relay.tools.probe.report import Outcome, Report, StepName, Watcher
+from relay.tools.probe.report import Outcome, Report, Step, StepName, Watcher
 from relay.tools.probe.traffic import CHANNEL_HEADER, Exchange, PacketPlan, Traffic
 
 FIRST_CHANNEL = 0x4000
@@ -103,7 +103,7 @@ def _find(
         words = f"this machine is {show(report.mapped_address)}, RTT {answer.rtt * 1e3:.2f} ms"
         if answer.transmissions > 1:
             words += f" (sent {answer.transmissions} times)"
-        report.add(StepName.BINDING, Outcome.OK, "; ".join((words, *map(str, errors))))
+        report.add(Step(StepName.BINDING, Outcome.OK, "; ".join((words, *map(str, errors)))))
         client.timeout = timeout
         return client
     report.fail(StepName.BINDING, ProbeError("; ".join(map(str, errors)), errors[0].advice, errors[0].code))
@@ -283,7 +283,7 @@ class RelayedSteps:
         """Send packets that no router may fragment, and find the longest that makes the round trip."""
         ends = [self.client.socket, *([] if peer is None else [peer])]
         # A packet of IPv6 to the peer may be longer than ChannelData of IPv4.
-        headers = max(_HEADERS[end.family] + CHANNEL_HEADER * (end is not peer) for end in ends)
+        headers = max(_HEADERS[end.family] + CHANNEL_HEADER.size * (end is not peer) for end in ends)
         # Three packets of each size, because some loss is normal.
         plan = replace(self.plan, sizes=tuple(size - headers for size in _MTUS), count=3 * len(_MTUS), rate=100)
         for end in ends:
@@ -299,4 +299,4 @@ class RelayedSteps:
         self._add(StepName.PATH_MTU, Outcome.FAILED, f"{mtu} bytes" if mtu else "no large packet passed whole", advice)
 
     def _add(self, name: StepName, outcome: Outcome, detail: str, advice: str = "") -> None:
-        self.report.add(name, outcome, detail, self.family, advice)
+        self.report.add(Step(name, outcome, detail, self.family, advice))

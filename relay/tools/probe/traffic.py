@@ -18,9 +18,8 @@ from typing import NamedTuple
 
 from relay.tools.probe.icmp import Rejection, read_rejection
 
-_CHANNEL_HEADER = struct.Struct("!HH")
-CHANNEL_HEADER = _CHANNEL_HEADER.size
-"""Bytes of ChannelData before the payload (RFC 8656 §12.4)."""
+CHANNEL_HEADER = struct.Struct("!HH")
+"""Channel number and length of ChannelData, before the payload (RFC 8656 §12.4)."""
 _PACKET = struct.Struct("!8sBIQ")
 SHORTEST = _PACKET.size
 """Bytes of the shortest packet."""
@@ -162,7 +161,7 @@ class Exchange:
     def _send_next(self) -> None:
         """Send a packet from each end."""
         packet = self._pack(_Kind.FROM_CLIENT)
-        _send(self._client, _CHANNEL_HEADER.pack(self._channel, len(packet)) + packet)
+        _send(self._client, CHANNEL_HEADER.pack(self._channel, len(packet)) + packet)
         if self._peer is not None:
             _send(self._peer, self._pack(_Kind.FROM_PEER))
         self._sent += 1
@@ -176,9 +175,9 @@ class Exchange:
 
     def _receive(self, end: socket.socket, data: bytes) -> None:
         if end is self._client:
-            channel, length = _CHANNEL_HEADER.unpack_from(data) if len(data) >= CHANNEL_HEADER else (0, 0)
+            channel, length = CHANNEL_HEADER.unpack_from(data) if len(data) >= CHANNEL_HEADER.size else (0, 0)
             # Padding may follow.
-            data = data[CHANNEL_HEADER : CHANNEL_HEADER + length]
+            data = data[CHANNEL_HEADER.size :][:length]
             if channel != self._channel or len(data) != length:
                 return
         if len(data) < SHORTEST:

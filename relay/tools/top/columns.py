@@ -78,22 +78,17 @@ COLUMNS = (
 def fit(rows: Sequence[AllocationStatus], status: Status, width: int | None) -> Fitted:
     """Select columns for a width in characters; None is no limit. Without offload there is no column XDP."""
     columns = [each for each in COLUMNS if each.title != "XDP" or status["data_paths"]["xdp"] is not None]
-    widths = [max(len(each.title), each.min_width, *(len(each.cell(row)) for row in rows), 0) for each in columns]
+    widths = [max(len(each.title), each.min_width, *(len(each.cell(row)) for row in rows)) for each in columns]
     if width is None:
         return list(zip(columns, widths, strict=True))
-    fitted: dict[Column, int] = {}
-    left = width + GAP
     by_rank = sorted(zip(columns, widths, strict=True), key=lambda each: each[0].rank)
-    for column, _ in by_rank:
-        # No column of a higher rank takes the room: otherwise columns would change with the rows.
-        if column.min_width + GAP > left:
-            break
-        fitted[column] = column.min_width
-        left -= column.min_width + GAP
-    for column, wanted in by_rank[: len(fitted)]:
-        more = max(0, min(left, min(wanted, column.max_width) - column.min_width))
-        fitted[column] += more
-        left -= more
+    # The minimum widths decide, otherwise columns would change with the rows.
+    while (left := width + GAP - sum(column.min_width + GAP for column, _ in by_rank)) < 0:
+        by_rank.pop()
+    fitted: dict[Column, int] = {}
+    for column, wanted in by_rank:
+        fitted[column] = max(column.min_width, min(wanted, column.max_width, column.min_width + left))
+        left -= fitted[column] - column.min_width
     return [(column, fitted[column]) for column in columns if column in fitted]
 
 

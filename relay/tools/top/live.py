@@ -15,17 +15,10 @@ from relay.tools.top.scene import QUIT, Scene, keys_in, press
 from relay.tools.top.terminal import Screen
 from relay.tools.top.view import frame, rows_in
 
-_SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGHUP,
-    signal.SIGWINCH,
-    signal.SIGTSTP,
-    signal.SIGCONT,
-)
-
 _EXIT_CODES = {signal.SIGINT: 0, signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGHUP: 128 + signal.SIGHUP}
 """Ctrl-C is a normal way to quit, like `q`."""
+
+_SIGNALS = (*_EXIT_CODES, signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT)
 
 _MAX_ROWS = 500
 _WIDE = 100

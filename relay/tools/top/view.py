@@ -96,9 +96,10 @@ def _title(scene: Scene, width: int) -> Text:
 
 
 def _data_paths(status: Status) -> Text:
-    line = _portal(status["portal"], is_configured=status["config"].get("portal_url") is not None)
+    portal = _portal(status["portal"], is_configured=status["config"].get("portal_url") is not None)
     xdp = status["data_paths"]["xdp"]
-    return Text.assemble(line, "   relayed by sockets", *([] if xdp is None else [" and ", _xdp(xdp)]))
+    line = Text.assemble(portal, "   relayed by sockets")
+    return line if xdp is None else Text.assemble(line, " and ", _xdp(xdp))
 
 
 def _portal(portal: PortalStatus | None, *, is_configured: bool) -> Text:
