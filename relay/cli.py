@@ -83,19 +83,21 @@ Exit codes: 0 stopped on request, 1 fatal error, 2 usage error.
 
 def _setting(
     section: OptionGroup,
-    flag: str,
-    type_: click.ParamType[Any] | None,
+    names: str | tuple[str, str],
+    type_: click.ParamType[Any],
     text: str,
     *,
-    name: str | None = None,
     variable: str | tuple[str, ...] | None = None,
     **more: Any,  # noqa: ANN401
 ) -> Callable[[T], T]:
-    """Declare an option with environment variables. By default, ``--lowest-port`` has the variable LOWEST_PORT."""
-    names = (flag,) if name is None else (flag, name)
+    """Declare an option, its setting if that has another name, and its environment variables.
+
+    By default, ``--lowest-port`` has the variable LOWEST_PORT.
+    """
+    declared = (names,) if isinstance(names, str) else names
     if variable is None:
-        variable = flag.removeprefix("--").replace("-", "_").upper()
-    return section.option(*names, envvar=variable, show_envvar=bool(variable), type=type_, help=text, **more)
+        variable = declared[0].removeprefix("--").replace("-", "_").upper()
+    return section.option(*declared, envvar=variable, show_envvar=bool(variable), type=type_, help=text, **more)
 
 
 _portal, _address, _limit, _kernel, _log, _advanced = (
@@ -146,30 +148,26 @@ class _Commands(click.Group):
     options.FILE,
     "Standalone: file with the secret for credentials. Unset: the relay creates a secret and prints a credential.",
 )
-@_address("--public-ip4-addr", options.IPV4, "IPv4 address at which clients and peers reach this relay.", name="public_ip4")
+@_address(("--public-ip4-addr", "public_ip4"), options.IPV4, "IPv4 address at which clients and peers reach this relay.")
 @_address(
-    "--public-ip6-addr",
+    ("--public-ip6-addr", "public_ip6"),
     options.IPV6,
     "IPv6 address at which clients and peers reach this relay. At least one public address is required.",
-    name="public_ip6",
 )
 @_address(
-    "--listen-address-discovery-method",
+    ("--listen-address-discovery-method", "discovery"),
     Choice([*map(str, DiscoveryMethod)]),
     "Read unset public addresses from this cloud's metadata service.",
-    name="discovery",
 )
 @_address(
-    "--bind-ip4-addr",
+    ("--bind-ip4-addr", "bind_ip4"),
     options.IPV4,
     "IPv4 address to bind (1:1 NAT). Unset: the public address if this machine has it, else all addresses.",
-    name="bind_ip4",
 )
 @_address(
-    "--bind-ip6-addr",
+    ("--bind-ip6-addr", "bind_ip6"),
     options.IPV6,
     "IPv6 address to bind. Unset: the public address if this machine has it, else all addresses.",
-    name="bind_ip6",
 )
 @_address(
     "--listen-port",
@@ -181,30 +179,26 @@ class _Commands(click.Group):
 @_address("--lowest-port", IntRange(1, 65535), "First port for allocations.", default=LOWEST_PORT)
 @_address("--highest-port", IntRange(1, 65535), "Last port for allocations.", default=HIGHEST_PORT)
 @_address(
-    "--health-check-addr",
+    ("--health-check-addr", "health"),
     options.ENDPOINT,
     "Address for GET /livez, /readyz and /healthz.",
-    name="health",
     default="0.0.0.0:8080",
 )
 @_address(
-    "--control-endpoint",
+    ("--control-endpoint", "control"),
     options.ENDPOINT,
     "Address for metrics, status and the operator's commands. No authentication: keep it on loopback.",
-    name="control",
     default="127.0.0.1:9999",
 )
 @_address(
-    "--metrics-addr",
+    ("--metrics-addr", "metrics"),
     options.ENDPOINT,
     "Further address for GET /metrics, without all other pages. Unset: only the control address has metrics.",
-    name="metrics",
 )
 @_address(
-    "--control-hostname",
+    ("--control-hostname", "control_hostnames"),
     options.HOSTNAMES,
     "Comma-separated hostnames for requests to the control address. IP addresses and localhost are always accepted.",
-    name="control_hostnames",
     default=(),
 )
 @_limit("--max-allocations", IntRange(1), "Maximum number of allocations. Unset: the number of ports.")
@@ -214,18 +208,16 @@ class _Commands(click.Group):
     "Maximum number of allocations per client address (IPv6: /64). Unset: no limit, since clients may share an address.",
 )
 @_limit(
-    "--max-channels-per-allocation",
+    ("--max-channels-per-allocation", "max_channels"),
     IntRange(1, 16384),
     "Maximum number of channels per allocation.",
-    name="max_channels",
     default=MAX_CHANNELS,
 )
 @_limit(
-    "--max-channels",
+    ("--max-channels", "max_channels_in_all"),
     IntRange(1),
     f"Maximum number of channels of all allocations, {ASSURED_CHANNELS} of each allocation not counted. A channel takes "
     "0.5 KB.",
-    name="max_channels_in_all",
     default=MAX_CHANNELS_IN_ALL,
 )
 @_limit(
@@ -242,38 +234,33 @@ class _Commands(click.Group):
     default=UNAUTHENTICATED_BURST,
 )
 @_limit(
-    "--allow-peer",
+    ("--allow-peer", "allow_peers"),
     options.NETWORKS,
     "Relay to peers in these networks, even if rejected by default (loopback, link-local, ...). Repeatable.",
-    name="allow_peers",
     multiple=True,
 )
 @_limit(
-    "--deny-peer",
+    ("--deny-peer", "deny_peers"),
     options.NETWORKS,
     "Never relay to peers in these networks. Overrides --allow-peer. Repeatable.",
-    name="deny_peers",
     multiple=True,
 )
 @_kernel(
-    "--ebpf-offloading",
+    ("--ebpf-offloading", "offload"),
     options.INTERFACES,
     "Relay bound channels in the kernel (XDP) on these comma-separated interfaces. Needs root, or CAP_BPF, "
     "CAP_NET_ADMIN and CAP_PERFMON.",
-    name="offload",
 )
 @_kernel(
-    "--ebpf-attach-mode",
+    ("--ebpf-attach-mode", "attach_mode"),
     Choice([*map(str, AttachMode)]),
     "XDP mode: driver, or generic (slower, any driver). auto: driver mode for drivers known to support it.",
-    name="attach_mode",
     default=AttachMode.AUTO.value,
 )
 @_kernel(
-    "--cpu-affinity",
+    ("--cpu-affinity", "cpu"),
     options.CPU,
     "Pin all threads to one CPU, since Python runs one thread at a time. auto: current CPU; off: no pinning.",
-    name="cpu",
     default="auto",
 )
 @_log("--log-format", Choice([*map(str, LogFormat)]), "Format of log lines.", default=LogFormat.HUMAN.value)
@@ -285,10 +272,9 @@ class _Commands(click.Group):
     default="info",
 )
 @_log(
-    "--otlp-grpc-endpoint",
+    ("--otlp-grpc-endpoint", "otlp_endpoint"),
     options.COLLECTOR,
     "Push metrics to this OpenTelemetry collector. The standard OTEL_ variables also apply. Needs the extra otlp.",
-    name="otlp_endpoint",
 )
 @_advanced(
     "--drain-timeout",

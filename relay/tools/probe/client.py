@@ -57,7 +57,7 @@ class Challenge(NamedTuple):
 class ProbeError(Exception):
     """A step failed: the problem as part of a sentence, the fix, and the error code of the server's response."""
 
-    def __init__(self, finding: str, advice: str, code: int | None = None) -> None:
+    def __init__(self, finding: str, advice: str = "", code: int | None = None) -> None:
         super().__init__(finding)
         self.advice = advice
         self.code = code
@@ -65,9 +65,6 @@ class ProbeError(Exception):
 
 class SkippedError(ProbeError):
     """A step is impossible here, which is no failure."""
-
-    def __init__(self, finding: str) -> None:
-        super().__init__(finding, "")
 
 
 class NoRouteError(ProbeError):

@@ -81,11 +81,6 @@ class Traffic:
     """The last ICMP error in response to a packet of this machine."""
 
     @property
-    def is_silent(self) -> bool:
-        """Whether no packet arrived in any direction."""
-        return not any(way.received for way in self.directions)
-
-    @property
     def directions(self) -> tuple[Direction, ...]:
         """The measured directions."""
         return tuple(way for way in (self.to_peer, self.to_client, self.round_trip) if way is not None)
