@@ -64,8 +64,7 @@ def shortened(text: str, width: int) -> str:
 
 
 def sparkline(values: Sequence[float | None], width: int, peak: float) -> str:
-    """Return a bar for each value of at most ``peak``, the newest at the right. None is a gap; 0 has the lowest bar."""
-    shown = values[-width:] if width else ()
+    """Return a bar for each value of at most ``peak``, aligned right. None is a gap; 0 has the lowest bar."""
     step = max(peak, 1e-9) / (len(BLOCKS) - 1)
-    bars = (" " if value is None else BLOCKS[round(max(0.0, value) / step)] for value in shown)
+    bars = (" " if value is None else BLOCKS[round(max(0.0, value) / step)] for value in values)
     return "".join(bars).rjust(width)

@@ -188,17 +188,17 @@ def later(status: Status, seconds: float, *, to_peer: int = 0, drops: int = 0) -
 
 def test_a_sparkline_has_the_relays_rates_at_an_interval_and_gaps(status: Status) -> None:
     history = scene_of(status, interval=1.0)
-    assert not history.to_peer, "the first response has no rates"
+    assert not history.rates, "the first response has no rates"
     history.add(later(status, 2.0, to_peer=500, drops=4))
-    assert (list(history.to_peer), history.is_dropping) == ([250.0], True)
+    assert (list(history.rates), history.is_dropping) == ([(250.0, 0.0)], True)
     history.add(later(status, 2.5, to_peer=500, drops=4))
-    assert (list(history.to_peer), history.is_dropping) == ([250.0], False)
+    assert (list(history.rates), history.is_dropping) == ([(250.0, 0.0)], False)
     history.miss("gone")
     history.add(later(status, 4.0, to_peer=400))
-    assert list(history.to_peer) == [250.0, None, 100.0]
+    assert list(history.rates) == [(250.0, 0.0), None, (100.0, 0.0)]
     restarted = later(status, 1.0, to_peer=7)
     history.add(restarted)
-    assert list(history.to_peer) == [250.0, None, 100.0, 7.0]
+    assert list(history.rates) == [(250.0, 0.0), None, (100.0, 0.0), (7.0, 0.0)]
 
 
 def test_both_sparklines_share_a_scale_with_the_newest_on_the_right(status: Status) -> None:

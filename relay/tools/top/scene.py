@@ -34,9 +34,8 @@ class Scene:
     help: bool = False
     interval: float = 0.0
     """Minimum seconds between two rates of a sparkline. Keys cause additional requests."""
-    to_peer: deque[float | None] = field(default_factory=lambda: deque(maxlen=KEPT))
-    """Bytes per second, oldest first; None while the relay was unreachable."""
-    to_client: deque[float | None] = field(default_factory=lambda: deque(maxlen=KEPT))
+    rates: deque[tuple[float, float] | None] = field(default_factory=lambda: deque(maxlen=KEPT))
+    """Bytes per second to peers and to clients, oldest first; None while the relay was unreachable."""
     is_dropping: bool = False
     """Whether the relay has dropped datagrams since the previous response."""
     problem: str | None = None
@@ -56,15 +55,13 @@ class Scene:
         to_peer, to_client = status["totals"]["to_peer_rate"], status["totals"]["to_client_rate"]
         if to_peer and to_client and not 0 <= status["uptime"] - self.rated_at < self.interval:
             self.rated_at = status["uptime"]
-            self.to_peer.append(to_peer["bytes"])
-            self.to_client.append(to_client["bytes"])
+            self.rates.append((to_peer["bytes"], to_client["bytes"]))
 
     def miss(self, problem: str) -> None:
         """Add a gap, because there was no response."""
         self.problem = problem
-        if self.to_peer:
-            self.to_peer.append(None)
-            self.to_client.append(None)
+        if self.rates:
+            self.rates.append(None)
 
     def scroll_to(self, offset: int, rows: int) -> None:
         """Show the allocations from an offset on, or the last allocations."""

@@ -1,5 +1,6 @@
 """Frames: the lines on the screen at a moment, for a terminal of any size."""
 
+import itertools
 import os
 
 from rich.text import Text
@@ -136,15 +137,16 @@ def _rates(scene: Scene, width: int) -> list[Text]:
     """Return a line with figures and a sparkline for each direction, both in the same scale."""
     totals, lines = scene.latest["totals"], []
     width = max(0, width - _LABEL_WIDTH)
-    shown = [*list(scene.to_peer)[-width:], *list(scene.to_client)[-width:]]
-    peak = max((value for value in shown if value is not None), default=0.0)
-    for label, style, values, rate, flow in (
-        ("to peer", "cyan", scene.to_peer, totals["to_peer_rate"], totals["to_peer"]),
-        ("to client", "green", scene.to_client, totals["to_client_rate"], totals["to_client"]),
+    shown = list(scene.rates)[-width:] if width else []
+    peak = max(itertools.chain.from_iterable(filter(None, shown)), default=0.0)
+    for way, label, style, rate, flow in (
+        (0, "to peer", "cyan", totals["to_peer_rate"], totals["to_peer"]),
+        (1, "to client", "green", totals["to_client_rate"], totals["to_client"]),
     ):
         bits, packets = ("-", "-") if rate is None else (bit_rate(rate["bytes"]), short(rate["packets"]))
         figures = f"{label:<9}{bits:>9} {packets:>6} pkt/s {size(flow['bytes']):>8}"
-        lines.append(Text.assemble(f"{figures:<{_LABEL_WIDTH}}", (sparkline(list(values), width, peak), style)))
+        bars = sparkline([rates and rates[way] for rates in shown], width, peak)
+        lines.append(Text.assemble(f"{figures:<{_LABEL_WIDTH}}", (bars, style)))
     return lines
 
 
