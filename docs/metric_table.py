@@ -1,24 +1,33 @@
 """Makes the table in docs/metrics.md of the definitions: ``python -m docs.metric_table``, or ``make docs``."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from relay.core.allocations import Allocations
+from relay.core.counters import Counters
+from relay.core.history import History
+from relay.ops.metrics import table
 from relay.ops.metrics.metric import LabelValue, Metric, MetricKind
 from relay.ops.metrics.prometheus import label_of, name_of
-from relay.ops.metrics.table import HEALTH, IN_THE_KERNEL, LOSSES, PROCESS, RELAYING, REQUESTS
+from relay.ops.totals import RelayState, RelayTotals, ServerCounters
 
 PAGE = Path(__file__).with_name("metrics.md")
 BEGIN, END = "<!-- metrics: begin, made by `make docs` -->", "<!-- metrics: end -->"
 
 GROUPS = {
-    "Relayed traffic": RELAYING,
-    "Requests": REQUESTS,
-    "Losses": LOSSES,
-    "In the kernel": IN_THE_KERNEL,
-    "Health": HEALTH,
-    "The process": PROCESS,
+    "Relayed traffic": table.relaying,
+    "Requests": table.requests,
+    "Losses": table.losses,
+    "In the kernel": table.in_the_kernel,
+    "Health": table.health,
+    "The process": table.process,
 }
+
+IDLE = RelayState(
+    Counters(), Allocations(lambda _: False), History(), ServerCounters(), int, lambda: None, lambda: None, tuple, None
+)
+"""A relay without clients: each metric has all its points from the start."""
 
 _SUFFIXES = {MetricKind.COUNTER: "_total", MetricKind.GAUGE: "", MetricKind.HISTOGRAM: ""}
 
@@ -31,11 +40,11 @@ def page(text: str) -> str:
 
 
 def _lines() -> Iterator[str]:
-    for title, metrics in GROUPS.items():
+    for title, group in GROUPS.items():
         yield f"\n### {title}\n"
         yield "| metric | in Prometheus | kind, unit | description |"
         yield "|---|---|---|---|"
-        for metric in metrics:
+        for metric in group(RelayTotals(IDLE)):
             kind = f"{metric.kind.value}, `{metric.unit}`"
             name = f"`{name_of(metric)}{_SUFFIXES[metric.kind]}`"
             yield f"| `{metric.name}` | {name} | {kind} | {metric.description}{_labels(metric)} |"
@@ -43,7 +52,10 @@ def _lines() -> Iterator[str]:
 
 
 def _labels(metric: Metric) -> str:
-    told = "".join(f" `{name}`{_in_prometheus(name)}{_values(values)}." for name, values in metric.labels.items())
+    values = zip(*(labels for labels, _ in metric.points), strict=True)
+    told = ""
+    for name, each in zip(metric.labels, values, strict=True):
+        told += f" `{name}`{_in_prometheus(name)}{_values(dict.fromkeys(each))}."
     if metric.bounds:
         told += f" Steps end at {', '.join(map(str, metric.bounds[:2]))} … {metric.bounds[-1]}."
     return told
@@ -53,7 +65,7 @@ def _in_prometheus(label: str) -> str:
     return "" if label == label_of(label) else f" (`{label_of(label)}`)"
 
 
-def _values(values: tuple[LabelValue, ...]) -> str:
+def _values(values: Collection[LabelValue]) -> str:
     if len(values) <= 1:
         # What it is there and then, such as a version.
         return ""

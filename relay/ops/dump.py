@@ -62,7 +62,7 @@ def write_stacks_after(seconds: float) -> None:
 
 def dump(state: RelayState, inboxes: Mapping[str, int], log: Log) -> None:
     """Write all metrics, the messages in each inbox, and the stacks of all threads."""
-    shown = {metric.name: _shown(points) for metric, points in read_table(state)}
+    shown = {metric.name: _shown(metric.points) for metric in read_table(state)}
     _write(log, "state", inboxes=inboxes, state={name: values for name, values in shown.items() if values != {}})
     dump_stacks(log)
 

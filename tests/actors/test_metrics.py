@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from relay.ops.metrics.metric import MetricKind
 from relay.ops.metrics.prometheus import name_of
-from relay.ops.metrics.table import TABLE
+from tests.support.metrics import TABLE
 from tests.support.system import Relay
 from tests.support.turn_client import udp_socket
 from tests.support.waiting import wait_until

@@ -13,8 +13,8 @@ import yaml
 
 from relay.config import HIGHEST_PORT, LOWEST_PORT
 from relay.core.addresses import Family
-from relay.ops.metrics.table import TABLE
 from tests.support.machine import Machine, wait_until_up
+from tests.support.metrics import TABLE
 from tests.support.process import run
 from tests.support.program import Program
 

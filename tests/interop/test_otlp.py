@@ -17,8 +17,8 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import AGGREGATION_TEMPORALITY_C
 from relay import __version__
 from relay.ops.metrics.metric import MetricKind
 from relay.ops.metrics.push import LAST_PUSH_TIMEOUT
-from relay.ops.metrics.table import TABLE
 from tests.support.collector import Collector, attributes_of
+from tests.support.metrics import TABLE
 from tests.support.process import COMMAND
 from tests.support.program import Program, ProgramStarter
 from tests.support.turn_client import TurnClient, udp_socket

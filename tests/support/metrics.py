@@ -7,6 +7,7 @@ import pytest
 
 from relay.actors.mailbox import Mailbox
 from relay.core.portal.channel import PortalChannel
+from relay.ops.metrics.table import read_table
 from relay.ops.totals import NotReady, RelayState, ServerCounters
 from tests.support.core import Relay
 from tests.support.portal_channel import CONFIG
@@ -37,6 +38,10 @@ class Measured:
             not_ready=lambda: () if self.ready else (NotReady.PORTAL,),
             datapath=None,
         )
+
+
+TABLE = list(read_table(Measured().sources))
+"""All metrics of a relay without clients."""
 
 
 @pytest.fixture

@@ -1,11 +1,8 @@
-"""Definition of a metric."""
+"""A metric, as all exporters get it."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any, NamedTuple, TypeAlias
-
-from relay.ops.totals import RelayTotals
 
 
 class MetricKind(Enum):
@@ -33,16 +30,12 @@ LabelValue: TypeAlias = str | int
 
 Value: TypeAlias = float | Histogram
 
-Readings: TypeAlias = Value | Mapping[Any, Value]
-"""The value of a metric without labels, or the values by label, or by a tuple of all labels."""
-
 Point: TypeAlias = tuple[tuple[LabelValue, ...], Value]
 """The values of the labels, in their order, and the value."""
 
 
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """Definition of a metric.
+class Metric(NamedTuple):
+    """A metric and its values.
 
     A metric has a fixed set of points: a point for each possible combination of label values. So no input of a client, a
     peer or the portal can add points.
@@ -55,17 +48,17 @@ class Metric:
     """In UCUM: ``s``, ``By``, or a word in braces for a count."""
     description: str
     """One sentence."""
-    read: Callable[[RelayTotals], Readings]
-    labels: Mapping[str, tuple[LabelValue, ...]] = field(default_factory=dict)
-    """All values of each label. Empty for a value that is fixed at the start of a relay."""
+    values: Value | Mapping[Any, Value]
+    """The value of a metric without labels, or the values by label, or by a tuple of all labels."""
+    labels: tuple[str, ...] = ()
     bounds: tuple[int, ...] = ()
     """Histogram only: the largest size of each count but the last."""
     prometheus: str = ""
     """The usual name in Prometheus, without ``_total``, if it does not follow from the name."""
 
-    def points(self, totals: RelayTotals) -> list[Point]:
-        """Read the values."""
-        found = self.read(totals)
-        if not isinstance(found, Mapping):
-            return [((), found)]
-        return [(labels if isinstance(labels, tuple) else (labels,), value) for labels, value in found.items()]
+    @property
+    def points(self) -> list[Point]:
+        """The values with the values of their labels."""
+        if not isinstance(self.values, Mapping):
+            return [((), self.values)]
+        return [(labels if isinstance(labels, tuple) else (labels,), value) for labels, value in self.values.items()]

@@ -6,7 +6,6 @@ data from the table, and uses only its exporter: gRPC, TLS, headers, compression
 
 import logging
 import time
-from collections.abc import Iterable
 from typing import Any, Final
 
 from grpc import StatusCode
@@ -17,7 +16,7 @@ from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from relay import __version__
-from relay.ops.metrics.metric import Histogram, Metric, MetricKind, Point
+from relay.ops.metrics.metric import Histogram, Metric, MetricKind
 from relay.ops.metrics.table import read_table
 from relay.ops.totals import Identity, RelayState, RelayTotals
 
@@ -72,7 +71,7 @@ class OtlpCollector:
 
     def _measure(self) -> sdk.MetricsData:
         times = (self._started_at, time.time_ns())
-        metrics = [_convert(metric, points, times) for metric, points in read_table(self._state)]
+        metrics = [_convert(metric, times) for metric in read_table(self._state)]
         scope = sdk.ScopeMetrics(_SCOPE, metrics, "")
         return sdk.MetricsData([sdk.ResourceMetrics(self._resource, [scope], "")])
 
@@ -91,12 +90,12 @@ def _resource(identity: Identity) -> Resource:
     return Resource({name: value for name, value in ours.items() if value}).merge(OTELResourceDetector().detect())
 
 
-def _convert(metric: Metric, points: Iterable[Point], times: tuple[int, int]) -> sdk.Metric:
+def _convert(metric: Metric, times: tuple[int, int]) -> sdk.Metric:
     """Return a metric as the library's data. Counters and histograms count from the start of the process."""
     # The minimum and maximum are unknown: None omits them.
     unknown: Any = None
     data_points: list[Any] = []
-    for values, value in points:
+    for values, value in metric.points:
         # Without empty values, the type of an attribute is the same in all points.
         attributes = {label: each for label, each in zip(metric.labels, values, strict=True) if each != ""}
         if isinstance(value, Histogram):

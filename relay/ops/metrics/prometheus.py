@@ -1,4 +1,4 @@
-"""``GET /metrics``: the table in Prometheus's text format.
+"""``GET /metrics``: all metrics in Prometheus's text format.
 
 A scrape reads some 250 numbers, whatever the number of allocations, and takes 1 ms. The kernel's drop counter costs 4 µs per
 socket. Other threads run in between. Responses are cached, so scrapes never use more than `MAX_TIME`, however
@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import Final
 
 from relay.ops.http.messages import Page, Query
-from relay.ops.metrics.metric import Histogram, LabelValue, Metric, MetricKind, Point
+from relay.ops.metrics.metric import Histogram, LabelValue, Metric, MetricKind
 from relay.ops.metrics.table import read_table
 from relay.ops.totals import RelayState
 
@@ -67,12 +67,12 @@ class MetricsPage:
             return self._page
 
 
-def _lines(table: Iterable[tuple[Metric, Iterable[Point]]]) -> Iterator[str]:
+def _lines(metrics: Iterable[Metric]) -> Iterator[str]:
     """Yield all lines. Names and descriptions are constants without characters that the format escapes."""
-    for metric, points in table:
+    for metric in metrics:
         name = name_of(metric) + ("_total" if metric.kind is MetricKind.COUNTER else "")
         yield f"# HELP {name} {metric.description}\n# TYPE {name} {metric.kind.value}\n"
-        for values, value in points:
+        for values, value in metric.points:
             labels = [f'{label_of(label)}="{_escape(each)}"' for label, each in zip(metric.labels, values, strict=True)]
             if isinstance(value, Histogram):
                 # Each bucket includes all smaller buckets.
