@@ -46,18 +46,10 @@ class Systemd:
     Args:
         environ: the environment of this process, with NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID. Invalid values are
             logged and ignored.
-        close_timeout: seconds to wait for the watchdog thread at the end.
         report_after: called with a number of seconds, and called again before they pass while Python runs.
     """
 
-    def __init__(
-        self,
-        environ: Mapping[str, str],
-        *,
-        close_timeout: float = CLOSE_TIMEOUT,
-        report_after: Callable[[float], object] = lambda _: None,
-    ) -> None:
-        self._close_timeout = close_timeout
+    def __init__(self, environ: Mapping[str, str], report_after: Callable[[float], object] = lambda _: None) -> None:
         self.environment = {name: environ[name] for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC") if name in environ}
         """The variables that a successor of this process needs. WATCHDOG_PID has the id of this process."""
         self._report_after = report_after
@@ -120,7 +112,7 @@ class Systemd:
         self._ended.set()
         if self._thread is not None:
             # The thread may be waiting for a response; it sends no more messages.
-            self._thread.join(self._close_timeout)
+            self._thread.join(CLOSE_TIMEOUT)
         if self._socket is not None:
             self._socket.close()
 

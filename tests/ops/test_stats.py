@@ -1,7 +1,7 @@
 """The line about relayed traffic: every ten seconds, and only if something was relayed."""
 
-import queue
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -9,48 +9,38 @@ import pytest
 from relay.ops.logs.log import events_to
 from relay.ops.logs.stats import MANY_DROPS, PERIOD, Flow, StatsLine, report
 from tests.support.log_lines import KeptLog
+from tests.support.waiting import wait_until
 
-NOTHING = Flow(0, 0, 0, 0, 0, 0, 0, 0)
-PATIENCE = 30
-"""Seconds until a test fails."""
+NOTHING: Flow = dict.fromkeys(
+    (
+        *("to_peer_packets", "to_peer_bytes", "to_client_packets", "to_client_bytes", "kernel_packets", "drops"),
+        *("allocations", "channels"),
+    ),
+    0,
+)
 
 
-class Pace:
-    """Runs the thread of a stats line step by step."""
+class Traffic:
+    """Traffic set by a test, and the stats line that reads it."""
 
     def __init__(self) -> None:
-        self.now = 100.0
-        self.flow = NOTHING
-        self.asked: list[float] = []
+        self.flow: Flow | None = NOTHING
         self.also = 0
-        self._words: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._waiting = threading.Semaphore(0)
+        self.stats = StatsLine(self._read, self._count)
+        self._now = time.monotonic()
 
-    def clock(self) -> float:
-        return self.now
-
-    def read(self) -> Flow:
+    def _read(self) -> Flow:
+        if self.flow is None:
+            raise OSError("unreadable")
         return self.flow
 
-    def count(self) -> None:
+    def _count(self) -> None:
         self.also += 1
 
-    def wait(self, seconds: float) -> bool:
-        self.asked.append(seconds)
-        self._waiting.release()
-        return self._words.get(timeout=PATIENCE)
-
-    def until_it_waits(self) -> None:
-        assert self._waiting.acquire(timeout=PATIENCE)
-
     def look(self, seconds: float = PERIOD) -> None:
-        """Advance the clock, and run the thread through one period."""
-        self.now += seconds
-        self._words.put(False)  # noqa: FBT003 - as an event's wait() says
-        self.until_it_waits()
-
-    def end(self) -> None:
-        self._words.put(True)  # noqa: FBT003
+        """End a period."""
+        self._now += seconds
+        self.stats.end_period(self._now)
 
 
 @pytest.fixture
@@ -61,32 +51,23 @@ def log() -> Iterator[KeptLog]:
 
 
 @pytest.fixture
-def pace(log: KeptLog) -> Iterator[Pace]:
-    """A started stats line, with its log."""
-    assert log.take() == []
-    pace = Pace()
-    stats = StatsLine(pace.read, pace.count, pace.clock, pace.wait)
-    stats.start()
-    pace.until_it_waits()
-    yield pace
-    pace.end()
-    stats.stop()
+def traffic() -> Traffic:
+    return Traffic()
 
 
-def test_nothing_is_logged_without_traffic(log: KeptLog, pace: Pace) -> None:
-    pace.flow = NOTHING._replace(allocations=5, channels=5, drops=MANY_DROPS - 1)
+def test_nothing_is_logged_without_traffic(log: KeptLog, traffic: Traffic) -> None:
+    traffic.flow = {**NOTHING, "allocations": 5, "channels": 5, "drops": MANY_DROPS - 1}
     for _ in range(3):
-        pace.look()
+        traffic.look()
     assert log.take() == []
-    assert set(pace.asked) == {PERIOD}
 
 
-def test_the_traffic_of_a_period_is_logged_with_rates(log: KeptLog, pace: Pace) -> None:
-    pace.flow = Flow(1000, 1_000_000, 3000, 250_000, 0, 7, 20, 30)
-    pace.look()
-    pace.flow = Flow(1500, 1_500_000, 3000, 250_000, 0, 7, 21, 31)
-    pace.look(5.0)
-    pace.look()
+def test_the_traffic_of_a_period_is_logged_with_rates(log: KeptLog, traffic: Traffic) -> None:
+    traffic.flow = dict(zip(NOTHING, (1000, 1_000_000, 3000, 250_000, 0, 7, 20, 30), strict=True))
+    traffic.look()
+    traffic.flow = dict(zip(NOTHING, (1500, 1_500_000, 3000, 250_000, 0, 7, 21, 31), strict=True))
+    traffic.look(5.0)
+    traffic.look()
     first, second = log.take()
     assert first | {"timestamp": ""} == {
         "timestamp": "",
@@ -109,52 +90,46 @@ def test_the_traffic_of_a_period_is_logged_with_rates(log: KeptLog, pace: Pace) 
 
 
 def test_kernel_packets_are_logged_once_the_kernel_has_relayed_any() -> None:
-    before, after = NOTHING, Flow(10, 100, 0, 0, 8, 0, 1, 1)
-    told = report(before, after, 10)
+    after = {**NOTHING, "to_peer_packets": 10, "to_peer_bytes": 100, "kernel_packets": 8}
+    told = report(NOTHING, after, 10)
     assert told is not None
     assert told["kernel_packets"] == 8
     assert told["to_peer_packets"] == 10
-    assert "kernel_packets" not in (report(before, after._replace(kernel_packets=0), 10) or {})
+    assert "kernel_packets" not in (report(NOTHING, {**after, "kernel_packets": 0}, 10) or {})
 
 
-def test_many_drops_are_logged_without_traffic(log: KeptLog, pace: Pace) -> None:
-    pace.flow = NOTHING._replace(drops=MANY_DROPS)
-    pace.look()
-    pace.look()
+def test_many_drops_are_logged_without_traffic(log: KeptLog, traffic: Traffic) -> None:
+    traffic.flow = {**NOTHING, "drops": MANY_DROPS}
+    traffic.look()
+    traffic.look()
     (entry,) = log.take()
     assert entry["drops"] == MANY_DROPS
 
 
-def test_the_periodic_function_is_called_each_period(pace: Pace) -> None:
-    pace.look()
-    pace.look()
-    assert pace.also == 2
-
-
-def test_unreadable_counters_are_logged_once_and_read_again(log: KeptLog) -> None:
-    pace = Pace()
-    stats = StatsLine(pace.read, pace.count, pace.clock, pace.wait)
-    stats.start()
-    pace.until_it_waits()
-    pace.flow = None  # type: ignore[assignment]  # unreadable
-    pace.look()
-    pace.look()
-    pace.flow = NOTHING._replace(to_peer_packets=5)
-    pace.look()
-    pace.end()
-    stats.stop()
+def test_unreadable_counters_are_logged_once_and_read_again(log: KeptLog, traffic: Traffic) -> None:
+    traffic.flow = None
+    traffic.look()
+    traffic.look()
+    traffic.flow = {**NOTHING, "to_peer_packets": 5}
+    traffic.look()
     assert [entry["event"] for entry in log.take()] == [
         "what flows can't be read: please report this; further times are only counted",
         "relayed",
     ]
-    assert stats.bugs == 2
 
 
-def test_the_thread_stops_at_once() -> None:
-    pace = Pace()
+def test_the_thread_ends_each_period_until_it_is_stopped(traffic: Traffic, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relay.ops.logs.stats.PERIOD", 0.01)
     before = set(threading.enumerate())
-    stats = StatsLine(pace.read, pace.count)
-    stats.start()
-    stats.stop()
+    traffic.stats.start()
+    wait_until(lambda: traffic.also >= 2)
+    traffic.stats.stop()
     assert set(threading.enumerate()) <= before
-    assert pace.also == 0
+
+
+def test_the_thread_stops_at_once(traffic: Traffic) -> None:
+    before = set(threading.enumerate())
+    traffic.stats.start()
+    traffic.stats.stop()
+    assert set(threading.enumerate()) <= before
+    assert traffic.also == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from relay.ops.systemd import CLOSE_TIMEOUT, Systemd
+from relay.ops.systemd import Systemd
 from tests.support.log_lines import capture_logs
 from tests.support.waiting import PATIENCE, wait_until
 
@@ -52,8 +52,8 @@ def start() -> Iterator[Callable[..., Systemd]]:
     """Create notifiers, and close them at the end."""
     made: list[Systemd] = []
 
-    def start(environ: dict[str, str], *, close_timeout: float = CLOSE_TIMEOUT, **more: str) -> Systemd:
-        made.append(Systemd(environ | more, close_timeout=close_timeout))
+    def start(environ: dict[str, str], **more: str) -> Systemd:
+        made.append(Systemd(environ | more))
         return made[-1]
 
     yield start
@@ -251,8 +251,9 @@ def test_an_exception_in_a_check_counts_as_a_hang_and_checks_continue(notified: 
     assert entry["exc_info"] is failure
 
 
-def test_nothing_is_sent_after_close(notified: Notified, start: Start) -> None:
-    systemd = start(notified.environ, close_timeout=2 * PATIENCE, WATCHDOG_USEC="3600000000")
+def test_nothing_is_sent_after_close(notified: Notified, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relay.ops.systemd.CLOSE_TIMEOUT", 2 * PATIENCE)
+    systemd = start(notified.environ, WATCHDOG_USEC="3600000000")
     systemd.watch(Asked(WORKS))
     began = time.monotonic()
     systemd.close()
@@ -264,14 +265,17 @@ def test_nothing_is_sent_after_close(notified: Notified, start: Start) -> None:
 
 
 @pytest.mark.parametrize("answer", [True, False])
-def test_close_does_not_wait_for_a_pending_check(notified: Notified, start: Start, *, answer: bool) -> None:
+def test_close_does_not_wait_for_a_pending_check(
+    notified: Notified, start: Start, monkeypatch: pytest.MonkeyPatch, *, answer: bool
+) -> None:
+    monkeypatch.setattr("relay.ops.systemd.CLOSE_TIMEOUT", 0.02)
     asked, may_answer = threading.Event(), threading.Event()
 
     def is_alive(_: float) -> bool:
         asked.set()
         return may_answer.wait(3 * PATIENCE) and answer
 
-    systemd = start(notified.environ | WATCHDOG, close_timeout=0.02)
+    systemd = start(notified.environ | WATCHDOG)
     with capture_logs() as logs:
         systemd.watch(is_alive)
         assert asked.wait(PATIENCE)

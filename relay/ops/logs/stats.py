@@ -3,9 +3,9 @@
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import TypeAlias
 
-from relay.logger import Logger
+from relay.logger import Fields, Logger
 from relay.ops.totals import RelayState, RelayTotals
 
 PERIOD = 10.0
@@ -18,55 +18,40 @@ STOP_TIMEOUT = 1.0
 """Seconds to wait for the thread at the end; the thread may be reading counters."""
 
 _MEGABIT = 1e6
+_PRESENT = ("allocations", "channels")
+
+Flow: TypeAlias = Mapping[str, int]
+"""The traffic relayed since the start, and the present allocations and channels, by their names in the line."""
 
 _log = Logger("relay.ops.stats")
-
-
-class Flow(NamedTuple):
-    """The traffic relayed since the start, and the present allocations and channels."""
-
-    to_peer_packets: int
-    to_peer_bytes: int
-    to_client_packets: int
-    to_client_bytes: int
-    kernel_packets: int
-    """Packets relayed by the kernel; included in the packets above."""
-    drops: int
-    allocations: int
-    channels: int
 
 
 def flow_in(state: RelayState) -> Flow:
     """Read the totals, without a message to any actor."""
     totals = RelayTotals(state)
     kernel = totals.by_kernel
-    return Flow(
-        *totals.by_sockets.plus(kernel),
-        kernel.to_peer_packets + kernel.to_client_packets,
-        sum(totals.drops.values()) + totals.kernel_drops + totals.dropped_late,
-        totals.allocations,
-        totals.channels,
-    )
+    return {
+        **totals.by_sockets.plus(kernel)._asdict(),
+        # Included in the packets above.
+        "kernel_packets": kernel.to_peer_packets + kernel.to_client_packets,
+        "drops": sum(totals.drops.values()) + totals.kernel_drops + totals.dropped_late,
+        "allocations": totals.allocations,
+        "channels": totals.channels,
+    }
 
 
-def report(before: Flow, after: Flow, seconds: float) -> Mapping[str, object] | None:
+def report(before: Flow, after: Flow, seconds: float) -> Fields | None:
     """Return the fields of a line about a period; None if there is nothing to report."""
-    rise = Flow(*(new - old for new, old in zip(after, before, strict=True)))
-    packets = rise.to_peer_packets + rise.to_client_packets
-    if packets <= 0 and rise.drops < MANY_DROPS:
+    rise = {name: after[name] - before[name] for name in after if after[name] or name != "kernel_packets"}
+    packets = rise["to_peer_packets"] + rise["to_client_packets"]
+    if packets <= 0 and rise["drops"] < MANY_DROPS:
         return None
     return {
         "seconds": round(seconds, 1),
         "packets_per_second": round(packets / seconds),
-        "megabits_per_second": round(8 * (rise.to_peer_bytes + rise.to_client_bytes) / seconds / _MEGABIT, 2),
-        "to_peer_packets": rise.to_peer_packets,
-        "to_peer_bytes": rise.to_peer_bytes,
-        "to_client_packets": rise.to_client_packets,
-        "to_client_bytes": rise.to_client_bytes,
-        **({"kernel_packets": rise.kernel_packets} if after.kernel_packets else {}),
-        "drops": rise.drops,
-        "allocations": after.allocations,
-        "channels": after.channels,
+        "megabits_per_second": round(8 * (rise["to_peer_bytes"] + rise["to_client_bytes"]) / seconds / _MEGABIT, 2),
+        **rise,
+        **{name: after[name] for name in _PRESENT},
     }
 
 
@@ -76,26 +61,14 @@ class StatsLine:
     Args:
         read: reads the traffic.
         also: is called each period as well.
-        clock: returns monotonic seconds.
-        wait: waits for some seconds, and returns whether to stop; in a test, it does not wait.
     """
 
-    def __init__(
-        self,
-        read: Callable[[], Flow],
-        also: Callable[[], None],
-        clock: Callable[[], float] = time.monotonic,
-        wait: Callable[[float], bool] | None = None,
-    ) -> None:
+    def __init__(self, read: Callable[[], Flow], also: Callable[[], None]) -> None:
         self._read = read
         self._also = also
-        self._clock = clock
+        self._before, self._at = read(), time.monotonic()
+        self._has_failed = False
         self._stopped = threading.Event()
-        self._wait = wait or self._stopped.wait
-        self.bugs = 0
-        """Periods of which the traffic could not be read: each is a bug."""
-        self._before = read()
-        self._at = clock()
         self._thread = threading.Thread(target=self._run, name="stats", daemon=True)
 
     def start(self) -> None:
@@ -108,19 +81,20 @@ class StatsLine:
         self._thread.join(STOP_TIMEOUT)
 
     def _run(self) -> None:
-        while not self._wait(PERIOD):
-            self._log_period()
+        while not self._stopped.wait(PERIOD):
+            self.end_period(time.monotonic())
 
-    def _log_period(self) -> None:
+    def end_period(self, now: float) -> None:
+        """Log the traffic since the last period, at a monotonic time. The thread calls this every `PERIOD`."""
         try:
             self._also()
-            after, at = self._read(), self._clock()
-            fields = report(self._before, after, at - self._at)
+            after = self._read()
+            fields = report(self._before, after, now - self._at)
         except Exception:  # noqa: BLE001 - the next period may succeed
-            self.bugs += 1
-            if self.bugs == 1:
+            if not self._has_failed:
                 _log.exception("what flows can't be read: please report this; further times are only counted")
+            self._has_failed = True
             return
         if fields is not None:
             _log.info("relayed", **fields)
-        self._before, self._at = after, at
+        self._before, self._at = after, now

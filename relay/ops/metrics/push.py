@@ -5,6 +5,7 @@ for the end of this thread. The log gets a line when pushes begin to fail and wh
 """
 
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -129,7 +130,7 @@ class Pusher:
         self._failed = 0
         """Failed pushes since the last success."""
         self._failure_logged = False
-        self._logged_at: float | None = None
+        self._logged_at = -math.inf
 
     def start(self) -> None:
         """Start; the first push is an interval from now."""
@@ -160,22 +161,14 @@ class Pusher:
             failure = type(error).__name__
         self._works = failure is None
         if failure is None:
-            self._note_success()
+            if self._failure_logged:
+                _log.info("metrics are pushed again", failed=self._failed)
+            self._failed, self._failure_logged = 0, False
         elif not self._stopping.is_set():
-            self._note_failure(failure)
-
-    def _note_success(self) -> None:
-        if self._failure_logged:
-            _log.info("metrics are pushed again", failed=self._failed)
-        self._failure_logged = False
-        self._failed = 0
-
-    def _note_failure(self, failure: str) -> None:
-        self._failed += 1
-        now = self._clock()
-        if not self._failure_logged and (self._logged_at is None or now >= self._logged_at + QUIET_FOR):
-            self._failure_logged, self._logged_at = True, now
-            _log.warning("metrics could not be pushed; the next line about it is when they can be again", error=failure)
+            self._failed += 1
+            if not self._failure_logged and self._clock() >= self._logged_at + QUIET_FOR:
+                self._failure_logged, self._logged_at = True, self._clock()
+                _log.warning("metrics could not be pushed; the next line about it is when they can be again", error=failure)
 
 
 def _read_interval(text: str) -> int:
