@@ -40,7 +40,7 @@ from relay.ops.addresses import (
     with_several_addresses,
 )
 from relay.ops.clock import Clock, SystemClock
-from relay.ops.kernel_settings import findings, read_machine
+from relay.ops.kernel_settings import findings
 from relay.ops.logs.core import log_event, wanted
 from relay.ops.logs.log import Log
 from relay.ops.logs.stats import StatsLine, flow_in
@@ -337,7 +337,7 @@ class System:
             _log.warning("random numbers are seeded: whoever knows the seed knows the secret; for tests only")
         warn_if_open(self.http["control"])
         smallest = min(opened.receive_buffer for opened in self.listening.values())
-        for finding in findings(self.config, read_machine(smallest)):
+        for finding in findings(self.config, smallest):
             _log.warning(**finding._asdict())
         with contextlib.suppress(OSError):
             warn_about_addresses(self.config, self._addresses.hosts)

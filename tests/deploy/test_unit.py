@@ -12,7 +12,7 @@ import pytest
 
 from relay.cli import EXIT_USAGE
 from relay.config import Config
-from relay.ops.kernel_settings import Machine, findings
+from relay.ops.kernel_settings import findings
 from relay.ops.machine import OTHER_DESCRIPTORS
 from relay.system.shutdown import STOP_TIMEOUT
 
@@ -92,10 +92,13 @@ def test_the_log_goes_to_the_journal_and_standard_output_does_not(unit: dict[str
     assert (one(unit, "StandardOutput"), one(unit, "StandardError")) == ("null", "journal")
 
 
-def test_the_sysctl_file_fixes_all_warnings_of_a_default_machine() -> None:
+def test_the_sysctl_file_fixes_all_warnings_of_a_default_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sysctl = settings((DEPLOY / "firezone-relay.sysctl.conf").read_text())
-    fresh = Machine(receive_buffer=212_992, local_ports=range(32768, 61000))
-    asked = dict(found.mend.removeprefix("sysctl -w ").split("=") for found in findings(LARGEST, fresh))
+    ephemeral = tmp_path / "proc/sys/net/ipv4/ip_local_port_range"
+    ephemeral.parent.mkdir(parents=True)
+    ephemeral.write_text("32768\t60999\n")
+    monkeypatch.setattr("relay.ops.kernel_settings.user_threads", lambda: None)
+    asked = dict(found.mend.removeprefix("sysctl -w ").split("=") for found in findings(LARGEST, 212_992, tmp_path))
     assert {key: one(sysctl, key) for key in sysctl} == asked
 
 

@@ -5,7 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from ipaddress import IPv4Address
@@ -15,8 +15,8 @@ import pytest
 
 from relay.config import Config
 from relay.net.udp import RECEIVE_BUFFER
-from relay.ops.kernel_settings import Finding, Machine, TaskLimit, findings, read_machine
-from tests.support.machine import Machine as Network
+from relay.ops.kernel_settings import Finding, findings
+from tests.support.machine import Machine
 from tests.support.program import Program
 
 FULL = Config(public_ip4=IPv4Address("192.0.2.1"))
@@ -24,80 +24,115 @@ FULL = Config(public_ip4=IPv4Address("192.0.2.1"))
 
 SMALL = replace(FULL, max_allocations=1000)
 
-COMMON = Machine(
-    receive_buffer=RECEIVE_BUFFER,
-    tasks=300,
-    pid_max=4_194_304,
-    threads_max=62_000,
-    user_threads=31_000,
-    max_map_count=65_530,
-    task_limit=TaskLimit("/sys/fs/cgroup/system.slice/firezone-relay.service/pids.max", 20_000, 1),
-    local_ports=range(32768, 61000),
-    reserved_ports=(range(49152, 65536),),
-    tracked=500,
-    most_tracked=262_144,
-)
-"""A machine of 8 GiB with the project's unit and sysctl file."""
+UNIT_LIMIT = "sys/fs/cgroup/system.slice/firezone-relay.service"
+
+COMMON = {
+    "proc/loadavg": "0.20 0.18 0.12 1/300 11206",
+    "kernel.pid_max": "4194304",
+    "kernel.threads-max": "62000",
+    "vm.max_map_count": "65530",
+    "proc/self/cgroup": "0::/system.slice/firezone-relay.service",
+    f"{UNIT_LIMIT}/pids.max": "20000",
+    f"{UNIT_LIMIT}/pids.current": "1",
+    "net.ipv4.ip_local_port_range": "32768\t60999",
+    "net.ipv4.ip_local_reserved_ports": "49152-65535",
+    "net.netfilter.nf_conntrack_count": "500",
+    "net.netfilter.nf_conntrack_max": "262144",
+}
+"""A machine of 8 GiB with the project's unit and sysctl file: files, and settings by name."""
 
 
-def finding(config: Config = FULL, **differences: object) -> Finding:
-    """Return the only warning for a machine with some differences from the common machine."""
-    (found,) = findings(config, replace(COMMON, **differences))  # type: ignore[arg-type]
-    return found
+class MachineFiles:
+    """Files of a machine, in a directory."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root = root
+        self._monkeypatch = monkeypatch
+        self.limit_user(31_000)
+
+    def limit_user(self, threads: int | None) -> None:
+        self._monkeypatch.setattr("relay.ops.kernel_settings.user_threads", lambda: threads)
+
+    def findings(
+        self, differences: Mapping[str, str], config: Config = FULL, *, receive_buffer: int = RECEIVE_BUFFER
+    ) -> list[Finding]:
+        """Return the warnings for a machine with some differences from the common machine."""
+        for name, text in {**COMMON, **differences}.items():
+            path = self.root / (name if "/" in name else f"proc/sys/{name.replace('.', '/')}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{text}\n")
+        return list(findings(config, receive_buffer, self.root))
+
+    def finding(self, differences: Mapping[str, str], config: Config = FULL) -> Finding:
+        """Return the only warning."""
+        (found,) = self.findings(differences, config)
+        return found
 
 
-def test_a_tuned_machine_causes_no_warning() -> None:
-    assert list(findings(FULL, COMMON)) == []
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MachineFiles:
+    return MachineFiles(tmp_path, monkeypatch)
 
 
-def test_an_unreadable_setting_causes_no_warning() -> None:
-    assert list(findings(FULL, Machine())) == []
+def test_a_tuned_machine_causes_no_warning(machine: MachineFiles) -> None:
+    assert machine.findings({}) == []
 
 
-def test_the_fix_for_rmem_max_is_the_requested_buffer() -> None:
-    found = finding(receive_buffer=212_992)
+def test_missing_files_cause_no_warning(machine: MachineFiles) -> None:
+    """A sandbox may hide all files."""
+    machine.limit_user(None)
+    assert list(findings(FULL, RECEIVE_BUFFER, machine.root)) == []
+
+
+def test_the_fix_for_rmem_max_is_the_requested_buffer(machine: MachineFiles) -> None:
+    (found,) = machine.findings({}, receive_buffer=212_992)
     assert found.has == "212992"
     assert found.mend == f"sysctl -w net.core.rmem_max={RECEIVE_BUFFER}"
 
 
-def test_thread_limits_count_all_threads_of_the_machine() -> None:
+def test_thread_limits_count_all_threads_of_the_machine(machine: MachineFiles) -> None:
     needed = 16_384 + 80
-    assert list(findings(FULL, replace(COMMON, pid_max=32_768, tasks=32_768 - needed))) == []
-    found = finding(pid_max=32_768, tasks=32_768 - needed + 1)
+
+    def load(threads: int) -> dict[str, str]:
+        return {"kernel.pid_max": "32768", "proc/loadavg": f"0.20 0.18 0.12 1/{threads} 11206"}
+
+    assert machine.findings(load(32_768 - needed)) == []
+    found = machine.finding(load(32_768 - needed + 1))
     assert (found.setting, found.needs) == ("kernel.pid_max", "32769")
     assert found.mend == "sysctl -w kernel.pid_max=4194304"
-    found = finding(threads_max=15_700)
+    found = machine.finding({"kernel.threads-max": "15700"})
     assert (found.setting, found.needs) == ("kernel.threads-max", f"{needed + 300}")
     assert found.mend == "sysctl -w kernel.threads-max=21000"
 
 
-def test_the_fix_for_rlimit_nproc_is_ulimit_or_the_unit() -> None:
-    found = finding(user_threads=4096)
+def test_the_fix_for_rlimit_nproc_is_ulimit_or_the_unit(machine: MachineFiles) -> None:
+    machine.limit_user(4096)
+    found = machine.finding({})
     assert (found.setting, found.has) == ("RLIMIT_NPROC", "4096")
     assert found.mend == "ulimit -u 20000  # or LimitNPROC=20000 in the unit"
+    assert machine.findings({}, SMALL) == []
 
 
-def test_max_map_count_includes_maps_of_threads() -> None:
-    assert finding(max_map_count=32_768).mend == "sysctl -w vm.max_map_count=61000"
+def test_max_map_count_includes_maps_of_threads(machine: MachineFiles) -> None:
+    assert machine.finding({"vm.max_map_count": "32768"}).mend == "sysctl -w vm.max_map_count=61000"
 
 
-def test_the_fix_for_a_units_pids_limit_is_tasks_max() -> None:
-    file = "/sys/fs/cgroup/system.slice/firezone-relay.service/pids.max"
-    found = finding(task_limit=TaskLimit(file, 4915, 3))
-    assert (found.setting, found.has) == (file, "4915")
+def test_the_fix_for_a_units_pids_limit_is_tasks_max(machine: MachineFiles) -> None:
+    found = machine.finding({f"{UNIT_LIMIT}/pids.max": "4915"})
+    assert (found.setting, found.has) == (f"{machine.root}/{UNIT_LIMIT}/pids.max", "4915")
     assert found.mend == "systemctl set-property firezone-relay.service TasksMax=20000"
 
 
-def test_the_pids_limit_counts_existing_threads_of_the_cgroup() -> None:
+def test_the_pids_limit_counts_existing_threads_of_the_cgroup(machine: MachineFiles) -> None:
     needed = 16_384 + 80
-    file = "/sys/fs/cgroup/pids.max"
-    assert list(findings(FULL, replace(COMMON, task_limit=TaskLimit(file, needed + 10, 10)))) == []
-    assert finding(task_limit=TaskLimit(file, needed + 10, 11)).needs == f"{needed + 11}"
+    limit = {f"{UNIT_LIMIT}/pids.max": f"{needed + 10}"}
+    assert machine.findings({**limit, f"{UNIT_LIMIT}/pids.current": "10"}) == []
+    assert machine.finding({**limit, f"{UNIT_LIMIT}/pids.current": "11"}).needs == f"{needed + 11}"
 
 
-def test_the_fix_for_a_containers_pids_limit_is_outside() -> None:
-    mend = finding(task_limit=TaskLimit("/sys/fs/cgroup/pids.max", 1024, 3)).mend
-    assert mend.startswith("echo 20000 >/sys/fs/cgroup/pids.max")
+def test_the_fix_for_a_containers_pids_limit_is_outside(machine: MachineFiles) -> None:
+    mend = machine.finding({"proc/self/cgroup": "0::/", "sys/fs/cgroup/pids.max": "1024"}).mend
+    assert mend.startswith(f"echo 20000 >{machine.root}/sys/fs/cgroup/pids.max")
     assert "--pids-limit 20000" in mend
     assert "podPidsLimit" in mend
 
@@ -105,18 +140,19 @@ def test_the_fix_for_a_containers_pids_limit_is_outside() -> None:
 @pytest.mark.parametrize(
     "differences",
     [
-        {"pid_max": 8000},
-        {"threads_max": 8000},
-        {"user_threads": 8000},
-        {"max_map_count": 8000},
-        {"task_limit": TaskLimit("/sys/fs/cgroup/pids.max", 8000, 5)},
-        {"local_ports": range(32768, 61000), "reserved_ports": ()},
-        {"most_tracked": 8000},
+        {"kernel.pid_max": "8000"},
+        {"kernel.threads-max": "8000"},
+        {"vm.max_map_count": "8000"},
+        {f"{UNIT_LIMIT}/pids.max": "8000"},
+        {"net.ipv4.ip_local_reserved_ports": ""},
+        {"net.netfilter.nf_conntrack_max": "8000"},
     ],
 )
-def test_a_small_relay_gets_no_warning_for_limits_of_a_full_relay(differences: dict[str, object]) -> None:
-    assert finding(FULL, **differences)
-    assert list(findings(SMALL, replace(COMMON, **differences))) == []  # type: ignore[arg-type]
+def test_a_small_relay_gets_no_warning_for_limits_of_a_full_relay(
+    machine: MachineFiles, differences: dict[str, str]
+) -> None:
+    assert machine.finding(differences)
+    assert machine.findings(differences, SMALL) == []
 
 
 @pytest.mark.parametrize(
@@ -131,62 +167,35 @@ def test_a_small_relay_gets_no_warning_for_limits_of_a_full_relay(differences: d
         ("48000 65535", "", "sysctl -w net.ipv4.ip_local_port_range='32768 49151'"),
     ],
 )
-def test_the_fix_for_an_overlapping_ephemeral_range_excludes_relay_ports(local: str, reserved: str, command: str) -> None:
-    first, last = map(int, local.split())
-    ranges = tuple(
-        range(int(ends[0]), int(ends[-1]) + 1) for ends in (each.split("-") for each in reserved.split(",")) if ends[0]
+def test_the_fix_for_an_overlapping_ephemeral_range_excludes_relay_ports(
+    machine: MachineFiles, local: str, reserved: str, command: str
+) -> None:
+    found = machine.finding(
+        {"net.ipv4.ip_local_port_range": local.replace(" ", "\t"), "net.ipv4.ip_local_reserved_ports": reserved}
     )
-    found = finding(local_ports=range(first, last + 1), reserved_ports=ranges)
-    assert found.has == local
+    assert (found.has, found.needs) == (local, "none of 49152-65535")
     assert shlex.split(found.mend) == shlex.split(command)
 
 
-def test_the_ephemeral_range_moves_to_the_larger_free_range() -> None:
+def test_the_ephemeral_range_moves_to_the_larger_free_range(machine: MachineFiles) -> None:
     low = replace(FULL, lowest_port=2000, highest_port=3000)
-    found = finding(low, local_ports=range(2000, 3001), reserved_ports=())
+    found = machine.finding({"net.ipv4.ip_local_port_range": "2000 3000", "net.ipv4.ip_local_reserved_ports": ""}, low)
     assert shlex.split(found.mend)[-1] == "net.ipv4.ip_local_port_range=3001 19384"
 
 
-def test_an_overlap_with_enough_free_ports_causes_no_warning() -> None:
-    contested = replace(COMMON, reserved_ports=())
+def test_an_overlap_with_enough_free_ports_causes_no_warning(machine: MachineFiles) -> None:
+    contested = {"net.ipv4.ip_local_reserved_ports": ""}
     outside = 65536 - 61000
-    assert list(findings(replace(FULL, max_allocations=outside), contested)) == []
-    assert list(findings(replace(FULL, max_allocations=outside + 1), contested)) != []
+    assert machine.findings(contested, replace(FULL, max_allocations=outside)) == []
+    assert machine.findings(contested, replace(FULL, max_allocations=outside + 1)) != []
 
 
-def test_a_small_conntrack_table_matters_only_with_tracked_connections() -> None:
-    assert list(findings(FULL, replace(COMMON, most_tracked=4096, tracked=0))) == []
-    found = finding(most_tracked=65_536)
+def test_a_small_conntrack_table_matters_only_with_tracked_connections(machine: MachineFiles) -> None:
+    unused = {"net.netfilter.nf_conntrack_count": "0", "net.netfilter.nf_conntrack_max": "4096"}
+    assert machine.findings(unused) == []
+    found = machine.finding({"net.netfilter.nf_conntrack_max": "65536"})
     assert found.needs == f"{500 + 4 * 16_384}"
     assert found.mend == "sysctl -w net.netfilter.nf_conntrack_max=80000"
-
-
-def test_settings_are_read_from_proc(tmp_path: Path) -> None:
-    for name, text in {
-        "proc/loadavg": "0.20 0.18 0.12 1/80 11206",
-        "proc/sys/kernel/pid_max": "32768",
-        "proc/sys/kernel/threads-max": "15701",
-        "proc/sys/vm/max_map_count": "65530",
-        "proc/sys/net/ipv4/ip_local_port_range": "32768\t60999",
-        "proc/sys/net/ipv4/ip_local_reserved_ports": "8080,49152-65535",
-        "proc/sys/net/netfilter/nf_conntrack_max": "262144",
-        "proc/sys/net/netfilter/nf_conntrack_count": "17",
-    }.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{text}\n")
-    machine = read_machine(4096, tmp_path)
-    assert replace(machine, user_threads=None) == Machine(
-        receive_buffer=4096,
-        tasks=80,
-        pid_max=32768,
-        threads_max=15701,
-        max_map_count=65530,
-        local_ports=range(32768, 61000),
-        reserved_ports=(range(8080, 8081), range(49152, 65536)),
-        tracked=17,
-        most_tracked=262144,
-    )
 
 
 @pytest.mark.parametrize(
@@ -194,13 +203,13 @@ def test_settings_are_read_from_proc(tmp_path: Path) -> None:
     [
         (
             "0::/system.slice/relay.service",
-            {"system.slice/relay.service": "20000", "system.slice": "max"},
+            {"system.slice/relay.service": "10000", "system.slice": "max"},
             "relay.service",
-            20_000,
+            10_000,
         ),
         (
             "0::/system.slice/relay.service",
-            {"system.slice/relay.service": "20000", "system.slice": "900"},
+            {"system.slice/relay.service": "10000", "system.slice": "900"},
             "system.slice",
             900,
         ),
@@ -211,46 +220,34 @@ def test_settings_are_read_from_proc(tmp_path: Path) -> None:
     ],
 )
 def test_the_cgroup_with_the_lowest_pids_limit_applies(
-    tmp_path: Path, groups: str, limits: dict[str, str], tightest: str, limit: int
+    machine: MachineFiles, groups: str, limits: dict[str, str], tightest: str, limit: int
 ) -> None:
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text(f"{groups}\n")
-    for name, text in limits.items():
-        group = tmp_path / "sys/fs/cgroup" / name
-        group.mkdir(parents=True, exist_ok=True)
-        (group / "pids.max").write_text(f"{text}\n")
-        (group / "pids.current").write_text("7\n")
-    found = read_machine(4096, tmp_path).task_limit
-    assert found is not None
-    assert Path(found.file).parent.name == tightest
-    assert (found.limit, found.used) == (limit, 7)
+    files = {f"sys/fs/cgroup/{name}/pids.max": text for name, text in limits.items()}
+    used = {f"sys/fs/cgroup/{name}/pids.current": "7" for name in limits}
+    found = machine.finding({"proc/self/cgroup": groups, **files, **used})
+    assert Path(found.setting).parent.name == tightest
+    assert (found.has, found.needs) == (f"{limit}", f"{16_384 + 80 + 7}")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="who is no root can't become another user")
 def test_rlimit_nproc_does_not_apply_to_root() -> None:
     code = """
 import os, resource
-from relay.ops.kernel_settings import read_machine
+from relay.ops.kernel_settings import user_threads
 resource.setrlimit(resource.RLIMIT_NPROC, (4096, 8192))
-print(read_machine(1).user_threads)
+print(user_threads())
 os.seteuid(65534)
-print(read_machine(1).user_threads)
+print(user_threads())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == ["None", "4096"]
 
 
-def test_missing_files_cause_no_warning(tmp_path: Path) -> None:
-    """A sandbox may hide all files."""
-    machine = read_machine(RECEIVE_BUFFER, tmp_path)
-    assert replace(machine, user_threads=None) == Machine()
-
-
 @pytest.fixture
-def network() -> Iterator[Network]:
+def network() -> Iterator[Machine]:
     """A network namespace with the default ephemeral port range."""
     try:
-        made = Network()
+        made = Machine()
     except OSError as error:
         pytest.skip(f"no network of its own can be made here: {error}")
     with closing(made):
@@ -259,7 +256,7 @@ def network() -> Iterator[Network]:
         yield made
 
 
-def test_the_suggested_command_removes_the_warning(network: Network) -> None:
+def test_the_suggested_command_removes_the_warning(network: Machine) -> None:
     """Run the program with the kernel's default settings, before and after the suggested command."""
 
     def commands(allocations: int) -> list[str]:
