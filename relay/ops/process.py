@@ -77,10 +77,6 @@ def count_descriptors(directory: str = _DESCRIPTORS) -> int:
 
 
 def _list_descriptors(directory: str) -> int:
-    count, yield_if_due = 0, Yielder()
     with os.scandir(directory) as entries:
-        for _ in entries:
-            count += 1
-            yield_if_due()
-    # Listing the directory opened one of them.
-    return count - 1
+        # Listing the directory opened one of them.
+        return sum(1 for _ in Yielder().between(entries)) - 1

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from relay.core.allocations import Allocations
+from relay.core.allocations import Allocation, Allocations, ChannelBinding
 from relay.core.counters import Counters
 from relay.core.history import History
 from relay.core.portal.channel import PortalChannel
@@ -140,6 +140,11 @@ class TrafficCounts(NamedTuple):
         return TrafficCounts(*map(operator.add, self, other))
 
 
+counts_in: Callable[[Counters | Allocation | ChannelBinding], tuple[int, ...]]
+counts_in = operator.attrgetter(*TrafficCounts._fields)
+"""Returns the traffic that the sockets counted: the fields of `TrafficCounts`."""
+
+
 class Drain(NamedTuple):
     """A shutdown of the relay, with or without time for allocations to end."""
 
@@ -190,10 +195,7 @@ class RelayTotals:
     @property
     def by_sockets(self) -> TrafficCounts:
         """Traffic relayed by the sockets."""
-        counters = self.state.counters
-        return TrafficCounts(
-            counters.to_peer_packets, counters.to_peer_bytes, counters.to_client_packets, counters.to_client_bytes
-        )
+        return TrafficCounts._make(counts_in(self.state.counters))
 
     @property
     def by_kernel(self) -> TrafficCounts:

@@ -25,11 +25,11 @@ from relay.core.history import RequestRecord
 from relay.core.portal.channel import PortalChannel
 from relay.core.timestamp import Timestamp
 from relay.ops.http.messages import Page, Query
-from relay.ops.totals import RelayState, RelayTotals, TrafficCounts
+from relay.ops.totals import RelayState, RelayTotals, TrafficCounts, counts_in
 from relay.ops.yielder import Yielder
 from relay.status import model
 from relay.status.parameters import MAX_CHANNELS, parse
-from relay.status.scan import Scan, in_steps
+from relay.status.scan import Scan
 
 if TYPE_CHECKING:
     # Imported only by relays with offload.
@@ -67,14 +67,14 @@ class StatusPage:
         clients: Callable[[], list[Endpoint]],
         now: Callable[[], Timestamp],
         *,
-        new_yielder: Callable[[], Yielder] = Yielder,
+        yield_if_due: Yielder | None = None,
     ) -> None:
         self._state = state
         self._config = config
         self._bind_hosts = bind_hosts
         self._clients = clients
         self._now = now
-        self._new_yielder = new_yielder
+        self._yield_if_due = yield_if_due or Yielder()
         self._started_at = now().monotonic
         self._scan: Scan | None = None
         # Many concurrent requests then take no more of the interpreter than a single request.
@@ -86,32 +86,31 @@ class StatusPage:
             selection = parse(query)
         except ValueError as error:
             return Page(HTTPStatus.BAD_REQUEST, {"error": str(error)})
-        yield_if_due = self._new_yielder()
         with self._lock:
-            scan = self._fresh_scan(yield_if_due)
+            scan = self._fresh_scan()
             first, descending = selection["offset"], selection["order"] == "desc"
             last, matching = first + selection["limit"], len(scan)
             filters = (selection["client"], selection["peer"], selection["port"]) != (None, None, None)
             upto = matching if filters else last
-            order = scan.order(selection["sort"], upto, yield_if_due, descending=descending)
+            order = scan.order(selection["sort"], upto, descending=descending)
             if filters:
-                order = scan.matching(selection, order, yield_if_due)
+                order = scan.matching(selection, order)
                 matching = len(order)
-            rows = ",\n".join(self._rows(order[first:last], scan, selection["channels"], yield_if_due))
-            head = json.dumps(self._head(selection, scan, matching, yield_if_due))
+            rows = ",\n".join(self._rows(order[first:last], scan, selection["channels"]))
+            head = json.dumps(self._head(selection, scan, matching))
         # The allocations are the last field.
         return Page(HTTPStatus.OK, f"{head[:-2]}\n{rows}\n]}}\n")
 
-    def _fresh_scan(self, yield_if_due: Yielder) -> Scan:
+    def _fresh_scan(self) -> Scan:
         """Return the last scan if it is fresh, else make a scan."""
         now, last = self._now().monotonic, self._scan
         if last is not None and now < last.at + FRESH_FOR:
             return last
         before = last if last is not None and now < last.at + MAX_AGE else None
-        self._scan = Scan(self._state, now, before, yield_if_due)
+        self._scan = Scan(self._state, now, before, self._yield_if_due)
         return self._scan
 
-    def _head(self, selection: model.Selection, scan: Scan, matching: int, yield_if_due: Yielder) -> model.Status:
+    def _head(self, selection: model.Selection, scan: Scan, matching: int) -> model.Status:
         """Return everything but the allocations."""
         state, now = self._state, self._now()
         not_ready = [each.value for each in state.not_ready()]
@@ -136,7 +135,7 @@ class StatusPage:
             "page": selection,
             "matching": matching,
             "requests_complete_for": round(now.monotonic - max(state.history.complete_since, self._started_at), 1),
-            "requests": [] if selection["client"] is None else self._requests(selection["client"], yield_if_due),
+            "requests": [] if selection["client"] is None else self._requests(selection["client"]),
             "allocations": [],
         }
 
@@ -156,10 +155,10 @@ class StatusPage:
             "send_errors": dict(self._state.carried_out.udp.send_errors.copy()),
         }
 
-    def _requests(self, network: str, yield_if_due: Yielder) -> list[model.ClientHistory]:
+    def _requests(self, network: str) -> list[model.ClientHistory]:
         """Return the records of clients in a network."""
         history, within, now = self._state.history, ip_network(network), self._now().monotonic
-        known = in_steps([*history.proven.items(), *history.unproven.items()], yield_if_due)
+        known = self._yield_if_due.between([*history.proven.items(), *history.unproven.items()])
         found = sorted(
             ((client, records.copy()) for client, records in known if ip_address(client[0]) in within),
             key=lambda each: -each[1][-1].last,
@@ -169,22 +168,22 @@ class StatusPage:
             for client, records in found[:MAX_CLIENTS]
         ]
 
-    def _rows(self, listed: Iterable[int], scan: Scan, channels: int, yield_if_due: Yielder) -> Iterator[str]:
+    def _rows(self, listed: Iterable[int], scan: Scan, channels: int) -> Iterator[str]:
         """Return each allocation as JSON, without allocations that have ended."""
         left = MAX_CHANNELS
         for id_ in listed:
             allocation = self._state.tables.by_id.get(AllocationId(id_))
-            yield_if_due()
+            self._yield_if_due()
             if allocation is not None:
-                yield self._row(allocation, scan, min(channels, left), yield_if_due)
+                yield self._row(allocation, scan, min(channels, left))
                 left -= min(channels, left, allocation.channel_count)
 
-    def _row(self, allocation: Allocation, scan: Scan, limit: int, yield_if_due: Yielder) -> str:
+    def _row(self, allocation: Allocation, scan: Scan, limit: int) -> str:
         channels = list(allocation.channels.values())
         written = []
         for channel in channels[:limit]:
             written.append(json.dumps(self._channel(channel, scan.kernel_counts_of(channel))))
-            yield_if_due()
+            self._yield_if_due()
         username = parse_username(allocation.username)
         rates = scan.rates_of(allocation.id)
         hosts = self._config.public_hosts
@@ -198,7 +197,7 @@ class StatusPage:
             "age": _seconds(self._now().monotonic - allocation.made_at),
             "time_left": self._time_left(allocation.ends),
             "drops": {reason.value: count for reason, count in allocation.drops.copy().items()},
-            **_flows(*scan.counts_of(allocation, channels, yield_if_due)),
+            **_flows(*scan.counts_of(allocation, channels)),
             "to_peer_rate": None if rates is None else round(rates[0], 1),
             "to_client_rate": None if rates is None else round(rates[1], 1),
             "channel_count": len(channels),
@@ -208,16 +207,13 @@ class StatusPage:
         return f"{json.dumps(row)[:-2]}{', '.join(written)}]}}"
 
     def _channel(self, channel: ChannelBinding, by_kernel: Sequence[int]) -> model.ChannelStatus:
-        by_sockets = TrafficCounts(
-            channel.to_peer_packets, channel.to_peer_bytes, channel.to_client_packets, channel.to_client_bytes
-        )
         ends = channel.until if channel.live else channel.until + CHANNEL_GRACE_PERIOD
         return {
             "number": channel.number,
             "peer": show(channel.peer),
             "state": "live" if channel.live else "cooling",
             "time_left": self._time_left(ends),
-            **_flows(by_sockets.plus(by_kernel), by_kernel),
+            **_flows(TrafficCounts._make(counts_in(channel)).plus(by_kernel), by_kernel),
         }
 
     def _time_left(self, ends: float) -> float:

@@ -21,7 +21,6 @@ from relay.net.proxy import Proxy, ProxyCredentials
 from relay.offload.datapath import ChannelUsage
 from relay.offload.program import Usage
 from relay.ops.totals import TrafficCounts
-from relay.ops.yielder import Yielder
 from relay.status.model import AllocationStatus, FlowCounts
 from relay.status.parameters import MAX_CHANNELS
 from tests.support.core import CHANNEL, CLIENT6, OTHER_CHANNEL, OTHER_PEER, PEER, SECRET, Allocated, Client
@@ -271,8 +270,9 @@ def test_pages_in_any_order_contain_every_allocation_once(crowd: Watched, sort: 
     assert len(set(keys)) > 1
 
 
-def test_sorted_runs_are_merged_into_one_order(crowd: Watched) -> None:
-    order = crowd.scan().order("port", 100, Yielder(), descending=False, run_length=3)
+def test_sorted_runs_are_merged_into_one_order(crowd: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relay.status.scan.RUN_LENGTH", 3)
+    order = crowd.scan().order("port", 100, descending=False)
     found = [crowd.tables.by_id[AllocationId(id_)].port for id_ in order]
     assert found == sorted(found)
     assert len(found) == 40
@@ -343,12 +343,12 @@ def test_work_is_done_in_short_steps(watched: Watched) -> None:
     clients = [watched.client() for _ in range(45)]
     for client in clients:
         client.allocate()
-    watched.status(limit=0)
+    watched.status(limit=1)
     # Scan and order, 16 allocations per step; then both again.
     assert watched.pauses >= 2 * 45 // 16
     watched.relay.pass_time(2)
     before = watched.pauses
-    watched.status(limit=0)
+    watched.status(limit=1)
     assert watched.pauses - before >= 2 * 45 // 16 + 1
     before = watched.pauses
     watched.status(limit=45, channels=0)

@@ -78,7 +78,7 @@ class Watched:
             {Family.IPV4: "0.0.0.0", Family.IPV6: "::"},
             clients=lambda: [Endpoint("0.0.0.0", 3478), Endpoint("::", 3478)],
             now=lambda: self.relay.now,
-            new_yielder=lambda: Yielder(lambda: float("inf"), self._pause),
+            yield_if_due=Yielder(lambda: float("inf"), self._pause),
         )
         self._clients = 0
 
