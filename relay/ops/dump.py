@@ -15,7 +15,6 @@ from typing import TypeAlias
 from relay.logger import Level
 from relay.net import threads
 from relay.ops.logs.log import Log
-from relay.ops.logs.writer import LogWriter
 from relay.ops.metrics.metric import Histogram, Point
 from relay.ops.metrics.table import read_table
 from relay.ops.totals import RelayState
@@ -91,8 +90,7 @@ def abort(log: Log) -> None:
     """Write the stacks of all threads, and end this process by SIGABRT."""
     # At once: systemd waits for 2 s.
     dump_stacks(log, lambda: None)
-    if isinstance(log.stream, LogWriter):
-        log.stream.close()
+    log.stream.close()
     # Its stacks are written already.
     faulthandler.disable()
     os.abort()

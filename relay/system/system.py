@@ -161,7 +161,7 @@ class System:
             identity=Identity(config.name or "", *(str(each or "") for each in (config.public_ip4, config.public_ip6))),
             ends=lambda: self.shutdown.ends,
             handovers=lambda: self.handovers,
-            lines_lost=lambda: 0 if log is None else log.lines_lost,
+            lines_lost=lambda: 0 if log is None else log.stream.lost,
         )
         """All counters and tables, for pages, metrics and the log."""
 

@@ -27,12 +27,12 @@ class Written:
 
     def __init__(self) -> None:
         self.text = ""
+        self.lost = 0
 
-    def write(self, text: str, /) -> int:
+    def write(self, text: str, /) -> None:
         self.text += text
-        return len(text)
 
-    def flush(self) -> None:
+    def close(self) -> None:
         """Do nothing."""
 
 

@@ -46,25 +46,16 @@ class Log:
     ) -> None:
         self.stream = stream
         self._limiter = RateLimiter(monotonic)
-        self._filter = log_filter or LogFilter()
+        self.filter_in_force = log_filter or LogFilter()
+        """The events that are written. `change_filter` replaces it."""
         self._thresholds: dict[str, Level] = {}
         self._listeners: list[Callable[[], None]] = []
         self._clock = clock
         self._render = renderer(log_format, destination)
 
-    @property
-    def lines_lost(self) -> int:
-        """The number of lines that were not written, because of a slow reader or a full disk."""
-        return self.stream.lost if isinstance(self.stream, LogWriter) else 0
-
-    @property
-    def filter_in_force(self) -> LogFilter:
-        """The events that are written."""
-        return self._filter
-
     def change_filter(self, log_filter: LogFilter) -> None:
         """Replace the filter; thread-safe."""
-        self._filter = log_filter
+        self.filter_in_force = log_filter
         # After the filter: a thread may still enter an old threshold, but only into the old table.
         self._thresholds = {}
         for listener in tuple(self._listeners):
@@ -85,7 +76,7 @@ class Log:
         thresholds = self._thresholds
         threshold = thresholds.get(target)
         if threshold is None:
-            threshold = thresholds[target] = self._filter.threshold(target)
+            threshold = thresholds[target] = self.filter_in_force.threshold(target)
         return level >= threshold
 
     def write(self, target: str, level: Level, event: str, fields: Callable[[], Fields]) -> None:
@@ -103,10 +94,6 @@ class Log:
         """Log the number of suppressed events of each kind that was not logged yet."""
         for (target, event), count in self._limiter.take_suppressed().items():
             self.stream.write(self.line("repeated events left out", what=event, of=target, left_out=count))
-
-    def dropped_line(self, count: int) -> str:
-        """Return the line that reports dropped lines."""
-        return self.line("lines of the log dropped", lines=count)
 
     def line(self, event: str, target: str = "relay.ops.logs", level: Level = Level.WARN, **fields: object) -> str:
         """Return the line of an event that is neither filtered nor limited: about the log itself, or of a dump."""
@@ -134,7 +121,7 @@ def writing(log_format: LogFormat, log_filter: LogFilter, target: TextIO | None)
     """
     writer = LogWriter(target)
     log = Log(log_format, writer, log_filter, destination_of(target, os.environ))
-    writer.render_dropped = log.dropped_line
+    writer.render_dropped = lambda count: log.line("lines of the log dropped", lines=count)
     try:
         with events_to(log), stdlib_logged():
             yield log

@@ -1,8 +1,10 @@
 """Limit how often an event is written, so that no client, peer or portal can fill a disk by repetition."""
 
+import math
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 from relay.logger import Fields, Level
@@ -29,15 +31,13 @@ EQUAL = 60.0
 """Seconds in which an event equal to the last of its kind is only counted."""
 
 
+@dataclass(slots=True)
 class _Bucket:
-    __slots__ = ("at", "last", "suppressed", "tokens", "written_at")
-
-    def __init__(self, tokens: float, at: float) -> None:
-        self.tokens = tokens
-        self.at = at
-        self.suppressed = 0
-        self.last: Fields | None = None
-        self.written_at = at
+    tokens: float
+    at: float
+    suppressed: int = 0
+    last: Fields | None = None
+    written_at: float = -math.inf
 
 
 class RateLimiter:

@@ -16,11 +16,15 @@ CLOSE_TIMEOUT = 1.0
 class Stream(Protocol):
     """A destination of lines."""
 
-    def write(self, text: str, /) -> int:
+    @property
+    def lost(self) -> int:
+        """Texts that were not written, since the start."""
+
+    def write(self, text: str, /) -> None:
         """Write a text."""
 
-    def flush(self) -> None:
-        """Pass on buffered texts."""
+    def close(self) -> None:
+        """Write what is waiting, and end."""
 
 
 class LogWriter:
@@ -37,8 +41,7 @@ class LogWriter:
         # would wait for the lock at its end.
         self._descriptor = None if target is None else target.fileno()
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._drop_lock = threading.Lock()
-        self._dropped = 0
+        self._count_lock = threading.Lock()
         self._is_torn = False
         self.lost = 0
         """Texts that were not written, since the start."""
@@ -47,16 +50,12 @@ class LogWriter:
         self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
         self._thread.start()
 
-    def write(self, text: str, /) -> int:
+    def write(self, text: str, /) -> None:
         """Queue a text, or drop it if the queue is full."""
         if self._queue.qsize() < MAX_QUEUED:
             self._queue.put(text)
         else:
             self._count_lost()
-        return len(text)
-
-    def flush(self) -> None:
-        """Do nothing: there is no buffer."""
 
     def close(self) -> None:
         """Write the queue, for at most `CLOSE_TIMEOUT`."""
@@ -64,20 +63,20 @@ class LogWriter:
         self._thread.join(CLOSE_TIMEOUT)
 
     def _write_all(self) -> None:
+        reported = 0
         while (text := self._queue.get()) is not None:
-            with self._drop_lock:
-                dropped, self._dropped = self._dropped, 0
-            if dropped and self.render_dropped is not None:
-                text = self.render_dropped(dropped) + text
+            lost = self.lost
+            if lost > reported and self.render_dropped is not None:
+                text = self.render_dropped(lost - reported) + text
             try:
                 self._write(text.encode(errors="backslashreplace"))
+                reported = lost
             except OSError:
                 # The loss is reported as soon as a line can be written again.
-                self._count_lost(not_reported=dropped)
+                self._count_lost()
 
-    def _count_lost(self, not_reported: int = 0) -> None:
-        with self._drop_lock:
-            self._dropped += 1 + not_reported
+    def _count_lost(self) -> None:
+        with self._count_lock:
             self.lost += 1
 
     def _write(self, line: bytes) -> None:
