@@ -9,7 +9,6 @@ milliseconds.
 
 import hashlib
 import json
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from ipaddress import ip_address, ip_network
@@ -57,7 +56,7 @@ FINGERPRINT_DIGITS = 12
 
 
 class StatusPage:
-    """The page. Any number of threads may call it."""
+    """The page. A single thread at a time calls it (`relay.ops.http.messages.Pages`)."""
 
     def __init__(
         self,
@@ -77,8 +76,6 @@ class StatusPage:
         self._yield_if_due = yield_if_due or Yielder()
         self._started_at = now().monotonic
         self._scan: Scan | None = None
-        # Many concurrent requests then take no more of the interpreter than a single request.
-        self._lock = threading.Lock()
 
     def __call__(self, query: Query) -> Page:
         """Return a response."""
@@ -86,18 +83,17 @@ class StatusPage:
             selection = parse(query)
         except ValueError as error:
             return Page(HTTPStatus.BAD_REQUEST, {"error": str(error)})
-        with self._lock:
-            scan = self._fresh_scan()
-            first, descending = selection["offset"], selection["order"] == "desc"
-            last, matching = first + selection["limit"], len(scan)
-            filters = (selection["client"], selection["peer"], selection["port"]) != (None, None, None)
-            upto = matching if filters else last
-            order = scan.order(selection["sort"], upto, descending=descending)
-            if filters:
-                order = scan.matching(selection, order)
-                matching = len(order)
-            rows = ",\n".join(self._rows(order[first:last], scan, selection["channels"]))
-            head = json.dumps(self._head(selection, scan, matching))
+        scan = self._fresh_scan()
+        first, descending = selection["offset"], selection["order"] == "desc"
+        last, matching = first + selection["limit"], len(scan)
+        filters = (selection["client"], selection["peer"], selection["port"]) != (None, None, None)
+        upto = matching if filters else last
+        order = scan.order(selection["sort"], upto, descending=descending)
+        if filters:
+            order = scan.matching(selection, order)
+            matching = len(order)
+        rows = ",\n".join(self._rows(order[first:last], scan, selection["channels"]))
+        head = json.dumps(self._head(selection, scan, matching))
         # The allocations are the last field.
         return Page(HTTPStatus.OK, f"{head[:-2]}\n{rows}\n]}}\n")
 
@@ -168,11 +164,11 @@ class StatusPage:
             for client, records in found[:MAX_CLIENTS]
         ]
 
-    def _rows(self, listed: Iterable[int], scan: Scan, channels: int) -> Iterator[str]:
+    def _rows(self, listed: Iterable[AllocationId], scan: Scan, channels: int) -> Iterator[str]:
         """Return each allocation as JSON, without allocations that have ended."""
         left = MAX_CHANNELS
         for id_ in listed:
-            allocation = self._state.tables.by_id.get(AllocationId(id_))
+            allocation = self._state.tables.by_id.get(id_)
             self._yield_if_due()
             if allocation is not None:
                 yield self._row(allocation, scan, min(channels, left))

@@ -2,14 +2,10 @@
 
 The tables belong to another thread, which keeps changing them. A copy of a dict is atomic. An allocation in the copy may end
 meanwhile; then its last counts are used.
-
-A scan holds arrays and numbers: the garbage collector would traverse thousands of tuples again and again, and freeing them
-would take milliseconds.
 """
 
 import heapq
 from array import array
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from ipaddress import ip_address, ip_network
 from itertools import islice
@@ -42,33 +38,31 @@ class Scan:
         self._tables = state.tables
         self._kernel_places: dict[int, int] = {}
         self._kernel_counts = array("Q")
-        """Traffic relayed by the kernel: the fields of `TrafficCounts`, by channel."""
+        """Traffic relayed by the kernel: the fields of `TrafficCounts`, by channel. To free as many tuples takes
+        milliseconds."""
         self._read_kernel(state)
         self.traffic = RelayTotals(state).traffic
         """Traffic of the relay on both data paths."""
-        self._ids = array("Q")
-        """All allocations, in the order of their ids, because ids are never reused."""
-        self._bytes = array("Q")
-        """Bytes to peers and to clients, by place in `_ids`."""
+        self._bytes: dict[AllocationId, tuple[int, int]] = {}
+        """Bytes to peers and to clients, of all allocations."""
         for id_ in yield_if_due.between(list(state.tables.by_id)):
             allocation = state.tables.by_id.get(id_)
             if allocation is not None:
                 counts, _ = self.counts_of(allocation, list(allocation.channels.values()))
-                self._ids.append(id_)
-                self._bytes.extend((counts.to_peer_bytes, counts.to_client_bytes))
-        self._orders: dict[tuple[str, bool], tuple[array[int], Iterator[int]]] = {}
+                self._bytes[id_] = counts.to_peer_bytes, counts.to_client_bytes
+        self._orders: dict[tuple[str, bool], tuple[list[AllocationId], Iterator[AllocationId]]] = {}
         """By sort key and direction: the ids so far, and the rest, which is merged when a page needs it."""
 
     def __len__(self) -> int:
         """Return the number of allocations."""
-        return len(self._ids)
+        return len(self._bytes)
 
-    def matching(self, selection: Selection, ids: Iterable[int]) -> "array[int]":
+    def matching(self, selection: Selection, ids: Iterable[AllocationId]) -> list[AllocationId]:
         """Return the ids of current allocations with the selected client, peer and port, in the given order."""
         client, peer = (each and ip_network(each) for each in (selection["client"], selection["peer"]))
-        found = array("Q")
+        found = []
         for id_ in self._yield_if_due.between(ids):
-            allocation = self._tables.by_id.get(AllocationId(id_))
+            allocation = self._tables.by_id.get(id_)
             if allocation is None or selection["port"] not in (None, allocation.port):
                 continue
             if client and ip_address(allocation.client[0]) not in client:
@@ -87,10 +81,7 @@ class Scan:
 
     def bytes_of(self, allocation: AllocationId) -> tuple[int, int]:
         """Return the bytes to peers and to clients; 0 for an allocation made after the scan."""
-        at = bisect_left(self._ids, allocation)
-        if at == len(self._ids) or self._ids[at] != allocation:
-            return 0, 0
-        return self._bytes[2 * at], self._bytes[2 * at + 1]
+        return self._bytes.get(allocation, (0, 0))
 
     def rates_of(self, allocation: AllocationId) -> tuple[float, float] | None:
         """Return the bytes per second to peers and to clients; None if unknown."""
@@ -122,26 +113,24 @@ class Scan:
                 by_kernel = by_kernel.plus(self.kernel_counts_of(channel))
         return by_kernel.plus((to_peer_packets, to_peer_bytes, to_client_packets, to_client_bytes)), by_kernel
 
-    def order(self, sort: str, upto: int, *, descending: bool) -> "array[int]":
+    def order(self, sort: str, upto: int, *, descending: bool) -> list[AllocationId]:
         """Return the ids of the first allocations in an order. An allocation may have ended before its id is looked up."""
-        ordered, rest = self._orders.setdefault((sort, descending), (array("Q"), self._sorted(sort, descending)))
+        ordered, rest = self._orders.setdefault((sort, descending), ([], self._sorted(sort, descending)))
         ordered.extend(self._yield_if_due.between(islice(rest, max(0, upto - len(ordered)))))
         return ordered[:upto]
 
-    def _sorted(self, sort: str, descending: bool) -> Iterator[int]:  # noqa: FBT001 - as in the key of an order
-        """Yield the ids of all allocations in an order."""
-        keys: list[float] = []
-        for id_ in self._yield_if_due.between(self._ids):
-            allocation = self._tables.by_id.get(AllocationId(id_))
+    def _sorted(self, sort: str, descending: bool) -> Iterator[AllocationId]:  # noqa: FBT001 - the key of an order
+        """Yield the ids of all allocations in an order. A single sort would take milliseconds."""
+        keys: dict[AllocationId, float] = {}
+        for id_ in self._yield_if_due.between(self._bytes):
+            allocation = self._tables.by_id.get(id_)
             # The place of an ended allocation is irrelevant.
-            keys.append(0 if allocation is None else SORTS[sort].key(allocation, self))
-        runs: list[array[int]] = []
-        for first in range(0, len(keys), RUN_LENGTH):
-            places = range(first, min(first + RUN_LENGTH, len(keys)))
-            runs.append(array("Q", sorted(places, key=keys.__getitem__, reverse=descending)))
+            keys[id_] = 0 if allocation is None else SORTS[sort].key(allocation, self)
+        ids, runs = list(keys), []
+        for first in range(0, len(ids), RUN_LENGTH):
+            runs.append(sorted(ids[first : first + RUN_LENGTH], key=keys.__getitem__, reverse=descending))
             self._yield_if_due()
-        for place in heapq.merge(*runs, key=keys.__getitem__, reverse=descending):
-            yield self._ids[place]
+        yield from heapq.merge(*runs, key=keys.__getitem__, reverse=descending)
 
     def _read_kernel(self, state: RelayState) -> None:
         channels, inside = state.tables.live_channels, state.tables.inside_channels
@@ -173,7 +162,7 @@ def _rate(allocation: Allocation, scan: Scan) -> float:
 
 def _client(allocation: Allocation, _: Scan) -> int:
     host = pack_host(allocation.client)
-    # IPv4 first. A number instead of a tuple: see above.
+    # IPv4 first. Numbers compare faster than tuples.
     return (len(host) << 128 | int.from_bytes(host)) << 16 | allocation.client[1]
 
 
