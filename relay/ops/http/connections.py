@@ -110,7 +110,6 @@ class Listener:
     def __init__(
         self, listening: socket.socket, name: str, limits: Limits, serve: "Callable[[Connection, Listener], None]"
     ) -> None:
-        self.port: int = listening.getsockname()[1]
         self.listening = listening
         self.thread = 0
         """The native id of the thread that accepts; 0 if none does."""

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 
+import h11
+
 from relay.config import HTTP_OPTIONS, Endpoint, UsageError
 from relay.logger import Logger
 from relay.ops.http.connections import Connection, Limits, Listener
@@ -25,9 +27,9 @@ from relay.ops.http.messages import (
     Page,
     Pages,
     Query,
-    RequestParser,
     error,
     parse_query,
+    parse_request,
     render,
     response,
 )
@@ -89,7 +91,6 @@ class HttpEndpoint:
         inherited: Sequence[socket.socket] = (),
     ) -> None:
         self.name = name
-        self._host = at.host
         self._by_method = {"GET": pages, "HEAD": pages, "POST": actions or {}, "DELETE": deletions or {}}
         self._guard = guard
         self._limits = limits
@@ -97,17 +98,9 @@ class HttpEndpoint:
         self._locks = {path: threading.Lock() for each in self._by_method.values() for path in each}
         self._queue = threading.Semaphore(limits.queue)
         self.listeners = [Listener(each, name, limits, self._serve) for each in inherited or _listen(name, at)]
-        self.port = self.listeners[0].port
-
-    @property
-    def address(self) -> Endpoint:
-        """The address. A port that was configured as 0 is the actual port."""
-        return Endpoint(self._host, self.port)
-
-    @property
-    def connections(self) -> int:
-        """Number of open connections."""
-        return sum(map(len, self.listeners))
+        self.port: int = self.listeners[0].listening.getsockname()[1]
+        """The actual port, if 0 was configured."""
+        self.address = Endpoint(at.host, self.port)
 
     def stop(self) -> None:
         """Close the address and all connections."""
@@ -129,7 +122,7 @@ class HttpEndpoint:
 
     def _read(self, connection: Connection) -> HttpRequest | Page | None:
         """Receive a request. Return the response if the request is invalid, and None if the client is gone."""
-        parser = RequestParser(self._limits.request_bytes)
+        parser = h11.Connection(h11.SERVER, max_incomplete_event_size=self._limits.request_bytes)
         while True:
             try:
                 connection.limit_time()
@@ -137,7 +130,7 @@ class HttpEndpoint:
             except TimeoutError:
                 text = f"the request was not complete within {self._limits.request_seconds:g} s"
                 return error(HTTPStatus.REQUEST_TIMEOUT, text)
-            received = parser.receive(data)
+            received = parse_request(parser, data)
             if received is not None or not data or connection.is_shut:
                 return None if connection.is_shut else received
             time.sleep(_READ_PAUSE)

@@ -5,7 +5,7 @@ holds no resources after its response.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from email.utils import formatdate
 from http import HTTPStatus
 from types import MappingProxyType
@@ -45,7 +45,7 @@ class HttpRequest(NamedTuple):
     method: str
     path: str
     query: str
-    headers: Mapping[str, tuple[str, ...]]
+    headers: Mapping[str, Sequence[str]]
     """Values by lower-case name."""
 
 
@@ -64,29 +64,21 @@ def parse_query(text: str) -> Query:
     return MappingProxyType(dict(reversed(pairs)))
 
 
-class RequestParser:
-    """Parser of the head of a request, at most ``limit`` bytes. h11 is stricter than most parsers."""
+def parse_request(connection: h11.Connection, data: bytes) -> HttpRequest | Page | None:
+    """Parse received bytes; empty bytes are the end of the stream. h11 is stricter than most parsers.
 
-    def __init__(self, limit: int) -> None:
-        self._connection = h11.Connection(h11.SERVER, max_incomplete_event_size=limit)
-
-    def receive(self, data: bytes) -> HttpRequest | Page | None:
-        """Parse received bytes; empty bytes are the end of the stream.
-
-        Returns:
-            The request once its head is complete, the response if the head is invalid, or None if more bytes are needed.
-        """
-        try:
-            self._connection.receive_data(data)
-            event = self._connection.next_event()
-        except h11.RemoteProtocolError as fault:
-            # The text after the colon quotes the client.
-            reason = str(fault).partition(":")[0]
-            return error(HTTPStatus(fault.error_status_hint), f"invalid HTTP request: {reason}")
-        return _request_of(event) if isinstance(event, h11.Request) else None
-
-
-def _request_of(event: h11.Request) -> HttpRequest | Page:
+    Returns:
+        The request once its head is complete, the response if the head is invalid, or None if more bytes are needed.
+    """
+    try:
+        connection.receive_data(data)
+        event = connection.next_event()
+    except h11.RemoteProtocolError as fault:
+        # The text after the colon quotes the client.
+        reason = str(fault).partition(":")[0]
+        return error(HTTPStatus(fault.error_status_hint), f"invalid HTTP request: {reason}")
+    if not isinstance(event, h11.Request):
+        return None
     target = event.target.decode("ascii")
     if len(target) > MAX_TARGET_BYTES:
         text = f"the path and query are longer than {MAX_TARGET_BYTES} bytes"
@@ -94,10 +86,10 @@ def _request_of(event: h11.Request) -> HttpRequest | Page:
     if not target.startswith("/"):
         return error(HTTPStatus.BAD_REQUEST, "the request target is not a path: use a path such as /livez")
     path, _, query = target.partition("?")
-    headers: dict[str, tuple[str, ...]] = {}
+    headers: dict[str, list[str]] = {}
     for name, value in event.headers:
-        headers[name.decode("ascii")] = (*headers.get(name.decode("ascii"), ()), value.decode("latin-1"))
-    return HttpRequest(event.method.decode("ascii"), path, query, MappingProxyType(headers))
+        headers.setdefault(name.decode("ascii"), []).append(value.decode("latin-1"))
+    return HttpRequest(event.method.decode("ascii"), path, query, headers)
 
 
 def render(page: Page, yield_if_due: Callable[[], object]) -> bytes:

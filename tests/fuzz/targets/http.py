@@ -9,7 +9,7 @@ import h11
 from relay.config import Endpoint
 from relay.ops.http.endpoint import HttpEndpoint, Limits, Page, Pages, Query
 from relay.ops.http.host_check import HostCheck
-from relay.ops.http.messages import HttpRequest, RequestParser, render, response
+from relay.ops.http.messages import HttpRequest, parse_request, render, response
 from relay.ops.logs.filter import LogFilter
 
 MODULES = ("relay.ops.http.messages", "relay.ops.http.host_check")
@@ -68,13 +68,13 @@ def run(data: bytes) -> None:
 
 def _receive(pieces: Iterable[bytes]) -> HttpRequest | Page | None:
     """Process input as the endpoint does."""
-    parser = RequestParser(LIMITS.request_bytes)
+    parser = h11.Connection(h11.SERVER, max_incomplete_event_size=LIMITS.request_bytes)
     for piece in pieces:
         for at in range(0, len(piece), LIMITS.request_bytes):
-            received = parser.receive(piece[at : at + LIMITS.request_bytes])
+            received = parse_request(parser, piece[at : at + LIMITS.request_bytes])
             if received is not None:
                 return received
-    return parser.receive(b"")
+    return parse_request(parser, b"")
 
 
 def _check(received: HttpRequest | Page) -> None:
