@@ -9,12 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Mapping
 
-_HANDLED = frozenset(
-    (
-        *(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGQUIT, signal.SIGABRT),
-        *(signal.SIGHUP, signal.SIGUSR2),
-    )
-)
+_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGQUIT, signal.SIGABRT, signal.SIGHUP, signal.SIGUSR2)
 
 
 def block() -> None:

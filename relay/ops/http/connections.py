@@ -61,23 +61,21 @@ class Limits:
     """Seconds' worth of either rate that may arrive at once."""
 
 
+@dataclass(slots=True, eq=False)
 class Connection:
-    """An accepted connection, with some seconds for the request."""
+    """An accepted connection."""
 
-    __slots__ = ("deadline", "is_done", "is_shut", "is_working", "size", "socket")
-
-    def __init__(self, accepted: socket.socket, seconds: float) -> None:
-        self.socket = accepted
-        self.is_working = False
-        """Whether its page is being made. Then the connection is never closed for a new client."""
-        self.is_done = False
-        """Whether the response is sent. Then the connection is the first to be closed for a new client."""
-        self.size = 0
-        """Bytes of a response that is being sent."""
-        self.is_shut = False
-        """Whether the listener has closed the connection, or rejected it."""
-        self.deadline = time.monotonic() + seconds
-        """Monotonic time limit of the request, or of the response."""
+    socket: socket.socket
+    deadline: float
+    """Monotonic time limit of the request, or of the response."""
+    is_working: bool = False
+    """Whether its page is being made. Then the connection is never closed for a new client."""
+    is_done: bool = False
+    """Whether the response is sent. Then the connection is the first to be closed for a new client."""
+    size: int = 0
+    """Bytes of a response that is being sent."""
+    is_shut: bool = False
+    """Whether the listener has closed the connection, or rejected it."""
 
     def limit_time(self) -> None:
         """Set the timeout of the next read or write to the time left.
@@ -182,7 +180,7 @@ class Listener:
             RuntimeError: the machine has no thread.
         """
         accepted, source = self.listening.accept()
-        connection = Connection(accepted, self._limits.request_seconds)
+        connection = Connection(accepted, time.monotonic() + self._limits.request_seconds)
         if not self._limiter.allows(source, time.monotonic()) or not self._add(connection):
             connection.is_shut = True
             connection.close()
