@@ -1,4 +1,4 @@
-"""Listening sockets and their connections: limits of their number, rate and responses."""
+"""Listening sockets and their connections: one request each, within limits of number, rate, time and size."""
 
 import contextlib
 import errno
@@ -9,11 +9,16 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 from ipaddress import ip_address
+
+import h11
 
 from relay.core.addresses import ClientAddress, SocketAddress
 from relay.core.limiter import Limiter
 from relay.net.threads import yield_to_others
+from relay.ops.http.messages import HttpRequest, Page, error, parse_request, render, response
+from relay.ops.yielder import Yielder
 
 REJECT_COST = 0.05
 """CPU cost of a rejected connection relative to an accepted connection, which costs 0.6 ms: 2,000 rejections per second cost
@@ -27,6 +32,16 @@ STOP_TIMEOUT = 1
 
 _RESET = struct.pack("ii", 1, 0)
 """SO_LINGER: discard unsent data on close, so the data takes no kernel memory."""
+
+_SEND_SIZE = 65536
+"""Bytes passed to the kernel in a call."""
+
+_LAST_READS = 64
+"""Reads of data that a client sends after its request."""
+
+_READ_PAUSE = 0.05
+"""Seconds between two reads of a request. Nearly all requests arrive in a single read; a trickling client must not cost a
+read per byte."""
 
 _PAUSE = 0.1
 """Seconds to the next attempt, if the machine has no descriptor, thread or memory, or no connection can be closed."""
@@ -103,17 +118,22 @@ class Connection:
 
 
 class Listener:
-    """A thread that accepts the connections of a socket, and a thread that serves each connection."""
+    """A thread that accepts the connections of a socket, and a thread that serves each connection.
 
-    def __init__(
-        self, listening: socket.socket, name: str, limits: Limits, serve: "Callable[[Connection, Listener], None]"
-    ) -> None:
+    Args:
+        listening: the socket.
+        name: the name of the thread that accepts.
+        limits: the limits of the connections.
+        page_for: returns the page that a request asks for, or an error.
+    """
+
+    def __init__(self, listening: socket.socket, name: str, limits: Limits, page_for: Callable[[HttpRequest], Page]) -> None:
         self.listening = listening
         self.thread = 0
         """The native id of the thread that accepts; 0 if none does."""
         self._name = name
         self._limits = limits
-        self._serve = serve
+        self._page_for = page_for
         self._limiter = AcceptLimiter(limits.rate, limits.source_rate, limits.burst)
         self._changed = threading.Condition()
         self._open: dict[Connection, None] = {}
@@ -132,17 +152,6 @@ class Listener:
     def descriptors(self) -> list[int]:
         """Return the descriptor of the socket."""
         return [self.listening.fileno()]
-
-    def start_sending(self, connection: Connection, size: int) -> None:
-        """Note the size of a response. Close the oldest connections that are sending if the sum is too large."""
-        with self._changed:
-            connection.size, connection.is_working = size, False
-            sending = [each for each in self._open if each.size and not each.is_shut]
-            excess = sum(each.size for each in sending) - self._limits.answer_bytes
-            for each in sending:
-                if excess > 0 and each is not connection:
-                    excess -= each.size
-                    each.shut()
 
     def stop(self) -> None:
         """Close the socket and all connections, and wait for their threads."""
@@ -193,9 +202,63 @@ class Listener:
 
     def _run(self, connection: Connection) -> None:
         try:
-            self._serve(connection, self)
+            self._serve(connection)
+        except OSError:
+            pass  # the client is gone or too slow, or this listener has shut the connection
         finally:
             self._remove(connection)
+
+    def _serve(self, connection: Connection) -> None:
+        received = self._read(connection)
+        if received is None:
+            return
+        connection.is_working = True
+        page = received if isinstance(received, Page) else self._page_for(received)
+        is_head = isinstance(received, HttpRequest) and received.method == "HEAD"
+        data = response(page, render(page, Yielder()), is_head=is_head)
+        self._start_sending(connection, len(data))
+        self._send(connection, data)
+
+    def _read(self, connection: Connection) -> HttpRequest | Page | None:
+        """Receive a request. Return the response if the request is invalid, and None if the client is gone."""
+        parser = h11.Connection(h11.SERVER, max_incomplete_event_size=self._limits.request_bytes)
+        while True:
+            try:
+                connection.limit_time()
+                data = connection.socket.recv(self._limits.request_bytes)
+            except TimeoutError:
+                text = f"the request was not complete within {self._limits.request_seconds:g} s"
+                return error(HTTPStatus.REQUEST_TIMEOUT, text)
+            received = parse_request(parser, data)
+            if received is not None or not data or connection.is_shut:
+                return None if connection.is_shut else received
+            time.sleep(_READ_PAUSE)
+
+    def _start_sending(self, connection: Connection, size: int) -> None:
+        """Note the size of a response. Close the oldest connections that are sending if the sum is too large."""
+        with self._changed:
+            connection.size, connection.is_working = size, False
+            sending = [each for each in self._open if each.size and not each.is_shut]
+            excess = sum(each.size for each in sending) - self._limits.answer_bytes
+            for each in sending:
+                if excess > 0 and each is not connection:
+                    excess -= each.size
+                    each.shut()
+
+    def _send(self, connection: Connection, data: bytes) -> None:
+        connection.deadline = time.monotonic() + self._limits.answer_seconds
+        rest = memoryview(data)
+        while rest:
+            connection.limit_time()
+            rest = rest[connection.socket.send(rest[:_SEND_SIZE]) :]
+        # Wait until the client closes: closing with unread data could discard the response (RFC 9112 §9.6).
+        connection.deadline = time.monotonic() + self._limits.leave_seconds
+        connection.size, connection.is_done = 0, True
+        connection.socket.shutdown(socket.SHUT_WR)
+        for _ in range(_LAST_READS):
+            connection.limit_time()
+            if not connection.socket.recv(_SEND_SIZE):
+                break
 
     def _add(self, connection: Connection) -> bool:
         """Add a connection, after closing the oldest if there are too many. Return false if the listener is stopped."""
@@ -217,10 +280,9 @@ class Listener:
         """Shut the oldest connection, unless a connection is already shut and about to go."""
         with self._changed:
             idle = [each for each in self._open if not each.is_working]
-            if not any(each.is_shut for each in self._open):
+            if idle and not any(each.is_shut for each in self._open):
                 # A thread may wait for the CPU before it reads a request, so connections with a response are closed first.
-                for each in [*(each for each in idle if each.is_done), *idle][:1]:
-                    each.shut()
+                max(idle, key=lambda each: each.is_done).shut()
 
 
 class AcceptLimiter:

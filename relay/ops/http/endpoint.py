@@ -11,15 +11,12 @@ import contextlib
 import errno
 import socket
 import threading
-import time
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 
-import h11
-
 from relay.config import HTTP_OPTIONS, Endpoint, UsageError
 from relay.logger import Logger
-from relay.ops.http.connections import Connection, Limits, Listener
+from relay.ops.http.connections import Limits, Listener
 from relay.ops.http.host_check import Guard
 from relay.ops.http.messages import (
     MAX_PARAMETERS,
@@ -29,12 +26,8 @@ from relay.ops.http.messages import (
     Query,
     error,
     parse_query,
-    parse_request,
-    render,
-    response,
 )
 from relay.ops.machine import holder
-from relay.ops.yielder import Yielder
 
 __all__ = ["HttpEndpoint", "Limits", "Page", "Pages", "Query", "error"]
 
@@ -42,21 +35,11 @@ _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - the keys are c
 """Loopback address of each family, by the address of all interfaces."""
 
 _BACKLOG = 64
-_SEND_SIZE = 65536
-"""Bytes passed to the kernel in a call."""
-
-_LAST_READS = 64
-"""Reads of data that a client sends after its request."""
-
 _RECEIVE_BUFFER, _SEND_BUFFER = 16384, 131072
 """Kernel buffers of a connection, in bytes. The default is megabytes."""
 
 _USER_TIMEOUT = 30_000
 """Milliseconds for which the kernel keeps unacknowledged data, also after the connection is closed here."""
-
-_READ_PAUSE = 0.05
-"""Seconds between two reads of a request. Nearly all requests arrive in a single read; a trickling client must not cost a
-read per byte."""
 
 _log = Logger("relay.ops.http")
 
@@ -97,7 +80,7 @@ class HttpEndpoint:
         # Concurrent requests of a page would only be slower and take more memory.
         self._locks = {path: threading.Lock() for each in self._by_method.values() for path in each}
         self._queue = threading.Semaphore(limits.queue)
-        self.listeners = [Listener(each, name, limits, self._serve) for each in inherited or _listen(name, at)]
+        self.listeners = [Listener(each, name, limits, self.page_for) for each in inherited or _listen(name, at)]
         self.port: int = self.listeners[0].listening.getsockname()[1]
         """The actual port, if 0 was configured."""
         self.address = Endpoint(at.host, self.port)
@@ -106,34 +89,6 @@ class HttpEndpoint:
         """Close the address and all connections."""
         for each in self.listeners:
             each.stop()
-
-    def _serve(self, connection: Connection, listener: Listener) -> None:
-        try:
-            request = self._read(connection)
-            if request is not None:
-                connection.is_working = True
-                page = request if isinstance(request, Page) else self.page_for(request)
-                is_head = isinstance(request, HttpRequest) and request.method == "HEAD"
-                data = response(page, render(page, Yielder()), is_head=is_head)
-                listener.start_sending(connection, len(data))
-                self._send(connection, data)
-        except OSError:
-            pass  # the client is gone or too slow, or the listener has shut the connection
-
-    def _read(self, connection: Connection) -> HttpRequest | Page | None:
-        """Receive a request. Return the response if the request is invalid, and None if the client is gone."""
-        parser = h11.Connection(h11.SERVER, max_incomplete_event_size=self._limits.request_bytes)
-        while True:
-            try:
-                connection.limit_time()
-                data = connection.socket.recv(self._limits.request_bytes)
-            except TimeoutError:
-                text = f"the request was not complete within {self._limits.request_seconds:g} s"
-                return error(HTTPStatus.REQUEST_TIMEOUT, text)
-            received = parse_request(parser, data)
-            if received is not None or not data or connection.is_shut:
-                return None if connection.is_shut else received
-            time.sleep(_READ_PAUSE)
 
     def page_for(self, request: HttpRequest) -> Page:
         """Return the page that a request asks for, or an error."""
@@ -177,21 +132,6 @@ class HttpEndpoint:
             return lock.acquire(timeout=self._limits.turn_seconds)
         finally:
             self._queue.release()
-
-    def _send(self, connection: Connection, data: bytes) -> None:
-        connection.deadline = time.monotonic() + self._limits.answer_seconds
-        rest = memoryview(data)
-        while rest:
-            connection.limit_time()
-            rest = rest[connection.socket.send(rest[:_SEND_SIZE]) :]
-        # Wait until the client closes: closing with unread data could discard the response (RFC 9112 §9.6).
-        connection.deadline = time.monotonic() + self._limits.leave_seconds
-        connection.size, connection.is_done = 0, True
-        connection.socket.shutdown(socket.SHUT_WR)
-        for _ in range(_LAST_READS):
-            connection.limit_time()
-            if not connection.socket.recv(_SEND_SIZE):
-                break
 
 
 def _listen(name: str, at: Endpoint) -> list[socket.socket]:
