@@ -10,6 +10,7 @@ supervisor on this machine gets responses, whatever arrives from elsewhere.
 import contextlib
 import errno
 import socket
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
@@ -76,9 +77,13 @@ class HttpEndpoint:
         self.name = name
         self._by_method = {"GET": pages, "HEAD": pages, "POST": actions or {}, "DELETE": deletions or {}}
         self._guard = guard
-        self._limits = limits
-        # Concurrent requests of a page would only be slower and take more memory.
-        self._locks = {path: threading.Lock() for each in self._by_method.values() for path in each}
+        self._turn_seconds = limits.turn_seconds
+        # Concurrent requests of most pages would only be slower and take more memory.
+        self._turns = {
+            path: threading.Semaphore(sys.maxsize if path in limits.shared else 1)
+            for each in self._by_method.values()
+            for path in each
+        }
         self._queue = threading.Semaphore(limits.queue)
         self.listeners = [Listener(each, name, limits, self.page_for) for each in inherited or _listen(name, at)]
         self.port: int = self.listeners[0].listening.getsockname()[1]
@@ -96,22 +101,21 @@ class HttpEndpoint:
         if rejected:
             return rejected
         parent, _, last = request.path.rpartition("/")
-        path = request.path if request.path in self._locks else f"{parent}/ID"
+        path = request.path if request.path in self._turns else f"{parent}/ID"
         make = self._by_method.get(request.method, {}).get(path)
         if make is not None:
             return self._make(make, path, request.query, {"ID": last} if path != request.path else {})
         if allowed := [method for method, pages in self._by_method.items() if path in pages]:
             text = f"this page accepts {' and '.join(allowed)} only"
             return error(HTTPStatus.METHOD_NOT_ALLOWED, text, ("Allow", ", ".join(allowed)))
-        return Page(HTTPStatus.NOT_FOUND, {"error": "no such page", "pages": sorted(self._locks)})
+        return Page(HTTPStatus.NOT_FOUND, {"error": "no such page", "pages": sorted(self._turns)})
 
     def _make(self, make: Callable[[Query], Page], path: str, text: str, more: Query) -> Page:
         try:
             query = {**parse_query(text), **more}
         except ValueError:
             return error(HTTPStatus.BAD_REQUEST, f"the query is not UTF-8 or has more than {MAX_PARAMETERS} parameters")
-        lock = None if path in self._limits.shared else self._locks[path]
-        if lock is not None and not self._acquire(lock):
+        if not self._wait_for_turn(path):
             return error(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests of this page", ("Retry-After", "1"))
         try:
             return make(query)
@@ -119,17 +123,16 @@ class HttpEndpoint:
             _log.exception("a page could not be made", path=path)
             return error(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error: see the log")
         finally:
-            if lock is not None:
-                lock.release()
+            self._turns[path].release()
 
-    def _acquire(self, lock: threading.Lock) -> bool:
+    def _wait_for_turn(self, path: str) -> bool:
         """Wait for another request of the same page. Return false if too many requests wait, or after a timeout."""
-        if lock.acquire(blocking=False):
+        if self._turns[path].acquire(blocking=False):
             return True
         if not self._queue.acquire(blocking=False):
             return False
         try:
-            return lock.acquire(timeout=self._limits.turn_seconds)
+            return self._turns[path].acquire(timeout=self._turn_seconds)
         finally:
             self._queue.release()
 
