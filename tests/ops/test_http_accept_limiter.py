@@ -10,7 +10,7 @@ def source(number: int) -> tuple[str, int]:
 
 
 def test_each_source_has_a_rate_limit() -> None:
-    limiter = AcceptLimiter(rate=1000, source_rate=10, burst=2)
+    limiter = AcceptLimiter(Limits(rate=1000, source_rate=10, burst=2))
     assert [limiter.allows(source(1), 5.0) for _ in range(25)] == [True] * 20 + [False] * 5
     assert limiter.allows(source(2), 5.0)
     assert limiter.allows(source(1), 5.11)
@@ -18,19 +18,19 @@ def test_each_source_has_a_rate_limit() -> None:
 
 
 def test_addresses_of_one_network_are_one_source() -> None:
-    limiter = AcceptLimiter(rate=1000, source_rate=1, burst=1)
+    limiter = AcceptLimiter(Limits(rate=1000, source_rate=1, burst=1))
     assert limiter.allows(("2001:db8::1", 1, 0, 0), 0.0)
     assert not limiter.allows(("2001:db8::2", 1, 0, 0), 0.0)
     assert limiter.allows(("2001:db8:1::1", 1, 0, 0), 0.0)
 
 
 def test_loopback_is_always_allowed() -> None:
-    limiter = AcceptLimiter(rate=1000, source_rate=1, burst=1)
+    limiter = AcceptLimiter(Limits(rate=1000, source_rate=1, burst=1))
     assert all(limiter.allows(each, 0.0) for each in (LOOPBACK, ("::1", 1, 0, 0)) * 50)
 
 
 def test_all_sources_together_have_a_rate() -> None:
-    limiter, now, allowed = AcceptLimiter(rate=100, source_rate=100, burst=2), 0.0, 0
+    limiter, now, allowed = AcceptLimiter(Limits(rate=100, source_rate=100, burst=2)), 0.0, 0
     while now < 10:
         allowed += limiter.allows(source(allowed), now)
         now += limiter.pause(now) or 0.0001
@@ -38,7 +38,7 @@ def test_all_sources_together_have_a_rate() -> None:
 
 
 def test_rejections_count_toward_the_total_rate() -> None:
-    limiter, now, seen = AcceptLimiter(rate=100, source_rate=1, burst=1), 0.0, 0
+    limiter, now, seen = AcceptLimiter(Limits(rate=100, source_rate=1, burst=1)), 0.0, 0
     while now < 10:
         limiter.allows(source(1), now)
         seen += 1
@@ -48,8 +48,7 @@ def test_rejections_count_toward_the_total_rate() -> None:
 
 def test_a_flood_of_one_source_leaves_room_in_the_queue_for_others() -> None:
     """1,000 connections per second, with the default limits. The kernel queues up to 64 connections."""
-    limits = Limits()
-    limiter = AcceptLimiter(limits.rate, limits.source_rate, limits.burst)
+    limiter = AcceptLimiter(Limits())
     now, handled, longest = 0.0, 0, 0
     while now < 20:
         longest = max(longest, int(now * 1000) - handled)
@@ -61,7 +60,7 @@ def test_a_flood_of_one_source_leaves_room_in_the_queue_for_others() -> None:
 
 
 def test_after_a_pause_no_connection_waits() -> None:
-    limiter = AcceptLimiter(rate=100, source_rate=100, burst=1)
+    limiter = AcceptLimiter(Limits(rate=100, source_rate=100, burst=1))
     for _ in range(300):
         limiter.allows(LOOPBACK, 0.0)
     assert limiter.pause(0.0) > 1

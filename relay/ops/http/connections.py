@@ -134,7 +134,7 @@ class Listener:
         self._name = name
         self._limits = limits
         self._page_for = page_for
-        self._limiter = AcceptLimiter(limits.rate, limits.source_rate, limits.burst)
+        self._limiter = AcceptLimiter(limits)
         self._changed = threading.Condition()
         self._open: dict[Connection, None] = {}
         """Open connections, in the order of their arrival."""
@@ -286,18 +286,12 @@ class Listener:
 
 
 class AcceptLimiter:
-    """Rate limits of new connections, per source and in total. Connections above the total wait in the kernel.
+    """Rate limits of new connections, per source and in total. Connections above the total wait in the kernel."""
 
-    Args:
-        rate: connections per second of all sources.
-        source_rate: connections per second of a source.
-        burst: seconds' worth of either rate that may arrive at once.
-    """
-
-    def __init__(self, rate: int, source_rate: int, burst: int) -> None:
-        self._cost = 1 / rate
-        self._burst = float(burst)
-        self._sources = Limiter(source_rate, source_rate * burst, random.SystemRandom())
+    def __init__(self, limits: Limits) -> None:
+        self._cost = 1 / limits.rate
+        self._burst = float(limits.burst)
+        self._sources = Limiter(limits.source_rate, limits.source_rate * limits.burst, random.SystemRandom())
         self._paid_until = 0.0
 
     def allows(self, source: SocketAddress, now: float) -> bool:
