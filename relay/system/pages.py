@@ -15,7 +15,6 @@ from relay.core.addresses import AllocationId, Family
 from relay.core.timestamp import Timestamp
 from relay.logger import Level, Logger
 from relay.ops.http.endpoint import HttpEndpoint, Limits, Page, Pages, Query, error
-from relay.ops.http.host_check import HostCheck
 from relay.ops.logs.filter import LogFilter
 from relay.ops.logs.log import Log
 from relay.ops.metrics.prometheus import MetricsPage
@@ -108,8 +107,8 @@ def serving(
             "metrics": PageSet({"/metrics": of_control.get["/metrics"]}, {}),
         }
         for name, at in config.http.items():
-            guard = HostCheck(config.control_hostnames) if name == "control" else None
-            http = HttpEndpoint(name, at, *pages[name], guard=guard, limits=_LIMITS, inherited=inherited.get(name, ()))
+            names = config.control_hostnames if name == "control" else None
+            http = HttpEndpoint(name, at, *pages[name], hostnames=names, limits=_LIMITS, inherited=inherited.get(name, ()))
             stack.callback(http.stop)
             servers[name] = http
         yield servers

@@ -6,7 +6,6 @@ from http import HTTPStatus
 import pytest
 
 from relay.ops.http.endpoint import HttpEndpoint, Page
-from relay.ops.http.host_check import HostCheck
 from relay.system.pages import health_pages
 from tests.support.http_client import ask, say, serving
 
@@ -30,8 +29,7 @@ def done() -> Done:
 @pytest.fixture
 def control(done: Done) -> Iterator[HttpEndpoint]:
     """An address with the host check of the control address."""
-    guard = HostCheck(("Relay-1.example",))
-    with serving(health_pages(tuple, lambda _: True), {"/do": done}, guard) as endpoint:
+    with serving(health_pages(tuple, lambda _: True), {"/do": done}, ("Relay-1.example",)) as endpoint:
         yield endpoint
 
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from relay.config import Endpoint
 from relay.ops.http.endpoint import HttpEndpoint, Limits, Pages
-from relay.ops.http.host_check import Guard
 
 HOST = "127.0.0.1"
 _numbers = itertools.count()
@@ -37,13 +36,13 @@ class Answer(NamedTuple):
 def serving(
     pages: Pages,
     actions: Pages | None = None,
-    guard: Guard | None = None,
+    hostnames: tuple[str, ...] | None = None,
     host: str = HOST,
     **limits: Any,  # noqa: ANN401
 ) -> Iterator[HttpEndpoint]:
     """Serve pages on a free port."""
     endpoint = HttpEndpoint(
-        f"test-{next(_numbers)}", Endpoint(host, 0), pages, actions, guard=guard, limits=Limits(**limits)
+        f"test-{next(_numbers)}", Endpoint(host, 0), pages, actions, hostnames=hostnames, limits=Limits(**limits)
     )
     try:
         yield endpoint

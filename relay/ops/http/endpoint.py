@@ -18,7 +18,7 @@ from http import HTTPStatus
 from relay.config import HTTP_OPTIONS, Endpoint, UsageError
 from relay.logger import Logger
 from relay.ops.http.connections import Limits, Listener
-from relay.ops.http.host_check import Guard
+from relay.ops.http.host_check import check_host
 from relay.ops.http.messages import (
     MAX_PARAMETERS,
     HttpRequest,
@@ -54,7 +54,7 @@ class HttpEndpoint:
         pages: pages for GET.
         actions: pages for POST.
         deletions: pages for DELETE.
-        guard: rejects requests before a page is looked up.
+        hostnames: host names accepted by `check_host`; None accepts any host.
         limits: limits of the address.
         inherited: the listening sockets of another process, if this process takes its place.
 
@@ -70,13 +70,13 @@ class HttpEndpoint:
         actions: Pages | None = None,
         deletions: Pages | None = None,
         *,
-        guard: Guard | None = None,
+        hostnames: Sequence[str] | None = None,
         limits: Limits = Limits(),  # noqa: B008 - immutable
         inherited: Sequence[socket.socket] = (),
     ) -> None:
         self.name = name
         self._by_method = {"GET": pages, "HEAD": pages, "POST": actions or {}, "DELETE": deletions or {}}
-        self._guard = guard
+        self._hostnames = hostnames
         self._turn_seconds = limits.turn_seconds
         # Concurrent requests of most pages would only be slower and take more memory.
         self._turns = {
@@ -97,8 +97,7 @@ class HttpEndpoint:
 
     def page_for(self, request: HttpRequest) -> Page:
         """Return the page that a request asks for, or an error."""
-        rejected = self._guard and self._guard(request)
-        if rejected:
+        if self._hostnames is not None and (rejected := check_host(request, self._hostnames)):
             return rejected
         parent, _, last = request.path.rpartition("/")
         path = request.path if request.path in self._turns else f"{parent}/ID"

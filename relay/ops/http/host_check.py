@@ -6,15 +6,11 @@ add Origin and Sec-Fetch-Site, which no page can omit or change.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Iterable
 from http import HTTPStatus
 from ipaddress import ip_address
-from typing import TypeAlias
 
 from relay.ops.http.messages import HttpRequest, Page, error
-
-Guard: TypeAlias = Callable[[HttpRequest], Page | None]
-"""Returns the response to a rejected request, or None."""
 
 _HOST = re.compile(r"(?:\[(?P<literal>[0-9A-Fa-f:.]+)\]|(?P<name>[^:\[\]]+))(?::[0-9]{1,5})?", re.ASCII)
 
@@ -24,29 +20,24 @@ _SAME_SITE = frozenset(("same-origin", "none"))
 """Values of Sec-Fetch-Site for a page of this address, and for a URL typed by the user."""
 
 
-class HostCheck:
-    """Guard against requests of web sites.
+def check_host(request: HttpRequest, names: Iterable[str]) -> Page | None:
+    """Return the response to a request of a web site, or None.
 
     Args:
+        request: the request.
         names: accepted host names. IP addresses and `localhost` are always accepted.
     """
-
-    def __init__(self, names: tuple[str, ...] = ()) -> None:
-        self._names = frozenset(("localhost", *(name.lower() for name in names)))
-
-    def __call__(self, request: HttpRequest) -> Page | None:
-        """Return the response to a rejected request, or None."""
-        hosts = request.headers.get("host", ())
-        match = _HOST.fullmatch(hosts[0]) if hosts else None
-        if match is None:
-            return error(HTTPStatus.BAD_REQUEST, "the request has no valid Host header (RFC 9112 section 3.2)")
-        name = match["name"] or ""
-        if not (_is_address(match["literal"] or name) or name.lower().rstrip(".") in self._names):
-            text = "unknown host name: use an IP address or localhost, or start the relay with --control-hostname"
-            return error(HTTPStatus.MISDIRECTED_REQUEST, text)
-        if request.method not in _SAFE_METHODS and not _is_same_site(request, hosts[0]):
-            return error(HTTPStatus.FORBIDDEN, "a page of another site sent this request: use a command such as curl")
-        return None
+    hosts = request.headers.get("host", ())
+    match = _HOST.fullmatch(hosts[0]) if hosts else None
+    if match is None:
+        return error(HTTPStatus.BAD_REQUEST, "the request has no valid Host header (RFC 9112 section 3.2)")
+    name = match["name"] or ""
+    if not (_is_address(match["literal"] or name) or name.lower().rstrip(".") in {"localhost", *map(str.lower, names)}):
+        text = "unknown host name: use an IP address or localhost, or start the relay with --control-hostname"
+        return error(HTTPStatus.MISDIRECTED_REQUEST, text)
+    if request.method not in _SAFE_METHODS and not _is_same_site(request, hosts[0]):
+        return error(HTTPStatus.FORBIDDEN, "a page of another site sent this request: use a command such as curl")
+    return None
 
 
 def _is_address(text: str) -> bool:

@@ -8,7 +8,6 @@ import h11
 
 from relay.config import Endpoint
 from relay.ops.http.endpoint import HttpEndpoint, Limits, Page, Pages, Query
-from relay.ops.http.host_check import HostCheck
 from relay.ops.http.messages import HttpRequest, parse_request, render, response
 from relay.ops.logs.filter import LogFilter
 
@@ -51,7 +50,7 @@ _made: list[HttpEndpoint] = []
 def endpoint() -> HttpEndpoint:
     """Return the only endpoint on loopback, created by the first call for the lifetime of the process."""
     if not _made:
-        _made.append(HttpEndpoint("control", Endpoint("127.0.0.1", 0), GET, POST, guard=HostCheck(), limits=LIMITS))
+        _made.append(HttpEndpoint("control", Endpoint("127.0.0.1", 0), GET, POST, hostnames=(), limits=LIMITS))
     return _made[0]
 
 
