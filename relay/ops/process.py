@@ -13,10 +13,6 @@ from relay.ops.yielder import Yielder
 
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
-_DESCRIPTORS: Final = "/proc/self/fd"
-
-# Fields of /proc/self/stat, counted from the state, which follows the name.
-_USER, _SYSTEM, _THREADS, _STARTED, _VIRTUAL, _RESIDENT = 11, 12, 17, 19, 20, 21
 
 
 class ProcessFigures(NamedTuple):
@@ -45,13 +41,14 @@ def read_process() -> ProcessFigures:
     """
     # The process name in parentheses may contain any character.
     text = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    fields = {at: int(text[at]) for at in (_USER, _SYSTEM, _THREADS, _STARTED, _VIRTUAL, _RESIDENT)}
+    # Counted from the state, which follows the name.
+    user, system, threads, started, virtual, resident = (int(text[at]) for at in (11, 12, 17, 19, 20, 21))
     return ProcessFigures(
-        (fields[_USER] + fields[_SYSTEM]) / _TICKS,
-        fields[_THREADS],
-        fields[_RESIDENT] * _PAGE,
-        fields[_VIRTUAL],
-        _booted_at() + fields[_STARTED] / _TICKS,
+        (user + system) / _TICKS,
+        threads,
+        resident * _PAGE,
+        virtual,
+        _booted_at() + started / _TICKS,
         count_descriptors(),
         resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     )
@@ -66,17 +63,15 @@ def _booted_at() -> float:
     return 0.0
 
 
-def count_descriptors(directory: str = _DESCRIPTORS) -> int:
+def count_descriptors(directory: str = "/proc/self/fd") -> int:
     """Return the number of open descriptors.
 
     Args:
         directory: has an entry for each descriptor. Since Linux 6.2, the size of /proc/self/fd is their number, and read
             within microseconds. A directory whose size is 0 is listed, which takes 100 ms for 20,000 descriptors.
     """
-    return Path(directory).stat().st_size or _list_descriptors(directory)
-
-
-def _list_descriptors(directory: str) -> int:
+    if size := Path(directory).stat().st_size:
+        return size
     with os.scandir(directory) as entries:
         # Listing the directory opened one of them.
         return sum(1 for _ in Yielder().between(entries)) - 1
