@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from relay.config import Config
 from relay.core.allocations import Allocation, Allocations, ChannelBinding
 from relay.core.counters import Counters
 from relay.core.history import History
@@ -73,24 +74,6 @@ class Inbox(Protocol):
         """Seconds for which the oldest message has waited."""
 
 
-class Identity(NamedTuple):
-    """Names of a relay, which stay the same after a restart. Empty strings stand for absent values."""
-
-    name: str = ""
-    """The option ``--name``."""
-    ip4: str = ""
-    """The public addresses."""
-    ip6: str = ""
-
-
-class Limits(NamedTuple):
-    """Largest numbers of things that a relay can hold."""
-
-    allocations: int = 0
-    ports: int = 0
-    channels: int = 0
-
-
 class Handovers(NamedTuple):
     """Takeovers of this relay since the first process."""
 
@@ -102,6 +85,7 @@ class Handovers(NamedTuple):
 class RelayState(NamedTuple):
     """References to all counters and tables of a relay. Functions return objects created after the start."""
 
+    config: Config
     counters: Counters
     tables: Allocations
     history: History
@@ -115,9 +99,7 @@ class RelayState(NamedTuple):
     """The reasons why the relay is not ready; empty if it is ready."""
     datapath: "Datapath | None"
     """None without offload."""
-    limits: Limits = Limits()
     free_ports: Callable[[], int] = int
-    identity: Identity = Identity()
     ends: Callable[[], float | None] = lambda: None
     """The monotonic time at which the relay ends at the latest; None unless it drains or stops."""
     handovers: Callable[[], Handovers] = Handovers

@@ -61,7 +61,6 @@ class StatusPage:
     def __init__(
         self,
         state: RelayState,
-        config: Config,
         bind_hosts: Mapping[Family, str],
         clients: Callable[[], list[Endpoint]],
         now: Callable[[], Timestamp],
@@ -69,7 +68,6 @@ class StatusPage:
         yield_if_due: Yielder | None = None,
     ) -> None:
         self._state = state
-        self._config = config
         self._bind_hosts = bind_hosts
         self._clients = clients
         self._now = now
@@ -121,7 +119,7 @@ class StatusPage:
             "drain": None
             if drain is None
             else {"until": drain.until, "time_left": drain.time_left, "allocations": drain.allocations},
-            "config": _config(self._config, self._bind_hosts),
+            "config": _config(state.config, self._bind_hosts),
             "portal": _portal(state.portal(), now.monotonic),
             "data_paths": {
                 "userspace": {"clients": [str(each) for each in self._clients()]},
@@ -182,7 +180,7 @@ class StatusPage:
             self._yield_if_due()
         username = parse_username(allocation.username)
         rates = scan.rates_of(allocation.id)
-        hosts = self._config.public_hosts
+        hosts = self._state.config.public_hosts
         row: model.AllocationStatus = {
             "id": allocation.id,
             "client": show(allocation.client),

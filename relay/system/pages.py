@@ -64,7 +64,7 @@ class PageSet(NamedTuple):
 
 def control(config: Config, context: PageContext, health: Pages) -> PageSet:
     """Return the pages of the control address, which include the health pages."""
-    status = StatusPage(context.state, config, context.bind_hosts, context.clients, context.now)
+    status = StatusPage(context.state, context.bind_hosts, context.clients, context.now)
     drain = drain_pages(context.state, context.drain, config.drain_timeout)
     get: Pages = {**health, **drain.get, "/metrics": MetricsPage(context.state), "/status": status}
     post = drain.post

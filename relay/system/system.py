@@ -47,7 +47,7 @@ from relay.ops.logs.stats import StatsLine, flow_in
 from relay.ops.machine import bind_hosts, raise_descriptor_limit
 from relay.ops.metrics.push import pushing
 from relay.ops.systemd import Systemd
-from relay.ops.totals import Handovers, Identity, Limits, NotReady, RelayState, RelayTotals, ServerCounters
+from relay.ops.totals import Handovers, NotReady, RelayState, RelayTotals, ServerCounters
 from relay.system.core import random_source, server_config
 from relay.system.data_paths import OwnNetwork, open_data_paths
 from relay.system.events import DrainRequest, EventQueue, Failure, SystemRequest
@@ -147,6 +147,7 @@ class System:
         self._liveness: Liveness | None = None
         self._inbox: Mailbox | None = None
         self.measured = RelayState(
+            config=config,
             counters=self.core.counters,
             tables=self.core.allocations,
             history=self.core.history,
@@ -156,9 +157,7 @@ class System:
             portal=lambda: self.portal,
             not_ready=lambda: self.not_ready,
             datapath=datapath,
-            limits=Limits(config.capacity, len(config.ports), config.max_channels_in_all),
             free_ports=lambda: self.core.free_port_count,
-            identity=Identity(config.name or "", *(str(each or "") for each in (config.public_ip4, config.public_ip6))),
             ends=lambda: self.shutdown.ends,
             handovers=lambda: self.handovers,
             lines_lost=lambda: 0 if log is None else log.stream.lost,

@@ -1,11 +1,13 @@
 """The counters and tables of a relay without threads."""
 
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address
 from random import Random
 
 import pytest
 
 from relay.actors.mailbox import Mailbox
+from relay.config import Config
 from relay.core.portal.channel import PortalChannel
 from relay.ops.metrics.table import read_table
 from relay.ops.totals import NotReady, RelayState, ServerCounters
@@ -28,6 +30,7 @@ class Measured:
     @property
     def sources(self) -> RelayState:
         return RelayState(
+            config=Config(public_ip4=IPv4Address("192.0.2.1")),
             counters=self.relay.counters,
             tables=self.relay.server.allocations,
             history=self.relay.server.history,

@@ -60,6 +60,7 @@ class Watched:
         carried_out = ServerCounters()
         self.udp = carried_out.udp
         self.state = RelayState(
+            config=config,
             counters=self.relay.server.counters,
             tables=self.relay.server.allocations,
             history=self.relay.server.history,
@@ -74,7 +75,6 @@ class Watched:
         # The clock of the yielder is always beyond its step, so each check pauses.
         self.page = StatusPage(
             self.state,
-            config,
             {Family.IPV4: "0.0.0.0", Family.IPV6: "::"},
             clients=lambda: [Endpoint("0.0.0.0", 3478), Endpoint("::", 3478)],
             now=lambda: self.relay.now,

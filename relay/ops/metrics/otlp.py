@@ -16,9 +16,10 @@ from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from relay import __version__
+from relay.config import Config
 from relay.ops.metrics.metric import Histogram, Metric, MetricKind
 from relay.ops.metrics.table import read_table
-from relay.ops.totals import Identity, RelayState, RelayTotals
+from relay.ops.totals import RelayState, RelayTotals
 
 _SCOPE: Final = InstrumentationScope("relay", __version__)
 _NANOSECONDS: Final = 1_000_000_000
@@ -54,7 +55,7 @@ class OtlpCollector:
         for name in _LIBRARIES:
             logging.getLogger(name).addHandler(logging.NullHandler())
             logging.getLogger(name).propagate = False
-        self._resource = _resource(state.identity)
+        self._resource = _resource(state.config)
         self._started_at = int(RelayTotals(state).process.started_at * _NANOSECONDS)
         self._exporter = OTLPMetricExporter(endpoint=endpoint)
 
@@ -76,15 +77,15 @@ class OtlpCollector:
         return sdk.MetricsData([sdk.ResourceMetrics(self._resource, [scope], "")])
 
 
-def _resource(identity: Identity) -> Resource:
+def _resource(config: Config) -> Resource:
     """Return the attributes of this relay. OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES take precedence."""
-    addresses = [each for each in (identity.ip4, identity.ip6) if each]
+    name, addresses = config.name or "", [*config.public_hosts.values()]
     ours = {
         "service.namespace": "firezone",
         "service.name": "relay",
         "service.version": __version__,
-        "service.instance.id": identity.name or next(iter(addresses), ""),
-        "relay.name": identity.name,
+        "service.instance.id": name or addresses[0],
+        "relay.name": name,
         "relay.public_addresses": addresses,
     }
     return Resource({name: value for name, value in ours.items() if value}).merge(OTELResourceDetector().detect())

@@ -13,7 +13,7 @@ from relay.core.portal.channel import State
 from relay.core.stun import Method
 from relay.offload.layout import DIRECTIONS
 from relay.ops.metrics.metric import Histogram, LabelValue, Metric, MetricKind
-from relay.ops.totals import Limits, NotReady, RelayState, RelayTotals
+from relay.ops.totals import NotReady, RelayState, RelayTotals
 from relay.ops.yielder import Yielder
 
 DATAPATH: Final = "relay.datapath"
@@ -61,7 +61,7 @@ _gauge = partial(Metric, MetricKind.GAUGE)
 def relaying(totals: RelayTotals) -> Iterator[Metric]:
     """Yield the metrics of allocations, channels and relayed packets."""
     state, counters = totals.state, totals.state.counters
-    used = Limits(totals.allocations, state.limits.ports - state.free_ports(), state.tables.channels)
+    ports = len(state.config.ports)
     by_datapath = {USERSPACE: totals.by_sockets, XDP: totals.by_kernel}
 
     def by_direction(part: slice) -> dict[tuple[LabelValue, ...], int]:
@@ -83,14 +83,24 @@ def relaying(totals: RelayTotals) -> Iterator[Metric]:
         "relay.capacity.used",
         "{resource}",
         "Used part of each limit. Channels include channels in their grace period.",
-        {**used._asdict(), "descriptors": totals.process.descriptors},
+        {
+            "allocations": totals.allocations,
+            "ports": ports - state.free_ports(),
+            "channels": state.tables.channels,
+            "descriptors": totals.process.descriptors,
+        },
         ("resource",),
     )
     yield _gauge(
         "relay.capacity.limit",
         "{resource}",
         "Limits: `MAX_ALLOCATIONS`, ports for allocations, `MAX_CHANNELS`, file descriptors.",
-        {**state.limits._asdict(), "descriptors": totals.process.max_descriptors},
+        {
+            "allocations": state.config.capacity,
+            "ports": ports,
+            "channels": state.config.max_channels_in_all,
+            "descriptors": totals.process.max_descriptors,
+        },
         ("resource",),
     )
     yield _counter(
@@ -334,6 +344,8 @@ def health(totals: RelayTotals) -> Iterator[Metric]:
 def process(totals: RelayTotals) -> Iterator[Metric]:
     """Yield the metrics of the process."""
     state, figures = totals.state, totals.process
+    config = state.config
+    identity = (str(each or "") for each in (config.name, config.public_ip4, config.public_ip6))
     yield _counter(
         "relay.log.lost", "{line}", "Log lines and dumps lost: not read in time, or not writable.", state.lines_lost()
     )
@@ -386,7 +398,7 @@ def process(totals: RelayTotals) -> Iterator[Metric]:
         "relay.info",
         "{relay}",
         "Always 1. The labels are the versions of the relay and Python, `FIREZONE_NAME` and the public addresses.",
-        {(__version__, platform.python_version(), *state.identity): 1},
+        {(__version__, platform.python_version(), *identity): 1},
         ("version", "python", "name", "public_ip4", "public_ip6"),
     )
 

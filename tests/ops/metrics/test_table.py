@@ -3,6 +3,7 @@
 import re
 import time
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
 
@@ -21,7 +22,7 @@ from relay.offload.datapath import Datapath
 from relay.offload.layout import PassReason, Totals
 from relay.ops.metrics.metric import Histogram, LabelValue, Metric, MetricKind
 from relay.ops.metrics.table import read_table
-from relay.ops.totals import Limits, RelayState
+from relay.ops.totals import RelayState
 from tests.support.core import CHANNEL, CLIENT, OTHER_CLIENT, PEER, UDP, Client, channel_data, relay_with
 from tests.support.metrics import TABLE, Measured
 
@@ -176,9 +177,10 @@ def test_each_limit_has_its_used_part(measured: Measured) -> None:
     client.allocate()
     client.bind_channel()
     ports = measured.relay.server.free_port_count + 1
-    sources = measured.sources._replace(
-        limits=Limits(10, ports, 30), free_ports=lambda: measured.relay.server.free_port_count
+    config = replace(
+        measured.sources.config, max_allocations=10, max_channels_in_all=30, lowest_port=50000, highest_port=49999 + ports
     )
+    sources = measured.sources._replace(config=config, free_ports=lambda: measured.relay.server.free_port_count)
     used, limits = values("relay.capacity.used", sources), values("relay.capacity.limit", sources)
     assert list(used) == list(limits) == [("allocations",), ("ports",), ("channels",), ("descriptors",)]
     assert list(used.values())[:3] == [1, 1, 1]
