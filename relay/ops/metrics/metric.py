@@ -1,4 +1,4 @@
-"""A metric, as all exporters get it."""
+"""A metric, for all exporters."""
 
 from collections.abc import Mapping, Sequence
 from enum import Enum

@@ -423,6 +423,6 @@ def _responses(
 
 
 def _by_name(counts: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:
-    """Return counts by name. Counts whose name is not in the list are added up as ``other``."""
+    """Return the counts of some names. Counts of all other names are added up as ``other``."""
     left = dict(counts)
     return {**{name: left.pop(name, 0) for name in names}, "other": sum(left.values())}
