@@ -44,9 +44,21 @@ def pytest_xdist_setupnodes(specs: list[Any]) -> None:
         spec.python = shlex.join((str(IN_OWN_NETWORK), sys.executable))
 
 
+class ShownByPytest:
+    """The stream of the log, which pytest shows for a failed test."""
+
+    lost = 0
+
+    def write(self, text: str, /) -> None:
+        sys.stderr.write(text)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 @pytest.fixture(autouse=True)
 def _no_actor_outlives_its_test() -> Iterator[None]:
-    with logs.events_to(logs.Log(LogFormat.HUMAN, sys.stderr)):
+    with logs.events_to(logs.Log(LogFormat.HUMAN, ShownByPytest())):
         yield
     left = pykka.ActorRegistry.get_all()
     pykka.ActorRegistry.stop_all(timeout=PATIENCE)
