@@ -53,8 +53,6 @@ class Metric(NamedTuple):
     labels: tuple[str, ...] = ()
     bounds: tuple[int, ...] = ()
     """Histogram only: the largest size of each count but the last."""
-    prometheus: str = ""
-    """The usual name in Prometheus, without ``_total``, if it does not follow from the name."""
 
     @property
     def points(self) -> list[Point]:

@@ -31,11 +31,21 @@ CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _UNITS: Final = {"s": "seconds", "By": "bytes"}
 """Units as Prometheus spells them. Units in braces are omitted."""
 
+_USUAL: Final = {
+    "process.cpu.time": "process_cpu_seconds",
+    "process.memory.usage": "process_resident_memory_bytes",
+    "process.memory.virtual": "process_virtual_memory_bytes",
+    "process.thread.count": "process_threads",
+    "process.unix.file_descriptor.count": "process_open_fds",
+    "process.unix.file_descriptor.limit": "process_max_fds",
+}
+"""The usual names in Prometheus, where they do not follow from the names."""
+
 
 def name_of(metric: Metric) -> str:
     """Return the name of a metric by OpenTelemetry's rules for Prometheus, without a suffix such as ``_total``."""
-    if metric.prometheus:
-        return metric.prometheus
+    if metric.name in _USUAL:
+        return _USUAL[metric.name]
     name = metric.name.replace(".", "_")
     unit = _UNITS.get(metric.unit)
     return name if unit is None or name.endswith(f"_{unit}") else f"{name}_{unit}"

@@ -355,37 +355,16 @@ def process(totals: RelayTotals) -> Iterator[Metric]:
         "Seconds by which the wall clock was set since startup. Credentials expire by this clock.",
         totals.wall_clock_moved,
     )
-    yield _counter(
-        "process.cpu.time",
-        "s",
-        "CPU time of the process, in user mode and in the kernel.",
-        figures.cpu_seconds,
-        prometheus="process_cpu_seconds",
-    )
-    yield _gauge(
-        "process.memory.usage", "By", "Resident memory (RSS).", figures.resident, prometheus="process_resident_memory_bytes"
-    )
-    yield _gauge(
-        "process.memory.virtual",
-        "By",
-        "Virtual memory (address space).",
-        figures.virtual,
-        prometheus="process_virtual_memory_bytes",
-    )
-    yield _gauge("process.thread.count", "{thread}", "Threads.", figures.threads, prometheus="process_threads")
-    yield _gauge(
-        "process.unix.file_descriptor.count",
-        "{file_descriptor}",
-        "Open file descriptors.",
-        figures.descriptors,
-        prometheus="process_open_fds",
-    )
+    yield _counter("process.cpu.time", "s", "CPU time of the process, in user mode and in the kernel.", figures.cpu_seconds)
+    yield _gauge("process.memory.usage", "By", "Resident memory (RSS).", figures.resident)
+    yield _gauge("process.memory.virtual", "By", "Virtual memory (address space).", figures.virtual)
+    yield _gauge("process.thread.count", "{thread}", "Threads.", figures.threads)
+    yield _gauge("process.unix.file_descriptor.count", "{file_descriptor}", "Open file descriptors.", figures.descriptors)
     yield _gauge(
         "process.unix.file_descriptor.limit",
         "{file_descriptor}",
         "Maximum number of open file descriptors.",
         figures.max_descriptors,
-        prometheus="process_max_fds",
     )
     yield _gauge("process.start_time", "s", "Start time of the process, in Unix seconds.", figures.started_at)
     yield _counter(
