@@ -7,7 +7,7 @@ equals the last.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from relay.logger import Level
@@ -52,6 +52,7 @@ class LogFilter:
     """Directives, in their given order."""
 
     directives: tuple[Directive, ...] = (Directive((), Level.INFO),)
+    _thresholds: dict[str, Level] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def parse(cls, text: str) -> "LogFilter":
@@ -71,12 +72,15 @@ class LogFilter:
 
     def threshold(self, target: str) -> Level:
         """Return the lowest level at which events of a target are written."""
-        parts = tuple(target.split("."))
-        reached, _, level = max(
-            (directive.reach(parts), number, directive.level) for number, directive in enumerate(self.directives)
-        )
-        # Without a directive for all targets.
-        return level if reached >= 0 else Level.INFO
+        known = self._thresholds.get(target)
+        if known is None:
+            parts = tuple(target.split("."))
+            reached, _, level = max(
+                (directive.reach(parts), number, directive.level) for number, directive in enumerate(self.directives)
+            )
+            # Without a directive for all targets.
+            known = self._thresholds[target] = level if reached >= 0 else Level.INFO
+        return known
 
     def __str__(self) -> str:
         return ",".join(map(str, self.directives))

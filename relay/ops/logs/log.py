@@ -48,7 +48,6 @@ class Log:
         self._limiter = RateLimiter(monotonic)
         self.filter_in_force = log_filter or LogFilter()
         """The events that are written. `change_filter` replaces it."""
-        self._thresholds: dict[str, Level] = {}
         self._listeners: list[Callable[[], None]] = []
         self._clock = clock
         self._render = renderer(log_format, destination)
@@ -56,8 +55,6 @@ class Log:
     def change_filter(self, log_filter: LogFilter) -> None:
         """Replace the filter; thread-safe."""
         self.filter_in_force = log_filter
-        # After the filter: a thread may still enter an old threshold, but only into the old table.
-        self._thresholds = {}
         for listener in tuple(self._listeners):
             listener()
 
@@ -73,11 +70,7 @@ class Log:
 
     def admits(self, target: str, level: int) -> bool:
         """Return whether the filter admits events of a target and level."""
-        thresholds = self._thresholds
-        threshold = thresholds.get(target)
-        if threshold is None:
-            threshold = thresholds[target] = self.filter_in_force.threshold(target)
-        return level >= threshold
+        return level >= self.filter_in_force.threshold(target)
 
     def write(self, target: str, level: Level, event: str, fields: Callable[[], Fields]) -> None:
         """Write an event, unless the filter or the rate limit excludes it."""
