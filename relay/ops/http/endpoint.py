@@ -109,9 +109,9 @@ class HttpEndpoint:
             return error(HTTPStatus.METHOD_NOT_ALLOWED, text, ("Allow", ", ".join(allowed)))
         return Page(HTTPStatus.NOT_FOUND, {"error": "no such page", "pages": sorted(self._turns)})
 
-    def _make(self, make: Callable[[Query], Page], path: str, text: str, more: Query) -> Page:
+    def _make(self, make: Callable[[Query], Page], path: str, text: str, more: dict[str, str]) -> Page:
         try:
-            query = {**parse_query(text), **more}
+            query = parse_query(text) | more
         except ValueError:
             return error(HTTPStatus.BAD_REQUEST, f"the query is not UTF-8 or has more than {MAX_PARAMETERS} parameters")
         if not self._wait_for_turn(path):

@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from email.utils import formatdate
 from http import HTTPStatus
-from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 from urllib.parse import parse_qsl
 
@@ -54,14 +53,14 @@ def error(status: HTTPStatus, text: str, *headers: tuple[str, str]) -> Page:
     return Page(status, {"error": text}, headers=headers)
 
 
-def parse_query(text: str) -> Query:
-    """Parse the query of a URL.
+def parse_query(text: str) -> dict[str, str]:
+    """Parse the query of a URL into the first value of each parameter.
 
     Raises:
         ValueError: it has more than `MAX_PARAMETERS` parameters, or is not UTF-8.
     """
     pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=MAX_PARAMETERS)
-    return MappingProxyType(dict(reversed(pairs)))
+    return dict(reversed(pairs))
 
 
 def parse_request(connection: h11.Connection, data: bytes) -> HttpRequest | Page | None:

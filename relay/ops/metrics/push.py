@@ -33,13 +33,10 @@ STOP_TIMEOUT: Final = 0.5
 QUIET_FOR: Final = 600.0
 """Seconds between two log lines about failing pushes, at least."""
 
-_ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-_PROTOCOLS: Final = ("OTEL_EXPORTER_OTLP_METRICS_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-_FILES: Final = tuple(
-    f"OTEL_EXPORTER_OTLP_{signal}{file}"
-    for signal in ("METRICS_", "")
-    for file in ("CERTIFICATE", "CLIENT_CERTIFICATE", "CLIENT_KEY")
-)
+_PREFIXES: Final = ("OTEL_EXPORTER_OTLP_METRICS_", "OTEL_EXPORTER_OTLP_")
+"""Beginnings of variables for metrics, which take precedence, and for all signals."""
+
+_FILES: Final = ("CERTIFICATE", "CLIENT_CERTIFICATE", "CLIENT_KEY")
 _INTERVAL: Final = "OTEL_METRIC_EXPORT_INTERVAL"
 
 _log = Logger("relay.ops.metrics")
@@ -63,18 +60,23 @@ def read_settings(endpoint: str | None, environment: Mapping[str, str]) -> OtlpC
     Raises:
         UsageError: a variable is invalid.
     """
-    given = endpoint or next((environment[name] for name in _ENDPOINTS if environment.get(name, "").strip()), None)
     exporters = environment.get("OTEL_METRICS_EXPORTER", "").strip()
     is_off = environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
-    if given is None or is_off or (exporters and "otlp" not in exporters.split(",")):
+    if not (endpoint or _find("ENDPOINT", environment)) or is_off or (exporters and "otlp" not in exporters.split(",")):
         return None
-    protocol = next((environment[name] for name in _PROTOCOLS if environment.get(name, "").strip()), "grpc").strip()
-    if protocol != "grpc":
+    protocol = _find("PROTOCOL", environment)
+    if protocol not in {"", "grpc"}:
         raise UsageError(f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol!r}: this relay speaks grpc only; name a port for that")
-    for name in _FILES:
+    for name in (prefix + file for prefix in _PREFIXES for file in _FILES):
         if environment.get(name) and not Path(environment[name]).is_file():
             raise UsageError(f"{name} names {environment[name]!r}, which is no file: name one, or unset it")
     return OtlpConfig(endpoint, _read_interval(environment.get(_INTERVAL, "").strip()) / 1000)
+
+
+def _find(name: str, environment: Mapping[str, str]) -> str:
+    """Return a variable of the exporter; "" if it is unset."""
+    values = (environment.get(prefix + name, "").strip() for prefix in _PREFIXES)
+    return next(filter(None, values), "")
 
 
 def open_collector(config: OtlpConfig, sources: RelayState) -> Collector:
