@@ -19,6 +19,9 @@ _MAX_QUOTE = 40
 _LARGEST = {"limit": MAX_ALLOCATIONS, "offset": 10**_MAX_DIGITS - 1, "channels": MAX_CHANNELS, "port": 65535}
 _NETWORKS = ("client", "peer")
 _CHOICES = {"sort": tuple(SORTS), "order": ("asc", "desc")}
+_ASCENDING = ("expiry", "client", "port")
+"""Sort keys of which the smallest comes first by default."""
+
 _DEFAULTS: dict[str, Any] = {"limit": 100, "offset": 0, "sort": "traffic", "order": None, "channels": 16}
 _DEFAULTS |= dict.fromkeys((*_NETWORKS, "port"))
 
@@ -48,5 +51,5 @@ def parse(query: Mapping[str, str]) -> Selection:
             read[name] = text
         else:
             raise ValueError(f"there is no parameter {name[:_MAX_QUOTE]!a}: {', '.join(_DEFAULTS)} are all there is")
-    read["order"] = read["order"] or ("desc" if SORTS[read["sort"]].descends else "asc")
+    read["order"] = read["order"] or ("asc" if read["sort"] in _ASCENDING else "desc")
     return cast(Selection, read)

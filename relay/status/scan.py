@@ -9,7 +9,6 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from ipaddress import ip_address, ip_network
 from itertools import islice
-from typing import NamedTuple
 
 from relay.core.addresses import AllocationId, pack_host
 from relay.core.allocations import Allocation, ChannelBinding
@@ -125,7 +124,7 @@ class Scan:
         for id_ in self._yield_if_due.between(self._bytes):
             allocation = self._tables.by_id.get(id_)
             # The place of an ended allocation is irrelevant.
-            keys[id_] = 0 if allocation is None else SORTS[sort].key(allocation, self)
+            keys[id_] = 0 if allocation is None else SORTS[sort](allocation, self)
         ids, runs = list(keys), []
         for first in range(0, len(ids), RUN_LENGTH):
             runs.append(sorted(ids[first : first + RUN_LENGTH], key=keys.__getitem__, reverse=descending))
@@ -143,14 +142,6 @@ class Scan:
             self._yield_if_due()
 
 
-class Sort(NamedTuple):
-    """Sort key of allocations."""
-
-    key: Callable[[Allocation, Scan], float]
-    descends: bool
-    """Whether the largest allocation comes first by default."""
-
-
 def _traffic(allocation: Allocation, scan: Scan) -> float:
     return sum(scan.bytes_of(allocation.id))
 
@@ -166,16 +157,16 @@ def _client(allocation: Allocation, _: Scan) -> int:
     return (len(host) << 128 | int.from_bytes(host)) << 16 | allocation.client[1]
 
 
-SORTS: dict[str, Sort] = {
-    "traffic": Sort(_traffic, descends=True),
-    "rate": Sort(_rate, descends=True),
-    "age": Sort(lambda allocation, _: -allocation.made_at, descends=True),
-    "expiry": Sort(lambda allocation, _: allocation.ends, descends=False),
-    "client": Sort(_client, descends=False),
-    "port": Sort(lambda allocation, _: allocation.port, descends=False),
-    "channels": Sort(lambda allocation, _: allocation.channel_count, descends=True),
+SORTS: dict[str, Callable[[Allocation, Scan], float]] = {
+    "traffic": _traffic,
+    "rate": _rate,
+    "age": lambda allocation, _: -allocation.made_at,
+    "expiry": lambda allocation, _: allocation.ends,
+    "client": _client,
+    "port": lambda allocation, _: allocation.port,
+    "channels": lambda allocation, _: allocation.channel_count,
 }
-"""By the values of the parameter `sort`. `rate` is the same as `traffic` while rates are unknown."""
+"""Sort keys, by the values of the parameter `sort`. `rate` is the same as `traffic` while rates are unknown."""
 
 
 def _key(channel: ChannelBinding) -> int:
