@@ -3,7 +3,7 @@
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
@@ -16,15 +16,14 @@ COMMAND = "make docs"
 """The command that regenerates the page."""
 
 BESIDE_OPTIONS = {
-    "FIREZONE_TOKEN": "This relay's token from the portal, or the path of a file with the token (`--token-file`).",
+    "FIREZONE_TOKEN": "The portal's token, or the path of its file.",
     "HTTPS_PROXY": "Proxy for the connection to the portal, `http://host:port`. For a `ws://` portal: `HTTP_PROXY`. Lower "
     "case also works.",
     "NO_PROXY": "Comma-separated hosts that are reached without the proxy.",
-    "SSL_CERT_FILE": "File with PEM certificates of trusted authorities. Replaces the system's authorities.",
-    "OTEL_EXPORTER_OTLP_ENDPOINT": "URL of the OpenTelemetry collector. OpenTelemetry's other variables also apply: "
-    "[metrics.md](metrics.md#opentelemetry).",
-    "RUNTIME_DIRECTORY": "Set by systemd. The relay's socket for a successor is there (`--handover-socket`).",
-    "NOTIFY_SOCKET": "Set by systemd. The relay reports its state there, and pings the watchdog (`WATCHDOG_USEC`).",
+    "SSL_CERT_FILE": "File with PEM certificates of trusted authorities, instead of the system's.",
+    "OTEL_EXPORTER_OTLP_ENDPOINT": "URL of the OpenTelemetry collector. [More of its variables](metrics.md#opentelemetry).",
+    "RUNTIME_DIRECTORY": "Set by systemd: directory of the default `--handover-socket`.",
+    "NOTIFY_SOCKET": "Set by systemd, with `WATCHDOG_USEC`: socket for the relay's state and for watchdog pings.",
 }
 """Environment variables without an option."""
 
@@ -33,8 +32,10 @@ _HEAD = f"""\
 
 # Command line
 
-`--help` prints the same text. An option overrides its variable, and an empty variable counts as unset. A usage error is one
-line on standard error, with exit code 2. Ctrl-C ends the other commands with exit code 130.
+{{}}
+
+`-h` or `--help` prints the same text for each. An option overrides its variable, and an empty variable counts as unset. A
+usage error is one line on standard error, with exit code 2. Ctrl-C ends a command with exit code 130.
 """
 
 _CODE = re.compile(r"(?<![\w`/-])(--[a-z][a-z0-9-]*|[A-Z][A-Z0-9]*_[A-Z0-9_]*[A-Z0-9]|/[a-z]+z?\b)(?![\w`])")
@@ -43,10 +44,12 @@ _CODE = re.compile(r"(?<![\w`/-])(--[a-z][a-z0-9-]*|[A-Z][A-Z0-9]*_[A-Z0-9_]*[A-
 
 def page() -> str:
     """Return the text of the page."""
-    parts = [_HEAD]
     context = click.Context(cli, info_name="firezone-relay", **cli.context_settings)
+    names = cli.list_commands(context)
+    links = ", ".join(f"[`{name}`](#firezone-relay-{name})" for name in names)
+    parts = [_HEAD.format(_filled(f"`firezone-relay` runs a relay. Commands: {links}."))]
     parts += _command(context)
-    for name in cli.list_commands(context):
+    for name in names:
         command = cli.get_command(context, name)
         assert command is not None  # noqa: S101 - list_commands has returned the name
         parts += _command(click.Context(command, parent=context, info_name=name))
@@ -61,7 +64,6 @@ def _command(context: click.Context) -> Iterator[str]:
     yield from _options(context)
     if isinstance(command, click.Group):
         yield from _variables()
-        yield from _commands(context, command)
     yield from _prose(command.epilog or "")
 
 
@@ -77,36 +79,49 @@ def _prose(text: str) -> Iterator[str]:
             yield "\n".join(["```", *(line[indent:] for line in commands), "```\n"])
         else:
             text = _as_markdown(" ".join(" ".join(lines).split()))
-            yield textwrap.fill(text, 125, break_long_words=False, break_on_hyphens=False) + "\n"
+            yield _filled(text) + "\n"
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 125, break_long_words=False, break_on_hyphens=False)
 
 
 def _options(context: click.Context) -> Iterator[str]:
-    options = [each for each in context.command.get_params(context) if isinstance(each, click.Option) and not each.hidden]
-    # Ungrouped options last: --version and --help.
+    options = [each for each in context.command.params if isinstance(each, click.Option) and not each.hidden]
+    # Ungrouped options last.
     titles = {each.group.name: None for each in options if isinstance(each, GroupedOption)}
     for title in (*titles, ""):
         if titles:
             yield f"### {title or 'Other options'}\n"
-        yield "| option | variable | default | |"
-        yield "|---|---|---|---|"
-        yield from (
+        rows = [
             _row(context, each) for each in options if title == (each.group.name if isinstance(each, GroupedOption) else "")
-        )
+        ]
+        # Columns that are empty in all rows would only take space.
+        columns = [column for column in zip(("option", "variable", "default", ""), *rows, strict=True) if any(column[1:])]
+        head, *lines = zip(*columns, strict=True)
+        yield _line(head)
+        yield "|" + "---|" * len(columns)
+        yield from map(_line, lines)
         yield ""
 
 
-def _row(context: click.Context, option: click.Option) -> str:
+def _row(context: click.Context, option: click.Option) -> tuple[str, str, str, str]:
+    """Return the cells of an option: name with placeholder or range, variables, default, and text."""
     extra = option.get_help_extra(context)
-    # click caches the help option of a command with the names of its first call, which may lack -h.
-    name = ", ".join(f"`{each}`" for each in (context.help_option_names if "--help" in option.opts else option.opts))
-    if not option.is_flag:
-        name += f" `{option.make_metavar(context)}`"
+    name = f"`{option.opts[0]}`"
+    bounds = extra.get("range", "").replace("<=x<=", "–").replace("x>=", "≥ ")
+    metavar = option.make_metavar(context)
+    if not option.is_flag and not metavar.endswith(" RANGE"):
+        name += f" `{metavar}`"
+    if bounds:
+        name += f" {bounds}"
     text = _as_markdown(option.help or "") + (" Required." if option.required else "")
-    if "range" in extra:
-        text += f" Range: `{extra['range']}`."
     variables = ", ".join(f"`{each}`" for each in extra.get("envvars", ()))
-    default = f"`{extra['default']}`" if "default" in extra else ""
-    return "| " + " | ".join(each.replace("|", "\\|") for each in (name, variables, default, text)) + " |"
+    return name, variables, f"`{extra['default']}`" if "default" in extra else "", text
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(each.replace("|", "\\|") for each in cells) + " |"
 
 
 def _variables() -> Iterator[str]:
@@ -114,17 +129,6 @@ def _variables() -> Iterator[str]:
     yield "| variable | |"
     yield "|---|---|"
     yield from (f"| `{name}` | {text} |" for name, text in BESIDE_OPTIONS.items())
-    yield ""
-
-
-def _commands(context: click.Context, group: click.Group) -> Iterator[str]:
-    yield "| command | |"
-    yield "|---|---|"
-    for name in group.list_commands(context):
-        command = group.get_command(context, name)
-        if command is not None:
-            path = f"{context.command_path} {name}"
-            yield f"| [`{path}`](#{path.replace(' ', '-')}) | {_as_markdown(command.get_short_help_str(200))} |"
     yield ""
 
 

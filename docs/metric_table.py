@@ -1,17 +1,15 @@
 """Makes the table in docs/metrics.md of the definitions: ``python -m docs.metric_table``, or ``make docs``."""
 
 import sys
-from collections.abc import Collection, Iterator
-from ipaddress import IPv4Address
+from collections.abc import Iterator
 from pathlib import Path
 
-from relay.config import Config
 from relay.core.allocations import Allocations
 from relay.core.counters import Counters
 from relay.core.history import History
 from relay.ops.metrics import table
 from relay.ops.metrics.metric import LabelValue, Metric, MetricKind
-from relay.ops.metrics.prometheus import label_of, name_of
+from relay.ops.metrics.prometheus import name_of
 from relay.ops.totals import RelayState, RelayTotals, ServerCounters
 
 PAGE = Path(__file__).with_name("metrics.md")
@@ -27,16 +25,7 @@ GROUPS = {
 }
 
 IDLE = RelayState(
-    config=Config(public_ip4=IPv4Address("192.0.2.1")),
-    counters=Counters(),
-    tables=Allocations(lambda _: False),
-    history=History(),
-    carried_out=ServerCounters(),
-    kernel_drops=int,
-    inbox=lambda: None,
-    portal=lambda: None,
-    not_ready=tuple,
-    datapath=None,
+    Counters(), Allocations(lambda _: False), History(), ServerCounters(), int, lambda: None, lambda: None, tuple, None
 )
 """A relay without clients: each metric has all its points from the start."""
 
@@ -53,34 +42,28 @@ def page(text: str) -> str:
 def _lines() -> Iterator[str]:
     for title, group in GROUPS.items():
         yield f"\n### {title}\n"
-        yield "| metric | in Prometheus | kind, unit | description |"
-        yield "|---|---|---|---|"
+        yield "| metric | in Prometheus | description |"
+        yield "|---|---|---|"
         for metric in group(RelayTotals(IDLE)):
-            kind = f"{metric.kind.value}, `{metric.unit}`"
             name = f"`{name_of(metric)}{_SUFFIXES[metric.kind]}`"
-            yield f"| `{metric.name}` | {name} | {kind} | {metric.description}{_labels(metric)} |"
+            yield f"| `{metric.name}` | {name} | {metric.description}{_labels(metric)} |"
     yield ""
 
 
 def _labels(metric: Metric) -> str:
     values = zip(*(labels for labels, _ in metric.points), strict=True)
-    told = ""
-    for name, each in zip(metric.labels, values, strict=True):
-        told += f" `{name}`{_in_prometheus(name)}{_values(dict.fromkeys(each))}."
+    listed = {name: dict.fromkeys(each) for name, each in zip(metric.labels, values, strict=True)}
+    told = "".join(f" `{name}`: {', '.join(map(_value, each))}." for name, each in listed.items() if len(each) > 1)
+    # Labels with one value per process, such as a version.
+    if constant := [f"`{name}`" for name, each in listed.items() if len(each) <= 1]:
+        told += f" {', '.join(constant)}."
     if metric.bounds:
         told += f" Steps end at {', '.join(map(str, metric.bounds[:2]))} … {metric.bounds[-1]}."
     return told
 
 
-def _in_prometheus(label: str) -> str:
-    return "" if label == label_of(label) else f" (`{label_of(label)}`)"
-
-
-def _values(values: Collection[LabelValue]) -> str:
-    if len(values) <= 1:
-        # What it is there and then, such as a version.
-        return ""
-    return ": " + ", ".join(f"`{value}`" if value != "" else "empty" for value in values)
+def _value(value: LabelValue) -> str:
+    return f"`{value}`" if value != "" else "empty"
 
 
 def main() -> None:

@@ -69,13 +69,12 @@ Without a portal:
 Complete options in bash (in another shell: zsh_source or fish_source):
   eval "$(_FIREZONE_RELAY_COMPLETE=bash_source firezone-relay)"
 
-FIREZONE_TOKEN is the token or its file. No argument takes the token itself, because every user of a machine can read its
-command lines. HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE apply to the connection to the portal.
+FIREZONE_TOKEN is the token or its file. No argument takes the token: every user of a machine can read command lines.
+HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE apply to the connection to the portal.
 
 Signals: SIGTERM leaves the portal, drains for --drain-timeout and exits. SIGINT or a second SIGTERM exits at once. SIGUSR1
-writes the state of the relay and the stacks of all threads to the log. SIGQUIT writes only the stacks, even if the relay
-hangs. SIGABRT writes the stacks and aborts. SIGHUP and SIGUSR2 change nothing: to change settings, restart the
-relay or take it over.
+writes state and thread stacks to the log; SIGQUIT only stacks, even if the relay hangs. SIGABRT writes stacks and aborts.
+SIGHUP and SIGUSR2 change nothing: to change settings, restart the relay or take it over.
 
 Exit codes: 0 stopped on request, 1 fatal error, 2 usage error.
 """
@@ -130,7 +129,7 @@ class _Commands(click.Group):
 @_portal(
     "--token-file",
     options.FILE,
-    "File with this relay's token from the portal, read again for each attempt to join. Replaces FIREZONE_TOKEN.",
+    "File with the portal's token, read for each attempt to join. Replaces FIREZONE_TOKEN.",
     variable=(),
 )
 @_portal(
@@ -140,7 +139,7 @@ class _Commands(click.Group):
     variable="FIREZONE_API_URL",
 )
 @_portal(
-    "--name", STRING, "Name of this relay in top and metrics. Current portals ignore the name.", variable="FIREZONE_NAME"
+    "--name", STRING, "Name of this relay in top and metrics. Current portals ignore it.", variable="FIREZONE_NAME"
 )
 @_portal("--standalone", BOOL, "Run without a portal. See --relay-secret-file.", variable=(), is_flag=True)
 @_portal(
@@ -148,11 +147,11 @@ class _Commands(click.Group):
     options.FILE,
     "Standalone: file with the secret for credentials. Unset: the relay creates a secret and prints a credential.",
 )
-@_address(("--public-ip4-addr", "public_ip4"), options.IPV4, "IPv4 address at which clients and peers reach this relay.")
+@_address(("--public-ip4-addr", "public_ip4"), options.IPV4, "Public IPv4 address, at which clients and peers reach this relay.")
 @_address(
     ("--public-ip6-addr", "public_ip6"),
     options.IPV6,
-    "IPv6 address at which clients and peers reach this relay. At least one public address is required.",
+    "Public IPv6 address. At least one public address is required.",
 )
 @_address(
     ("--listen-address-discovery-method", "discovery"),
@@ -167,7 +166,7 @@ class _Commands(click.Group):
 @_address(
     ("--bind-ip6-addr", "bind_ip6"),
     options.IPV6,
-    "IPv6 address to bind. Unset: the public address if this machine has it, else all addresses.",
+    "IPv6 address to bind. Unset: as for IPv4.",
 )
 @_address(
     "--listen-port",
@@ -193,19 +192,19 @@ class _Commands(click.Group):
 @_address(
     ("--metrics-addr", "metrics"),
     options.ENDPOINT,
-    "Further address for GET /metrics, without all other pages. Unset: only the control address has metrics.",
+    "Additional address with GET /metrics only.",
 )
 @_address(
     ("--control-hostname", "control_hostnames"),
     options.HOSTNAMES,
-    "Comma-separated hostnames for requests to the control address. IP addresses and localhost are always accepted.",
+    "Comma-separated hostnames accepted at the control address, besides IP addresses and localhost.",
     default=(),
 )
 @_limit("--max-allocations", IntRange(1), "Maximum number of allocations. Unset: the number of ports.")
 @_limit(
     "--max-allocations-per-address",
     IntRange(1),
-    "Maximum number of allocations per client address (IPv6: /64). Unset: no limit, since clients may share an address.",
+    "Maximum number of allocations per client address (IPv6: /64). Unset: no limit.",
 )
 @_limit(
     ("--max-channels-per-allocation", "max_channels"),
@@ -230,7 +229,7 @@ class _Commands(click.Group):
 @_limit(
     "--unauthenticated-burst",
     IntRange(1, 1_000_000),
-    "Maximum burst of responses to one unauthenticated source address, for example when a whole office connects.",
+    "Maximum burst of responses to one unauthenticated source address.",
     default=UNAUTHENTICATED_BURST,
 )
 @_limit(
@@ -285,13 +284,13 @@ class _Commands(click.Group):
 @_advanced(
     "--take-over",
     BOOL,
-    "Take over all allocations of the relay at --handover-socket, which then exits. Without a relay there, start as always.",
+    "Take over all allocations of the relay at --handover-socket, which then exits. Without a relay there, start normally.",
     is_flag=True,
 )
 @_advanced(
     "--detach",
     BOOL,
-    "With --take-over: go on in the background, and exit as soon as the new process relays. For ExecReload= of systemd.",
+    "With --take-over: run in the background; the command exits when the new process relays. For ExecReload= of systemd.",
     is_flag=True,
 )
 @_advanced(
@@ -313,8 +312,8 @@ class _Commands(click.Group):
 def cli(context: click.Context, /, **settings: Any) -> None:  # noqa: ANN401 - the values of all options
     """Relay packets between two peers that can't reach each other: STUN and TURN for Firezone networks.
 
-    With the portal's token in FIREZONE_TOKEN, and FIREZONE_API_URL, the relay joins the portal and responds to clients on
-    UDP port 3478. Each allocation has a UDP port of its own.
+    With FIREZONE_TOKEN and FIREZONE_API_URL, the relay joins the portal and responds to clients on UDP port 3478. Each
+    allocation has a UDP port of its own.
     """
     if context.invoked_subcommand is None:
         from relay.system import process  # noqa: PLC0415 - the whole relay, which other commands don't need

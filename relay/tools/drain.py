@@ -33,7 +33,7 @@ class _State(TypedDict):
 @click.option("--wait", is_flag=True, help="Return when the relay has ended.")
 @click.pass_context
 def drain(ctx: click.Context, at: Endpoint, timeout: int | None, *, cancel: bool, wait: bool) -> None:
-    """Drain a running relay: it leaves its portal and rejects new allocations, and current allocations continue.
+    """Drain a running relay: it leaves its portal and rejects new allocations.
 
     The relay exits with code 0 when the last allocation ends, when nothing was relayed for 5 s, or after the timeout. During
     a drain, the command changes the timeout.

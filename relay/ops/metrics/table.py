@@ -75,14 +75,14 @@ def relaying(totals: RelayTotals) -> Iterator[Metric]:
     yield _gauge(
         "relay.active_allocations",
         "{allocation}",
-        "Current allocations, including allocations that wait for their sockets.",
+        "Current allocations, also while they wait for their sockets.",
         totals.allocations,
     )
     yield _gauge("relay.channels", "{channel}", "Bound channels that relay packets.", totals.channels)
     yield _gauge(
         "relay.capacity.used",
         "{resource}",
-        "Used part of each limit. Channels include channels in their grace period.",
+        "Used part of each limit. Includes channels in their grace period.",
         {
             "allocations": totals.allocations,
             "ports": ports - state.free_ports(),
@@ -106,14 +106,14 @@ def relaying(totals: RelayTotals) -> Iterator[Metric]:
     yield _counter(
         "relay.relayed.packets",
         "{packet}",
-        "Relayed packets, by direction and data path.",
+        "Relayed packets.",
         by_direction(slice(0, None, 2)),
         (DIRECTION, DATAPATH),
     )
     yield _counter(
         "relay.relayed.bytes",
         "By",
-        "Payload of relayed packets, without headers.",
+        "Payload of relayed packets.",
         by_direction(slice(1, None, 2)),
         (DIRECTION, DATAPATH),
     )
@@ -125,7 +125,7 @@ def relaying(totals: RelayTotals) -> Iterator[Metric]:
         MetricKind.HISTOGRAM,
         "relay.packet.size",
         "By",
-        "Payload size of relayed packets, without headers.",
+        "Payload size of relayed packets.",
         {
             datapath: Histogram([*map(sum, zip(*sizes[datapath], strict=True))], each.to_peer_bytes + each.to_client_bytes)
             for datapath, each in by_datapath.items()
@@ -136,7 +136,7 @@ def relaying(totals: RelayTotals) -> Iterator[Metric]:
     yield _counter(
         "relay.early_packets",
         "{packet}",
-        "Packets that arrived before the ChannelBind of their channel: held, and relayed when it succeeded.",
+        "Packets that arrived before the ChannelBind of their channel: held, and later relayed.",
         {"held": counters.early_held, "relayed": counters.early_relayed},
         ("state",),
     )
@@ -170,17 +170,17 @@ def requests(totals: RelayTotals) -> Iterator[Metric]:
         "Keepalives (Binding indications), which get no response.",
         counters.binding_indications,
     )
-    yield _counter("relay.nonces", "{nonce}", "Nonces in requests, by validity.", counters.nonces, ("outcome",))
-    yield _counter("relay.allocations.made", "{allocation}", "Allocations established.", counters.allocations_made)
+    yield _counter("relay.nonces", "{nonce}", "Nonces in requests.", counters.nonces, ("outcome",))
+    yield _counter("relay.allocations.made", "{allocation}", "Established allocations.", counters.allocations_made)
     yield _counter(
         "relay.refusals",
         "{request}",
-        "Valid requests rejected with 486 or 508, by the limit or the reason.",
+        "Valid requests rejected with 486 or 508.",
         dict.fromkeys(REFUSALS, 0) | counters.refusals.copy(),
         ("reason",),
     )
     yield _counter(
-        "relay.allocations.freed", "{allocation}", "Allocations ended, by reason.", counters.allocations_freed, ("reason",)
+        "relay.allocations.freed", "{allocation}", "Ended allocations.", counters.allocations_freed, ("reason",)
     )
 
 
@@ -231,7 +231,7 @@ def losses(totals: RelayTotals) -> Iterator[Metric]:
     yield _counter(
         "relay.trains",
         "{train}",
-        "GSO batches that the kernel sent, or rejected so that they were split into datagrams.",
+        "GSO batches that the kernel sent, or rejected so that the relay split them.",
         {"sent": udp.trains_sent, "cut": sum(udp.trains_cut.copy().values())},
         ("outcome",),
     )
@@ -268,13 +268,13 @@ def in_the_kernel(totals: RelayTotals) -> Iterator[Metric]:
     yield _counter(
         "relay.xdp.stalls",
         "{stall}",
-        "Times that an interface received packets and the attached XDP program received none.",
+        "Times that an interface received packets but its XDP program received none.",
         stalls,
     )
     yield _gauge(
         "relay.xdp.interfaces",
         "{interface}",
-        "Interfaces configured for offload, by state of the XDP program.",
+        "Interfaces configured for offload.",
         {"attached": attached, "failed": failed},
         ("state",),
     )
@@ -286,19 +286,19 @@ def health(totals: RelayTotals) -> Iterator[Metric]:
     inbox, portal = state.inbox(), state.portal()
     portal_state = STANDALONE if portal is None else portal.state.value
     yield _gauge(
-        "relay.ready", "{relay}", "1 if new clients should be sent to this relay (see /readyz), else 0.", int(not not_ready)
+        "relay.ready", "{relay}", "1 if the relay is ready for new clients (/readyz), else 0.", int(not not_ready)
     )
     yield _gauge(
         "relay.not_ready",
         "{relay}",
-        "1 for each reason why the relay is not ready, else 0.",
+        "1 for each reason not to be ready, else 0.",
         {reason.value: int(reason in not_ready) for reason in NotReady},
         ("reason",),
     )
     yield _gauge(
         "relay.drain.end_time",
         "s",
-        "Unix time at which a drain ends at the latest; 0 unless the relay drains. `relay.active_allocations` are left.",
+        "Unix time at which a drain ends at the latest; 0 unless the relay drains.",
         0 if drain is None else drain.until,
     )
     yield _gauge(
@@ -316,14 +316,14 @@ def health(totals: RelayTotals) -> Iterator[Metric]:
     yield _counter(
         "relay.faults",
         "{fault}",
-        "Internal errors that the relay survived. Each is a bug: please report it.",
+        "Internal errors that the relay survived: please report each.",
         {"datagram": state.carried_out.faults, "portal": 0 if portal is None else portal.faults},
         ("input",),
     )
     yield _gauge(
         "relay.portal.state",
         "{portal}",
-        "1 for the current state of the portal connection, 0 for all other states.",
+        "1 for the current state of the portal connection, else 0.",
         {each: int(each == portal_state) for each in (STANDALONE, *(state.value for state in State))},
         ("state",),
     )
@@ -355,7 +355,7 @@ def process(totals: RelayTotals) -> Iterator[Metric]:
         "Seconds by which the wall clock was set since startup. Credentials expire by this clock.",
         totals.wall_clock_moved,
     )
-    yield _counter("process.cpu.time", "s", "CPU time of the process, in user mode and in the kernel.", figures.cpu_seconds)
+    yield _counter("process.cpu.time", "s", "CPU time, in user mode and in the kernel.", figures.cpu_seconds)
     yield _gauge("process.memory.usage", "By", "Resident memory (RSS).", figures.resident)
     yield _gauge("process.memory.virtual", "By", "Virtual memory (address space).", figures.virtual)
     yield _gauge("process.thread.count", "{thread}", "Threads.", figures.threads)
@@ -366,9 +366,9 @@ def process(totals: RelayTotals) -> Iterator[Metric]:
         "Maximum number of open file descriptors.",
         figures.max_descriptors,
     )
-    yield _gauge("process.start_time", "s", "Start time of the process, in Unix seconds.", figures.started_at)
+    yield _gauge("process.start_time", "s", "Start time in Unix seconds.", figures.started_at)
     yield _counter(
-        "relay.handovers", "{handover}", "Times that a new process took over this relay.", state.handovers().number
+        "relay.handovers", "{handover}", "Takeovers of this relay by a new process.", state.handovers().number
     )
     yield _gauge(
         "relay.handover.wait", "s", "Time for which requests waited in the last handover.", state.handovers().requests_waited
@@ -376,7 +376,7 @@ def process(totals: RelayTotals) -> Iterator[Metric]:
     yield _gauge(
         "relay.info",
         "{relay}",
-        "Always 1. The labels are the versions of the relay and Python, `FIREZONE_NAME` and the public addresses.",
+        "Always 1, with labels for versions, `FIREZONE_NAME` and public addresses.",
         {(__version__, platform.python_version(), *identity): 1},
         ("version", "python", "name", "public_ip4", "public_ip6"),
     )

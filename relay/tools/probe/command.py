@@ -55,7 +55,7 @@ def parse_target(text: str) -> tuple[Endpoint, bool]:
     metavar="P",
     envvar="FIREZONE_RELAY_PASSWORD",
     show_envvar=True,
-    help="Password of the credential. Prefer the variable, because other users can read the command line.",
+    help="Password of the credential. Prefer the variable: other users can read the command line.",
 )
 @click.option(
     "--relay-secret-file",
@@ -63,7 +63,7 @@ def parse_target(text: str) -> tuple[Endpoint, bool]:
     envvar="RELAY_SECRET_FILE",
     show_envvar=True,
     metavar="PATH",
-    help="File with a Firezone relay's secret, for a credential that is valid for 10 minutes.",
+    help="File with a Firezone relay's secret, for a credential of 10 minutes.",
 )
 @click.option("--count", type=click.IntRange(1, 100_000), default=50, help="Packets per direction and address.")
 @click.option("--rate", type=click.IntRange(1, 1000), default=50, help="Packets per second and direction.")
@@ -100,8 +100,8 @@ def probe(  # noqa: PLR0913, PLR0917 - one for each option
 ) -> None:
     """Test the TURN relay HOST like a client and its peer.
 
-    HOST is a name or an address, optionally with :PORT (default 3478), or a URI such as turn:HOST:PORT?transport=udp. Write
-    an IPv6 address with a port as [IPv6]:PORT.
+    HOST is a name or an address, optionally with :PORT (default 3478; IPv6: [ADDRESS]:PORT), or a URI such as
+    turn:HOST:PORT?transport=udp.
 
     The probe requests this machine's public address (Binding), creates an allocation (Allocate), binds channels to a peer of
     its own (ChannelBind), sends packets in both directions, measures the path MTU, and deletes the allocation (Refresh).

@@ -32,7 +32,7 @@ from relay.tools.top.terminal import Screen, size_of
 @click.option("--peer", type=NETWORK, help="Only allocations with a channel to this address or network.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Only the allocation with this port.")
 @click.option("--once", is_flag=True, help="Print one table and exit.")
-@click.option("--json", "json_", is_flag=True, help="With --once: print the relay's response as one JSON object.")
+@click.option("--json", "json_", is_flag=True, help="With --once: print one JSON object.")
 @click.option("--limit", type=click.IntRange(0, 500), default=20, help="With --once: maximum number of allocations.")
 def top(  # noqa: PLR0913 - one for each option
     at: Endpoint,
@@ -48,8 +48,7 @@ def top(  # noqa: PLR0913 - one for each option
 ) -> None:
     """Watch a running relay: throughput both ways, totals, the portal, and the busiest allocations.
 
-    It requests the relay's control address, which by default is reachable only on the same machine. Press h for help and q
-    to quit. Use --once without a terminal, or for a single table. It takes a second, because a rate needs two samples.
+    Press h for help and q to quit. Without a terminal, use --once. It takes a second, because a rate needs two samples.
 
     Exit codes: 0 success, 1 the relay is unreachable, 2 usage error.
 
