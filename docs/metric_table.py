@@ -2,8 +2,10 @@
 
 import sys
 from collections.abc import Iterator
+from ipaddress import IPv4Address
 from pathlib import Path
 
+from relay.config import Config
 from relay.core.allocations import Allocations
 from relay.core.counters import Counters
 from relay.core.history import History
@@ -25,7 +27,16 @@ GROUPS = {
 }
 
 IDLE = RelayState(
-    Counters(), Allocations(lambda _: False), History(), ServerCounters(), int, lambda: None, lambda: None, tuple, None
+    config=Config(public_ip4=IPv4Address("192.0.2.1")),
+    counters=Counters(),
+    tables=Allocations(lambda _: False),
+    history=History(),
+    carried_out=ServerCounters(),
+    kernel_drops=int,
+    inbox=lambda: None,
+    portal=lambda: None,
+    not_ready=tuple,
+    datapath=None,
 )
 """A relay without clients: each metric has all its points from the start."""
 

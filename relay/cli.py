@@ -138,16 +138,16 @@ class _Commands(click.Group):
     "URL of your portal's API, such as wss://api.example.com. Required with a token.",
     variable="FIREZONE_API_URL",
 )
-@_portal(
-    "--name", STRING, "Name of this relay in top and metrics. Current portals ignore it.", variable="FIREZONE_NAME"
-)
+@_portal("--name", STRING, "Name of this relay in top and metrics. Current portals ignore it.", variable="FIREZONE_NAME")
 @_portal("--standalone", BOOL, "Run without a portal. See --relay-secret-file.", variable=(), is_flag=True)
 @_portal(
     "--relay-secret-file",
     options.FILE,
     "Standalone: file with the secret for credentials. Unset: the relay creates a secret and prints a credential.",
 )
-@_address(("--public-ip4-addr", "public_ip4"), options.IPV4, "Public IPv4 address, at which clients and peers reach this relay.")
+@_address(
+    ("--public-ip4-addr", "public_ip4"), options.IPV4, "Public IPv4 address, at which clients and peers reach this relay."
+)
 @_address(
     ("--public-ip6-addr", "public_ip6"),
     options.IPV6,

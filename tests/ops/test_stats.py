@@ -113,7 +113,7 @@ def test_unreadable_counters_are_logged_once_and_read_again(log: KeptLog, traffi
     traffic.flow = {**NOTHING, "to_peer_packets": 5}
     traffic.look()
     assert [entry["event"] for entry in log.take()] == [
-        "what flows can't be read: please report this; further times are only counted",
+        "the traffic can't be read: please report this; further failures are not logged",
         "relayed",
     ]
 

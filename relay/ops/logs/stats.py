@@ -92,7 +92,7 @@ class StatsLine:
             fields = report(self._before, after, now - self._at)
         except Exception:  # noqa: BLE001 - the next period may succeed
             if not self._has_failed:
-                _log.exception("what flows can't be read: please report this; further times are only counted")
+                _log.exception("the traffic can't be read: please report this; further failures are not logged")
             self._has_failed = True
             return
         if fields is not None:

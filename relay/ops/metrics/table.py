@@ -179,9 +179,7 @@ def requests(totals: RelayTotals) -> Iterator[Metric]:
         dict.fromkeys(REFUSALS, 0) | counters.refusals.copy(),
         ("reason",),
     )
-    yield _counter(
-        "relay.allocations.freed", "{allocation}", "Ended allocations.", counters.allocations_freed, ("reason",)
-    )
+    yield _counter("relay.allocations.freed", "{allocation}", "Ended allocations.", counters.allocations_freed, ("reason",))
 
 
 def losses(totals: RelayTotals) -> Iterator[Metric]:
@@ -285,9 +283,7 @@ def health(totals: RelayTotals) -> Iterator[Metric]:
     state, drain, not_ready = totals.state, totals.drain, totals.state.not_ready()
     inbox, portal = state.inbox(), state.portal()
     portal_state = STANDALONE if portal is None else portal.state.value
-    yield _gauge(
-        "relay.ready", "{relay}", "1 if the relay is ready for new clients (/readyz), else 0.", int(not not_ready)
-    )
+    yield _gauge("relay.ready", "{relay}", "1 if the relay is ready for new clients (/readyz), else 0.", int(not not_ready))
     yield _gauge(
         "relay.not_ready",
         "{relay}",
@@ -367,9 +363,7 @@ def process(totals: RelayTotals) -> Iterator[Metric]:
         figures.max_descriptors,
     )
     yield _gauge("process.start_time", "s", "Start time in Unix seconds.", figures.started_at)
-    yield _counter(
-        "relay.handovers", "{handover}", "Takeovers of this relay by a new process.", state.handovers().number
-    )
+    yield _counter("relay.handovers", "{handover}", "Takeovers of this relay by a new process.", state.handovers().number)
     yield _gauge(
         "relay.handover.wait", "s", "Time for which requests waited in the last handover.", state.handovers().requests_waited
     )
