@@ -12,10 +12,9 @@ from rich.console import Console
 from benchmarks.allocations import raise_descriptor_limit
 from benchmarks.cases import QUICK, Case, Plan, chosen
 from benchmarks.doubts import doubts
-from benchmarks.errors import MeasurementError
 from benchmarks.generator import Generator, compile_programs
 from benchmarks.loopback import LoopbackSuite
-from benchmarks.measure import machine
+from benchmarks.measure import MeasurementError, machine
 from benchmarks.offload.suite import offload_suite
 from benchmarks.pinning import on, places
 from benchmarks.report import FOLDER, description, write
@@ -41,8 +40,7 @@ Exit codes: 0 done, even with failures in some cases; 1 cannot run, or interrupt
     "--only", multiple=True, metavar="NAME", help="Cases with a name that begins with NAME or matches. Repeatable."
 )
 @click.option("--list", "list_only", is_flag=True, help="List all cases, and end.")
-@click.option("--results", "folder", type=click.Path(path_type=Path, file_okay=False), help="Folder for JSON and the plot.")
-def main(*, quick: bool, rounds: int | None, only: Sequence[str], list_only: bool, folder: Path | None) -> None:
+def main(*, quick: bool, rounds: int | None, only: Sequence[str], list_only: bool) -> None:
     """Measure this relay, coturn, and a relay in C that makes only the necessary system calls.
 
     Progress goes to standard error, the tables to standard output.
@@ -59,9 +57,7 @@ def main(*, quick: bool, rounds: int | None, only: Sequence[str], list_only: boo
         results = _measure(cases, plan._replace(rounds=rounds or plan.rounds))
     except (MeasurementError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    if folder is None and not (quick or only):
-        folder = FOLDER
-    for path in write(results, folder) if folder else ():
+    for path in () if quick or only else write(results, FOLDER):
         click.echo(f"written: {path}", err=True)
     for table in tables():
         table.print(results, console)

@@ -7,9 +7,8 @@ from collections.abc import Iterable
 
 from benchmarks.cases import Plan
 from benchmarks.clients import CONCURRENT, Client, allocate, bind_channels, refresh, udp_socket
-from benchmarks.errors import MeasurementError
 from benchmarks.generator import Generator, Load
-from benchmarks.measure import cpu_ns, memory
+from benchmarks.measure import MeasurementError, cpu_ns, memory
 from benchmarks.results import Metrics
 from benchmarks.servers import Server, started
 from benchmarks.sessions import turn_flows_of
@@ -33,7 +32,7 @@ def measure_allocations(server: Server, cpus: Iterable[int], plan: Plan) -> Metr
     """Measure the cost of an allocation, the rates of one client after another, and start and stop."""
     with contextlib.ExitStack() as stack:
         running = stack.enter_context(started(server, cpus))
-        clients = _open_clients(stack, server, _WARM_UP + plan.allocations)
+        clients = open_clients(stack, server, _WARM_UP + plan.allocations)
         allocate(clients[:_WARM_UP])
         metrics = _measure_making(running.pid, clients[_WARM_UP:], concurrent=1)
         before = cpu_ns(running.pid)
@@ -54,7 +53,7 @@ def measure_all_ports(server: Server, cpus: Iterable[int], generator: Generator,
     with contextlib.ExitStack() as stack:
         running = stack.enter_context(started(server, cpus))
         peer = stack.enter_context(udp_socket(*server.endpoints.peer))
-        clients = _open_clients(stack, server, count)
+        clients = open_clients(stack, server, count)
         metrics = _measure_making(running.pid, clients, CONCURRENT)
         bind_channels(clients, peer.getsockname())
         before = cpu_ns(running.pid)
@@ -66,7 +65,7 @@ def measure_all_ports(server: Server, cpus: Iterable[int], generator: Generator,
         return metrics | {"stop_s": running.stop() / 1000}
 
 
-def _open_clients(stack: contextlib.ExitStack, server: Server, count: int) -> list[Client]:
+def open_clients(stack: contextlib.ExitStack, server: Server, count: int) -> list[Client]:
     """Open the sockets of clients, before the first reading of memory: the server's memory must not include them."""
     return [stack.enter_context(contextlib.closing(Client(server, number))) for number in range(count)]
 

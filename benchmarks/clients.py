@@ -3,10 +3,11 @@
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple, TypeAlias
 
-from benchmarks.errors import MeasurementError
+from benchmarks.measure import MeasurementError
 from benchmarks.servers import Server
 from relay.core import attributes
 from relay.core.addresses import SocketAddress
@@ -14,21 +15,18 @@ from relay.core.attributes import Attribute
 from relay.core.credentials import FIREZONE_REALM, integrity_key
 from relay.core.stun import Message, MessageClass, Method, decode, encode
 
-T = TypeVar("T")
 AttributeValues: TypeAlias = Sequence[tuple[Attribute[Any], Any]]
 
 CHANNEL = 0x4000
 CONCURRENT = 32
 """Requests in flight during setup: enough to keep a server busy, few enough for any receive buffer."""
 
-UDP = 17
+_UDP = 17
 LONGEST = 65535
-_LIFETIME = 600
 _UNAUTHORIZED = "401"
 _RECEIVE_BUFFER = 4 * 1024 * 1024
 _SO_RCVBUFFORCE = 33
 _ANSWER_SECONDS = 1.0
-_TRIES = 5
 _REFRESH_SUCCESS = b"\x01\x04"
 """Message type of a success response to Refresh (RFC 8489 §5)."""
 
@@ -55,11 +53,13 @@ def udp_socket(host: str, port: int = 0) -> socket.socket:
 class Client:
     """A client of a server, with a socket of its own."""
 
-    def __init__(self, server: Server, number: int) -> None:
+    def __init__(self, server: Server, number: int, waits: Sequence[float] = (1.0,) * 5) -> None:
         if server.credential is None:
             raise MeasurementError(f"{server.name} does not authenticate clients")
         self._server = server
         self._number = number
+        self._waits = waits
+        """Seconds until each retransmission of a request, and until its failure."""
         self._credential = server.credential(number)
         self._key = integrity_key(self._credential.username, FIREZONE_REALM, self._credential.password)
         self._nonce: bytes | None = None
@@ -84,19 +84,24 @@ class Client:
             values, key = (*values, *login), self._key
         return Request(transaction_id, encode(MessageClass.REQUEST, method, transaction_id, values, key=key))
 
+    def allocate(self) -> Request:
+        """Encode an Allocate request."""
+        return self.request(Method.ALLOCATE, ((attributes.REQUESTED_TRANSPORT, _UDP),))
+
+    def refresh(self, lifetime: int = 600) -> Request:
+        """Encode a Refresh request."""
+        return self.request(Method.REFRESH, ((attributes.LIFETIME, lifetime),))
+
+    def bind(self, peer: SocketAddress, channel: int = CHANNEL) -> Request:
+        """Encode a ChannelBind request."""
+        values = ((attributes.CHANNEL_NUMBER, channel), (attributes.XOR_PEER_ADDRESS, peer))
+        return self.request(Method.CHANNEL_BIND, values)
+
     def learn_nonce(self, challenge: Message) -> None:
         """Store the nonce of a 401 response."""
         self._nonce = challenge.get(attributes.NONCE)
         if self._nonce is None or _code_of(challenge) != _UNAUTHORIZED:
             raise MeasurementError(f"{self._server.name} answered {_code_of(challenge)} instead of 401 with a nonce")
-
-    def required(self, response: Message, attribute: Attribute[T]) -> T:
-        """Return an attribute of a success response."""
-        self.check_success(response)
-        value = response.get(attribute)
-        if value is None:
-            raise MeasurementError(f"{self._server.name} answered without {attribute.name}")
-        return value
 
     def check_success(self, response: Message) -> None:
         """Check that a response is a success response."""
@@ -106,16 +111,22 @@ class Client:
                 f"{self._server.name} rejected {request} with {_code_of(response)}; {self._server.log_tail()}"
             )
 
+    def ask(self, request: Request) -> Message:
+        """Send a request, and return the response."""
+        self.socket.send(request.data)
+        return self.response(request)
+
     def response(self, request: Request) -> Message:
         """Wait for the response to a sent request; send the request again after each timeout."""
-        for _ in range(_TRIES):
+        for wait in self._waits:
+            self.socket.settimeout(wait)
             try:
                 return self._next_response(request)
             except TimeoutError:
                 self.socket.send(request.data)
             except ConnectionRefusedError as error:
                 raise MeasurementError(f"{self._server.name} has closed its port") from error
-        raise MeasurementError(f"{self._server.name} did not respond within {_TRIES * _ANSWER_SECONDS:.0f} s")
+        raise MeasurementError(f"{self._server.name} did not respond within {sum(self._waits):.0f} s")
 
     def _next_response(self, request: Request) -> Message:
         while True:
@@ -127,22 +138,19 @@ class Client:
 def allocate(clients: Sequence[Client], concurrent: int = CONCURRENT) -> float:
     """Make an allocation for each client, and return the duration in seconds."""
     start = time.perf_counter()
-    transport = ((attributes.REQUESTED_TRANSPORT, UDP),)
     for at in range(0, len(clients), concurrent):
         group = clients[at : at + concurrent]
-        for client, challenge in _exchange(group, Method.ALLOCATE, transport):
+        for client, challenge in _exchange((client, client.allocate()) for client in group):
             client.learn_nonce(challenge)
-        for client, response in _exchange(group, Method.ALLOCATE, transport):
-            client.relayed = client.required(response, attributes.XOR_RELAYED_ADDRESS)
+        for client, response in _exchange((client, client.allocate()) for client in group):
+            client.check_success(response)
+            client.relayed = response.get(attributes.XOR_RELAYED_ADDRESS) or client.relayed
     return time.perf_counter() - start
 
 
 def bind_channels(clients: Sequence[Client], peer: SocketAddress) -> None:
     """Bind channel `CHANNEL` of each client to the peer."""
-    values = ((attributes.CHANNEL_NUMBER, CHANNEL), (attributes.XOR_PEER_ADDRESS, peer))
-    for at in range(0, len(clients), CONCURRENT):
-        for client, response in _exchange(clients[at : at + CONCURRENT], Method.CHANNEL_BIND, values):
-            client.check_success(response)
+    check_all((client, client.bind(peer)) for client in clients)
 
 
 def refresh(client: Client, times: int) -> float:
@@ -150,9 +158,8 @@ def refresh(client: Client, times: int) -> float:
 
     Requests are encoded beforehand and responses checked superficially, so the server takes most of the time.
     """
-    requests = [client.request(Method.REFRESH, ((attributes.LIFETIME, _LIFETIME),)) for _ in range(times)]
-    client.socket.send(requests[0].data)
-    client.check_success(client.response(requests[0]))
+    requests = [client.refresh() for _ in range(times)]
+    client.check_success(client.ask(requests[0]))
     start = time.perf_counter()
     for transaction_id, data in requests:
         client.socket.send(data)
@@ -162,12 +169,20 @@ def refresh(client: Client, times: int) -> float:
     return time.perf_counter() - start
 
 
-def _exchange(clients: Sequence[Client], method: Method, values: AttributeValues) -> Iterator[tuple[Client, Message]]:
-    """Send one request for each client, then return each client with its response."""
-    requests = [client.request(method, values) for client in clients]
-    for client, request in zip(clients, requests, strict=True):
+def check_all(requests: Iterable[tuple[Client, Request]]) -> None:
+    """Send requests, some at a time, and check that all succeed."""
+    left = iter(requests)
+    while group := tuple(islice(left, CONCURRENT)):
+        for client, response in _exchange(group):
+            client.check_success(response)
+
+
+def _exchange(requests: Iterable[tuple[Client, Request]]) -> Iterator[tuple[Client, Message]]:
+    """Send all requests, then return each client with its response."""
+    sent = tuple(requests)
+    for client, request in sent:
         client.socket.send(request.data)
-    return ((client, client.response(request)) for client, request in zip(clients, requests, strict=True))
+    return ((client, client.response(request)) for client, request in sent)
 
 
 def _code_of(response: Message) -> str:

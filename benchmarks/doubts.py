@@ -23,9 +23,7 @@ class _Check(NamedTuple):
 _SATURATED = (Kind.SATURATED, Kind.BATCHES)
 _CHECKS = (
     _Check("server_busy", 0.9, "saturated servers had too little CPU time", _SATURATED),
-    _Check(
-        "load_running", _LEAST_RUNNING, "the load generator had too little CPU time", (*_SATURATED, Kind.PACED, Kind.OFFLOAD)
-    ),
+    _Check("load_running", _LEAST_RUNNING, "the generator had too little CPU time", (*_SATURATED, Kind.PACED, Kind.OFFLOAD)),
     _Check("offered_times", 1.8, "the offered load was below twice the server's best", (Kind.OVERLOAD,)),
     _Check("in_time", 0.99, "too many packets were sent more than 1 ms late", (Kind.PACED,)),
 )

@@ -6,7 +6,6 @@ sources have nonces, like an attacker with addresses of its own.
 
 import contextlib
 import itertools
-import json
 import os
 import socket
 import struct
@@ -56,18 +55,15 @@ def unauthenticated() -> list[bytes]:
 
 def with_nonces(sock: socket.socket, to: tuple[str, int], addresses: range) -> list[tuple[bytes, Control]]:
     """Request a nonce from each address, and return requests with these nonces and a wrong password."""
-    sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
     sock.settimeout(_ANSWER_SECONDS)
     made = []
     for address in addresses:
         sock.sendmsg([request(Method.ALLOCATE, (REQUESTED_TRANSPORT, 17))], source(address), 0, to)
         with contextlib.suppress(TimeoutError):
-            data, control, *_ = sock.recvmsg(2000, 64)
-            response = decode(data)
+            response = decode(sock.recv(2000))
             nonce = (response.get(NONCE) if isinstance(response, Message) else None) or b""
-            _, _, at = _PKTINFO.unpack(control[0][2])
             proof = ((USERNAME, f"{int(time.time()) + 600}:flood"), (REALM, FIREZONE_REALM), (NONCE, nonce))
-            made.append((request(Method.REFRESH, *proof, key=b"wrong"), source(int.from_bytes(at, "big"))))
+            made.append((request(Method.REFRESH, *proof, key=b"wrong"), source(address)))
     return made
 
 
@@ -110,6 +106,4 @@ def run(to: tuple[str, int], addresses: range, rate: float, seconds: float) -> i
 if __name__ == "__main__":
     host, port, first_host, count, rate, seconds = sys.argv[1:]
     beginning = int.from_bytes(socket.inet_aton(first_host), "big")
-    print(
-        json.dumps(run((host, int(port)), range(beginning, beginning + int(count)), float(rate), float(seconds))), flush=True
-    )
+    print(run((host, int(port)), range(beginning, beginning + int(count)), float(rate), float(seconds)), flush=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.errors import MeasurementError
+from benchmarks.measure import MeasurementError
 from benchmarks.sessions import Flow
 
 _SOURCES = Path(__file__).parent
@@ -36,7 +36,6 @@ class Traffic(NamedTuple):
     p50: float
     p90: float
     p99: float
-    p999: float
 
     @property
     def rate(self) -> float:

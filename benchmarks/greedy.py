@@ -23,14 +23,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.clients import CHANNEL, CONCURRENT, UDP, Client, Request, allocate, bind_channels, udp_socket
-from benchmarks.errors import MeasurementError
+from benchmarks.clients import CHANNEL, Client, allocate, bind_channels, check_all, udp_socket
 from benchmarks.flooding import source
 from benchmarks.floods import PACE
-from benchmarks.measure import memory
+from benchmarks.measure import MeasurementError, memory
 from benchmarks.pinning import on, places
 from benchmarks.servers import COTURN, RELAY, Server, coturn_server, loopback, relay_server, started
-from relay.core.attributes import CHANNEL_NUMBER, LIFETIME, REQUESTED_TRANSPORT, XOR_PEER_ADDRESS
+from relay.core.attributes import XOR_PEER_ADDRESS
 from relay.core.stun import MessageClass, Method, encode
 
 HONEST, TRAINS, SEGMENTS, DATAGRAMS, PERMISSIONS, PEERS, FORGED = 12_500, 128, 64, 60_000, 2000, 58, 3400
@@ -107,8 +106,7 @@ def trains(server: Server, *, channels: int, size: int, segments: int = SEGMENTS
     """Send bursts of packets or GSO trains, whose datagrams are of some channels in turn."""
     client, _ = client_of(server, 2)
     for number in range(1, channels):
-        client.socket.send((request := _bind(client, number, ("127.83.0.4", 6000 + number))).data)
-        client.check_success(client.response(request))
+        client.check_success(client.ask(client.bind((server.endpoints.peer[0], 6000 + number), CHANNEL + number)))
     train = b"".join(struct.pack("!HH", CHANNEL + n % channels, size) + bytes(size) for n in range(segments))
     control = [(socket.IPPROTO_UDP, _UDP_SEGMENT, struct.pack("=H", 4 + size))] if segments > 1 else []
     burst, rate = (TRAINS, DATAGRAMS / segments) if segments > 1 else (10, HONEST)
@@ -140,13 +138,7 @@ def hoard(server: Server, *, deletes: bool) -> Attack:
     allocate(clients)
     _refresh(clients, 3600)
     for client in clients:
-        for first in range(0, MOST_CHANNELS, CONCURRENT):
-            peers = range(first, first + CONCURRENT)
-            requests = [_bind(client, n, (f"203.0.{n >> 8}.{n & 255}", 9)) for n in peers]
-            for request in requests:
-                client.socket.send(request.data)
-            for request in requests:
-                client.check_success(client.response(request))
+        check_all((client, client.bind((f"203.0.{n >> 8}.{n & 255}", 9), CHANNEL + n)) for n in range(MOST_CHANNELS))
 
     def attack(since: float, _: float) -> None:
         time.sleep(max(0.0, since + 1 - time.monotonic()))
@@ -159,18 +151,15 @@ def replay(server: Server) -> Attack:
     """Repeat the Allocate of a client that has roamed, from its old address; return whether its new allocation lives."""
     old, new = Client(server, 3), Client(server, 3)
     for _ in range(2):
-        request = old.request(Method.ALLOCATE, ((REQUESTED_TRANSPORT, UDP),))
-        old.socket.send(request.data)
-        if (response := old.response(request)).message_class is MessageClass.ERROR:
+        request = old.allocate()
+        if (response := old.ask(request)).message_class is MessageClass.ERROR:
             old.learn_nonce(response)
     allocate([new])
 
     def attack(since: float, until: float) -> str:
         for _ in every(0.01, since, until):
             old.socket.send(request.data)
-        refresh = new.request(Method.REFRESH, ((LIFETIME, 600),))
-        new.socket.send(refresh.data)
-        return "lives" if new.response(refresh).message_class is MessageClass.SUCCESS else "freed"
+        return "lives" if new.ask(new.refresh()).message_class is MessageClass.SUCCESS else "freed"
 
     return attack
 
@@ -178,7 +167,7 @@ def replay(server: Server) -> Attack:
 def forged(server: Server) -> Attack:
     """Flood in the name of a client whose nonce is too old; return how many of its Refreshes get their 438."""
     client, _ = client_of(server, 3)
-    old = [client.request(Method.REFRESH, ((LIFETIME, 600),)).data for _ in range(30)]
+    old = [client.refresh().data for _ in range(30)]
     data = encode(MessageClass.REQUEST, Method.BINDING, bytes(12), ())
     control = source(int.from_bytes(socket.inet_aton(server.endpoints.client_host), "big"))
     client.socket.settimeout(0)
@@ -201,34 +190,22 @@ def forged(server: Server) -> Attack:
 
 def _refresh(clients: Sequence[Client], lifetime: int) -> None:
     for client in clients:
-        client.socket.send(client.request(Method.REFRESH, ((LIFETIME, lifetime),)).data)
+        client.socket.send(client.refresh(lifetime).data)
 
 
-def _bind(client: Client, number: int, peer: tuple[str, int]) -> Request:
-    return client.request(Method.CHANNEL_BIND, ((CHANNEL_NUMBER, CHANNEL + number), (XOR_PEER_ADDRESS, peer)))
-
-
-def _forked(job: Callable[[], Any]) -> Callable[[], Any]:
-    """Start a job in a process of its own; return the function that waits for its result."""
-    results = _FORK.SimpleQueue()
-    process = _FORK.Process(target=lambda: results.put(job()), daemon=True)
-    process.start()
-
-    def wait() -> Any:  # noqa: ANN401 - the job's
-        while results.empty():
-            if not process.is_alive():
-                raise MeasurementError("a process of the attack failed")
-            time.sleep(0.1)
-        return results.get()
-
-    return wait
+def forked(job: Callable[[], Any]) -> Callable[[], Any]:
+    """Start a job in a process of its own; return the function that waits for its result, with EOFError after a failure."""
+    here, there = _FORK.Pipe(duplex=False)
+    _FORK.Process(target=lambda: there.send(job()), daemon=True).start()
+    there.close()
+    return here.recv
 
 
 def run(server: Server, pid: int, prepare: Callable[[Server], Attack], seconds: float) -> Iterator[str]:
     """Measure an attack, and yield the cells of its row."""
     attack = prepare(server)
     since = time.monotonic() + 1
-    jobs = [_forked(partial(each, since, since + seconds)) for each in (victim(server), partial(newcomers, server), attack)]
+    jobs = [forked(partial(each, since, since + seconds)) for each in (victim(server), partial(newcomers, server), attack)]
     (lost, delays), taken, note = (each() for each in jobs)
     percentiles = quantiles(delays, n=100) if len(delays) > 1 else [float("nan")] * 99
     yield f"{lost:.2%}"
@@ -262,7 +239,7 @@ def main(*, seconds: float, names: Sequence[str], coturn: bool) -> None:
         for title, prepare in ATTACKS.items():
             if names and not any(each in title for each in names):
                 continue
-            ours = relay_server(Path(name), loopback(RELAY), "--allow-peer", "127.0.0.0/8")
+            ours = relay_server(Path(name), loopback(RELAY))
             lives = SHORT_LIVES.format(SHORT if "expire" in title else 600, SHORT if "name" in title else 3600)
             code = f"{lives}import sys; sys.argv = ['relay', *sys.argv[1:]]; from relay.__main__ import main; main()"
             ours = replace(ours, command=(ours.command[0], "-c", code, *ours.command[3:]))

@@ -191,10 +191,10 @@ static void print_result(void)
 	double sending_ns = (double)(ended_ns - began_ns);
 
 	printf("{\"sent\": %lu, \"arrived\": %lu, \"in_time\": %lu, \"late\": %lu, \"seconds\": %.6f, \"idle\": %.4f, "
-	       "\"running\": %.4f, \"last_ms\": %.3f, \"p50\": %.2f, \"p90\": %.2f, \"p99\": %.2f, \"p999\": %.2f}\n",
+	       "\"running\": %.4f, \"last_ms\": %.3f, \"p50\": %.2f, \"p90\": %.2f, \"p99\": %.2f}\n",
 	       tally.sent, tally.arrived, in_time, late, sending_ns / 1e9, (double)idle_ns / sending_ns,
 	       (double)running_ns / sending_ns, tally.last_ns ? (double)(tally.last_ns - began_ns) / 1e6 : 0.0,
-	       delay_us(0.5), delay_us(0.9), delay_us(0.99), delay_us(0.999));
+	       delay_us(0.5), delay_us(0.9), delay_us(0.99));
 }
 
 /* ---- arguments ---- */

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from benchmarks.allocations import measure_all_ports, measure_allocations
 from benchmarks.cases import BATCH, FLOWS, OVERLOAD, Case, Kind, Plan
-from benchmarks.errors import MeasurementError
 from benchmarks.generator import Generator, Load
+from benchmarks.measure import MeasurementError
 from benchmarks.pinning import Places, busy
 from benchmarks.results import Metrics
 from benchmarks.servers import COTURN, DIRECT, PLAIN, RELAY, Server, coturn_server, loopback, plain_server, relay_server
@@ -21,10 +21,9 @@ class LoopbackSuite(Suite[Session]):
 
     def __init__(self, cases: Sequence[Case], plan: Plan, places: Places, generator: Generator, programs: Path) -> None:
         # All clients have one source address, so the limit of unauthenticated responses is off.
-        options = ("--allow-peer", "127.0.0.0/8", "--unauthenticated-rate", "0")
         servers = (
             Server(DIRECT, loopback(DIRECT)),
-            relay_server(programs, loopback(RELAY), *options),
+            relay_server(programs, loopback(RELAY), "--unauthenticated-rate", "0"),
             coturn_server(programs, loopback(COTURN), "--allow-loopback-peers"),
             plain_server(programs, loopback(PLAIN), programs / "plain"),
         )
@@ -75,9 +74,8 @@ class LoopbackSuite(Suite[Session]):
         if case.kind is not Kind.OVERLOAD:
             return self._send(session, case, _load(case, seconds))
         best = self._send(session, case, _load(case, seconds / 2))["rate"]
-        metrics = self._send(
-            session, case, Load(case.direction, case.size, round(1000 * seconds), rate=round(OVERLOAD * best))
-        )
+        load = Load(case.direction, case.size, round(1000 * seconds), rate=round(OVERLOAD * best))
+        metrics = self._send(session, case, load)
         return {
             "goodput": 100 * metrics["rate"] / best,
             "offered_times": metrics["offered"] / best,

@@ -2,17 +2,21 @@
 
 import os
 import platform
+import socket
 import subprocess
+import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.errors import MeasurementError
-
-_ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent
 _KERNEL_FIELDS = ("Slab", "KernelStack", "Percpu")
 """Fields of /proc/meminfo: sockets, files and threads with their data; stacks of threads; counters for each CPU."""
+
+
+class MeasurementError(Exception):
+    """A failure: a server ended, lost all packets, or rejected a request, or a tool is missing. The message is one line."""
 
 
 class Memory(NamedTuple):
@@ -53,9 +57,17 @@ def memory(pid: int) -> Memory:
     except (OSError, KeyError) as error:
         raise MeasurementError("the server has ended") from error
     machine_wide = _fields("/proc/meminfo")
-    return Memory(
-        resident, _number(status["VmPTE"]) + sum(_number(machine_wide.get(field, "0")) for field in _KERNEL_FIELDS)
-    )
+    kernel = sum(_number(machine_wide.get(field, "0")) for field in _KERNEL_FIELDS)
+    return Memory(resident, _number(status["VmPTE"]) + kernel)
+
+
+def receive_buffer_drops(host: str) -> tuple[int, int]:
+    """Return the packets for which IPv4 sockets of a host had no room, and of other hosts, in this network namespace."""
+    # The kernel writes addresses as numbers in host byte order.
+    start = f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:"
+    rows = [line.split() for line in Path("/proc/self/net/udp").read_text(encoding="ascii").splitlines()[1:]]
+    drops = [(row[1].startswith(start), int(row[-1])) for row in rows]
+    return sum(count for is_here, count in drops if is_here), sum(count for is_here, count in drops if not is_here)
 
 
 def machine(coturn_version: str) -> dict[str, str]:
@@ -73,7 +85,7 @@ def machine(coturn_version: str) -> dict[str, str]:
 
 
 def _revision() -> str:
-    git = ("git", "--no-optional-locks", "-C", str(_ROOT))
+    git = ("git", "--no-optional-locks", "-C", str(ROOT))
     revision = _output(*git, "rev-parse", "--short=12", "HEAD") or "unknown"
     return revision + (" with changes" if _output(*git, "status", "--porcelain", "--", "relay") else "")
 

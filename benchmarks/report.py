@@ -1,5 +1,6 @@
 """Tables and the plot of the last full run, for benchmarks/README.md: ``python -m benchmarks.report``."""
 
+import re
 from pathlib import Path
 
 import click
@@ -45,11 +46,7 @@ def main() -> None:
     """Write the tables of benchmarks/results/latest.json into benchmarks/README.md, and the plot next to the results."""
     results = Results.read(FOLDER / LATEST)
     text = README.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise click.ClickException(f"{README} has no {BEGIN} with {END} after it")
-    README.write_text(f"{before}{BEGIN}\n{markdown(results)}\n{END}{after}", encoding="utf-8")
+    README.write_text(re.sub(f"(?s)(?<={BEGIN}\n).*(?=\n{END})", lambda _: markdown(results), text), encoding="utf-8")
     (FOLDER / PLOT).write_text(svg(results), encoding="utf-8")
 
 

@@ -10,12 +10,13 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from benchmarks.errors import MeasurementError
+from benchmarks.measure import ROOT, MeasurementError
 from benchmarks.pinning import on
 from relay.config import HIGHEST_PORT, LOWEST_PORT, SERVICE_PORT
 from relay.core.credentials import FIREZONE_REALM, Credential, RelaySecret, mint
@@ -37,9 +38,9 @@ _RETRY_SECONDS = 0.001
 """Interval between Binding requests to a starting server: the precision of the start time."""
 
 _ANSWER_SECONDS = 0.5
+_CONTROL_SECONDS = 5
 _KILL_SECONDS = 10.0
 _CREDENTIAL_SECONDS = 86400
-_ROOT = Path(__file__).parent.parent
 _END_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL", "--")
 """Prefix of each command: the kernel kills the server if this process dies."""
 
@@ -72,6 +73,15 @@ class Server:
         """Return the socket address for clients."""
         return self.endpoints.host, SERVICE_PORT
 
+    def control(self, path: str, method: str = "GET") -> str:
+        """Send a request to the control address of the relay, and return the response."""
+        request = urllib.request.Request(f"http://127.0.0.1:{self.control_port}{path}", method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=_CONTROL_SECONDS) as response:  # noqa: S310
+                return str(response.read(), "utf-8")
+        except OSError as error:
+            raise MeasurementError(f"{self.name} does not respond at its control address: {error}") from error
+
     def log_tail(self) -> str:
         """Return the last lines of the log, as a part of an error message."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.exists() else []
@@ -92,7 +102,7 @@ def relay_server(directory: Path, endpoints: Endpoints, *options: str, name: str
     command = (
         *(sys.executable, "-m", "relay", "--standalone", "--public-ip4-addr", endpoints.host),
         *("--relay-secret-file", str(secret_file), "--health-check-addr", "127.0.0.1:0", "--allow-root"),
-        *("--control-endpoint", f"127.0.0.1:{control_port}", *options),
+        *("--control-endpoint", f"127.0.0.1:{control_port}", "--allow-peer", f"{endpoints.peer[0]}/32", *options),
     )
 
     def credential(number: int) -> Credential:
@@ -154,11 +164,16 @@ class Running:
         self.check()
         before = time.perf_counter()
         self._process.terminate()
+        self.wait()
+        return (time.perf_counter() - before) * 1000
+
+    def wait(self) -> None:
+        """Wait for the end of the process."""
         try:
             self._process.wait(STOP_TIMEOUT)
         except subprocess.TimeoutExpired as error:
-            raise MeasurementError(f"{self._server.name} still ran {STOP_TIMEOUT:.0f} s after SIGTERM") from error
-        return (time.perf_counter() - before) * 1000
+            name, tail = self._server.name, self._server.log_tail()
+            raise MeasurementError(f"{name} did not end within {STOP_TIMEOUT:.0f} s; {tail}") from error
 
 
 @contextlib.contextmanager
@@ -176,7 +191,7 @@ def started(server: Server, cpus: Iterable[int]) -> Iterator[Running]:
                 stdout=log,
                 stderr=log,
                 cwd=server.log.parent,
-                env=os.environ | {"PYTHONPATH": str(_ROOT)},
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
                 start_new_session=True,
             )
         try:

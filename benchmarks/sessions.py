@@ -8,8 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import NamedTuple
 
 from benchmarks.clients import CHANNEL, Client, allocate, bind_channels, udp_socket
-from benchmarks.errors import MeasurementError
-from benchmarks.measure import cpu_ns
+from benchmarks.measure import MeasurementError, cpu_ns
 from benchmarks.servers import DIRECT, PLAIN, PLAIN_FIRST_CHANNEL, PLAIN_FIRST_PORT, Running, Server, started
 from relay.core.addresses import SocketAddress
 
@@ -31,28 +30,20 @@ class Flow(NamedTuple):
         return f"{self.client.fileno()} {self.channel} {self.relayed[0]} {self.relayed[1]}\n"
 
 
-class Rooms(NamedTuple):
-    """Contexts in which sockets are opened and servers started: namespaces, or none."""
-
-    client: Callable[[], AbstractContextManager[None]] = nullcontext
-    server: Callable[[], AbstractContextManager[None]] = nullcontext
-    peer: Callable[[], AbstractContextManager[None]] = nullcontext
-
-
 class Session:
-    """A running server with its flows. Close it to stop the server and close all sockets."""
+    """A running server with its flows, in the network namespaces of clients, server and peer, if given."""
 
-    def __init__(self, server: Server, cpus: Iterable[int], rooms: Rooms | None = None) -> None:
+    def __init__(self, server: Server, cpus: Iterable[int], *rooms: Callable[[], AbstractContextManager[None]]) -> None:
         self.server = server
-        self.rooms = rooms or Rooms()
+        self.client_room, self.server_room, peer_room = rooms or (nullcontext,) * 3
         self._started_at = time.monotonic()
         self._flows: list[Flow] = []
         self._running: Running | None = None
         with contextlib.ExitStack() as stack:
-            with self.rooms.peer():
+            with peer_room():
                 self.peer = stack.enter_context(udp_socket(*server.endpoints.peer))
             if server.command:
-                with self.rooms.server():
+                with self.server_room():
                     self._running = stack.enter_context(started(server, cpus))
             self._stack = stack.pop_all()
 
@@ -84,7 +75,7 @@ class Session:
         missing = range(len(self._flows), count)
         if missing:
             make = {PLAIN: _plain_flows, DIRECT: _direct_flows}.get(self.server.name, _turn_flows)
-            with self.rooms.client():
+            with self.client_room():
                 self._flows += make(self._stack, self.server, self.peer, missing)
         return self._flows[:count]
 

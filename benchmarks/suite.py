@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from benchmarks.cases import Case, Plan
-from benchmarks.errors import MeasurementError
 from benchmarks.generator import Generator
+from benchmarks.measure import MeasurementError
 from benchmarks.pinning import Places
 from benchmarks.results import Metrics, Outcome, Results
 from benchmarks.servers import DIRECT, Server
 from benchmarks.sessions import Session
 
 S = TypeVar("S", bound=Session)
-QUANTILES = ("p50", "p90", "p99", "p999")
+QUANTILES = ("p50", "p90", "p99")
 
 
 class Suite(ABC, Generic[S]):

@@ -130,13 +130,8 @@ def tables() -> tuple[Table, ...]:
         ),
         Table(
             "With offload, between three network namespaces",
-            {
-                NATIVE: "offload, native",
-                GENERIC: "offload, generic",
-                SOCKETS: "its sockets",
-                COTURN: "coturn",
-                PLAIN: "plain C",
-            },
+            {NATIVE: "offload, native", GENERIC: "offload, generic", SOCKETS: "its sockets"}
+            | {COTURN: "coturn", PLAIN: "plain C"},
             (NATIVE, PLAIN),
             tuple(_offload_rows([case for case in cases if case.is_offload])),
         ),

@@ -42,13 +42,9 @@ def _milliseconds(channels: Channels, commands: list[OffloadCommand]) -> float:
 
 def _commands(count: int) -> tuple[list[OffloadCommand], list[OffloadCommand]]:
     """Return the commands that install and that remove all channels; each has a client and a peer of its own."""
-    until = time.monotonic() + _SECONDS
-    installing: list[OffloadCommand] = []
-    removing: list[OffloadCommand] = []
+    until, flows = time.monotonic() + _SECONDS, []
     for number in range(count):
-        high, low = divmod(number, 250)
-        client, peer = ClientAddress((f"10.1.{high}.{low}", _PORT)), PeerAddress((f"10.2.{high}.{low}", _PORT))
-        port = RelayedPort(LOWEST_PORT + number)
-        installing.append(InstallChannel(client, _CHANNEL, port, peer, until))
-        removing.append(RemoveChannel(client, _CHANNEL, port, peer))
-    return installing, removing
+        host = f"{number // 250}.{number % 250}"
+        client, peer = ClientAddress((f"10.1.{host}", _PORT)), PeerAddress((f"10.2.{host}", _PORT))
+        flows.append((client, _CHANNEL, RelayedPort(LOWEST_PORT + number), peer))
+    return [InstallChannel(*flow, until) for flow in flows], [RemoveChannel(*flow) for flow in flows]

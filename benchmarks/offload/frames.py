@@ -7,10 +7,8 @@ from typing import Final, NamedTuple
 HEADERS: Final = 46
 """Most bytes that a relay changes at the front of a frame, as in `load.h`."""
 
-_ETHERNET: Final = 14
 _IPV4: Final = 20
 _UDP: Final = 8
-_CHANNEL_DATA: Final = 4
 _TTL: Final = 64
 _UDP_PROTOCOL: Final = 17
 
@@ -33,11 +31,6 @@ class Ports(NamedTuple):
     """0: no ChannelData."""
 
 
-def payload(size: int) -> bytes:
-    """Return a payload of ``size`` bytes without repetitions."""
-    return b"".join(number.to_bytes(2, "big") for number in range(7, 7 + (size + 1) // 2))[:size]
-
-
 def frame(hop: Hop, ports: Ports, data: bytes) -> bytes:
     """Build a whole frame with a payload."""
     header = struct.pack(">HH", ports.channel, len(data)) if ports.channel else b""
@@ -51,11 +44,6 @@ def frame(hop: Hop, ports: Ports, data: bytes) -> bytes:
     ip = start + struct.pack(">H", internet_checksum(start + addresses)) + addresses
     ethernet = hop.destination_mac + hop.source_mac + b"\x08\x00"
     return ethernet + ip + udp + checksum.to_bytes(2, "big") + content
-
-
-def frame_length(size: int, *, channel: bool) -> int:
-    """Return the length of a frame with a payload of ``size`` bytes."""
-    return _ETHERNET + _IPV4 + _UDP + _CHANNEL_DATA * channel + size
 
 
 def internet_checksum(data: bytes) -> int:

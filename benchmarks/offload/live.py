@@ -30,9 +30,6 @@ _COUNTERS: Final = struct.Struct("=QQQ")
 _COUNTERS_AT: Final = 24
 
 _STRIDE: Final = 48
-_BATCH: Final = 64
-"""Frames that the kernel makes before it sends them: the most that a driver takes from its card at a time."""
-
 _RUN: Final = 50_000
 """Packets, sent or held back, between two clock readings: about 10 ms."""
 
@@ -47,9 +44,6 @@ class Counters(NamedTuple):
     """Times a packet was held back because the window was full."""
     arrived: int
 
-    def __sub__(self, other: tuple[int, ...]) -> "Counters":
-        return Counters(*(mine - theirs for mine, theirs in zip(self, other, strict=True)))
-
 
 class Live:
     """The loaded programs with their maps."""
@@ -61,9 +55,8 @@ class Live:
         with contextlib.ExitStack() as stack:
             self._stack = stack
             self._programs = {name: self._load(directory, name) for name in (_SENDER, _SINK)}
-            self._load_map, self._flows, self._arrived = (
-                _mapped(self._maps[name]) for name in ("loads", "flows", "arrived")
-            )
+            maps = (self._maps[name] for name in ("loads", "flows", "arrived"))
+            self._load_map, self._flows, self._arrived = map(_mapped, maps)
             self._stack = stack.pop_all()
 
     def close(self) -> None:
@@ -76,15 +69,15 @@ class Live:
         with place.entered():
             return XdpLink.create(self._programs[_SINK], index, XdpMode.DRIVER)
 
-    def prepare(self, frames: Sequence[bytes], ifindex: int, *, window: int, arriving: int) -> None:
-        """Prepare the packets of `send`: the first frame of each flow, the sending interface, and the length at the far end.
+    def prepare(self, frames: Sequence[bytes], ifindex: int, *, window: int, growth: int) -> None:
+        """Prepare the packets of `send`: the first frame of each flow, the interface, and the growth up to the far end.
 
         The frames are alike behind their headers. The window is the limit of packets in flight.
         """
         self._frame = frames[0]
         for number, each in enumerate(frames):
             self._flows[number * _STRIDE : number * _STRIDE + HEADERS] = each[:HEADERS]
-        self._load_map[: _LOAD.size] = _LOAD.pack(ifindex, len(frames), window, 0, arriving, 0, 0, 0, 0, 0, 0)
+        self._load_map[: _LOAD.size] = _LOAD.pack(ifindex, len(frames), window, 0, len(frames[0]) + growth, 0, 0, 0, 0, 0, 0)
         self._arrived[:8] = bytes(8)
 
     def set_window(self, window: int) -> None:
@@ -97,7 +90,7 @@ class Live:
         end = time.monotonic() + seconds
         with place.entered():
             while time.monotonic() < end:
-                send_live(self._programs[_SENDER], self._frame, ifindex=0, repeat=_RUN, batch_size=_BATCH)
+                send_live(self._programs[_SENDER], self._frame, ifindex=0, repeat=_RUN)
 
     def counters(self) -> Counters:
         """Return the counters."""
@@ -118,6 +111,5 @@ class Live:
 
 def _mapped(array: Map) -> memoryview:
     """Return the memory of an array with the flag `BPF_F_MMAPABLE`, whose elements are `stride` bytes apart."""
-    return memoryview(
-        mmap.mmap(array.fd, array.stride * array.definition.max_entries, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-    )
+    size = array.stride * array.definition.max_entries
+    return memoryview(mmap.mmap(array.fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))

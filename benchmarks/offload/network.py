@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from benchmarks.errors import MeasurementError
+from benchmarks.measure import MeasurementError
 
 RELAY_HOSTS: Final = tuple(f"10.83.1.{number}" for number in range(11, 17))
 """Addresses of the relays, for clients and for peers."""
@@ -84,10 +84,8 @@ class Network:
     def __init__(self) -> None:
         with contextlib.ExitStack() as stack:
             self.client, self.relay, self.peer = (self._namespace(stack) for _ in range(3))
-            for far, host, end, near in zip(
-                (self.client, self.peer), (CLIENT_HOST, PEER_HOST), RELAY_ENDS, _NEAR_HOSTS, strict=True
-            ):
-                self._connect(far, host, end, near)
+            for each in zip((self.client, self.peer), (CLIENT_HOST, PEER_HOST), RELAY_ENDS, _NEAR_HOSTS, strict=True):
+                self._connect(*each)
             for host in RELAY_HOSTS:
                 self.relay.run("ip", "address", "add", f"{host}/24", "dev", RELAY_ENDS[0])
                 self._add_neighbour(self.client, host, self.relay, RELAY_ENDS[0], FAR_END)

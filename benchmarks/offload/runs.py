@@ -8,6 +8,9 @@ from relay.offload.bpf import Program
 from relay.offload.syscall import Command
 
 _LIVE_FRAMES: Final = 1 << 1
+_BATCH: Final = 64
+"""Frames that the kernel makes before it sends them: the most that a driver takes from its card at a time."""
+
 _GROWTH: Final = 256
 """Bytes by which a test run may extend a packet: the headroom of a program."""
 
@@ -47,14 +50,10 @@ class _XdpContext(ctypes.Structure):
 
 
 def run(program: Program, packet: bytes, *, ifindex: int = 0, repeat: int = 1) -> RunResult:
-    """Run a program on a packet. Each repetition gets the packet of the previous run.
+    """Run a program repeatedly on a packet, an Ethernet frame. Each repetition gets the packet of the previous run.
 
-    Args:
-        program: the program.
-        packet: an Ethernet frame of 14 bytes to nearly a page (4,096 bytes, less 576 for the kernel).
-        ifindex: the receiving interface in this thread's network namespace, 0 for loopback. Some drivers accept only an
-            interface with an attached program.
-        repeat: the number of runs.
+    ``ifindex`` is the receiving interface in this thread's network namespace, 0 for loopback. Some drivers accept only an
+    interface with an attached program.
 
     Raises:
         OSError: EINVAL for an unsuitable packet or interface, EINTR after a signal.
@@ -64,20 +63,13 @@ def run(program: Program, packet: bytes, *, ifindex: int = 0, repeat: int = 1) -
     return RunResult(done.verdict, out.raw[: done.size_out], done.duration)
 
 
-def send_live(program: Program, packet: bytes, *, ifindex: int, repeat: int, batch_size: int = 64) -> None:
+def send_live(program: Program, packet: bytes, *, ifindex: int, repeat: int) -> None:
     """Run a program on copies of a packet, and apply the verdicts: send, redirect or pass each copy.
-
-    Args:
-        program: the program.
-        packet: an Ethernet frame.
-        ifindex: the receiving interface in this thread's network namespace.
-        repeat: the number of copies.
-        batch_size: runs before the kernel sends, 1 to 256.
 
     Raises:
         OSError: as `run`.
     """
-    _run(program, packet, ifindex, repeat, flags=_LIVE_FRAMES, batch_size=batch_size)
+    _run(program, packet, ifindex, repeat, flags=_LIVE_FRAMES, batch_size=_BATCH)
 
 
 def _run(program: Program, packet: bytes, ifindex: int, repeat: int, **more: int) -> _TestRun:

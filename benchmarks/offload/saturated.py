@@ -1,25 +1,17 @@
 """Packet rate and CPU time per packet with live frames.
 
 One CPU sends, does the kernel's part of receiving and, with offload, all other work, inside the sending system call. Another
-CPU runs the server's process. The CPU time of relaying is therefore
-
-    CPU time of the sender, of ksoftirqd and of the process of the server
-    - sent packets × cost of a packet up to the relay's interface, where a program drops it
-    - waits × cost of a wait, which is a check whether the window is full
-
-divided by the packets received. The cost of a packet is measured in each round, the cost of a wait just before and after.
-The result includes receiving by a socket or the XDP program, relaying, sending, and the program that counts and drops
-packets at the far end. The packet rate counts packets at the far end, and includes the sender's own time.
+CPU runs the server's process. benchmarks/README.md defines the figures.
 """
 
 import time
 from functools import cache
+from operator import sub
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.cases import Case, Plan
-from benchmarks.errors import MeasurementError
-from benchmarks.offload import frames
+from benchmarks.measure import MeasurementError
 from benchmarks.offload.live import Counters, Live
 from benchmarks.offload.network import FAR_END
 from benchmarks.offload.sessions import OffloadSession, Way
@@ -44,26 +36,22 @@ class Spent(NamedTuple):
     load: int
     process: int
 
-    def __sub__(self, other: tuple[int, ...]) -> "Spent":
-        return Spent(*(mine - theirs for mine, theirs in zip(self, other, strict=True)))
-
 
 def measure_floor(live: Live, way: Way, case: Case, session: OffloadSession, plan: Plan) -> Floor:
     """Measure the cost of a packet of the load, with the flows of any session."""
-    sent = session.frames(way, case.flows, frames.payload(case.size))
+    sent = session.frames(way, case.flows, bytes(case.size))
     with live.sink(way.network.relay, way.relay_end):
-        live.prepare(sent, way.source_interface.ifindex, window=_ALL, arriving=len(sent[0]))
+        live.prepare(sent, way.source_interface.ifindex, window=_ALL, growth=0)
         packets, spent = _run(live, way, plan.offload_seconds / 2, None)
     return Floor(spent.load / packets.sent)
 
 
 def measure_saturated(live: Live, way: Way, case: Case, session: OffloadSession, plan: Plan, floor: Floor) -> Metrics:
     """Measure one case."""
-    sent = session.frames(way, case.flows, frames.payload(case.size))
+    sent = session.frames(way, case.flows, bytes(case.size))
     with session.relaying(case.direction), live.sink(way.sink, FAR_END):
         window = case.offload_window(session.server.name)
-        arriving = frames.frame_length(case.size, channel=not way.up)
-        live.prepare(sent, way.source_interface.ifindex, window=window, arriving=arriving)
+        live.prepare(sent, way.source_interface.ifindex, window=window, growth=way.growth)
         live.send(way.source, plan.warm_up_seconds / 4)
         waits = [_wait_ns(live, way, plan)]
         live.set_window(window)
@@ -76,7 +64,7 @@ def measure_saturated(live: Live, way: Way, case: Case, session: OffloadSession,
 
 
 def metrics_of(packets: Counters, spent: Spent, floor: Floor) -> Metrics:
-    """Compute the metrics; the formula is at the top of this module."""
+    """Compute the metrics. A wait is a check whether the window is full."""
     load = spent.load - packets.sent * floor.packet - packets.waited * floor.wait
     return {
         "rate": packets.arrived * 1e9 / spent.clock,
@@ -90,7 +78,7 @@ def _run(live: Live, way: Way, seconds: float, session: OffloadSession | None) -
     counters, before = live.counters(), _spent(session)
     live.send(way.source, seconds)
     after = _spent(session)
-    return live.counters() - counters, after - before
+    return Counters(*map(sub, live.counters(), counters)), Spent(*map(sub, after, before))
 
 
 def _wait_ns(live: Live, way: Way, plan: Plan) -> float:

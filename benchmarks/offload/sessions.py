@@ -2,20 +2,17 @@
 
 import contextlib
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from benchmarks.cases import GENERIC, NATIVE
-from benchmarks.errors import MeasurementError
+from benchmarks.measure import MeasurementError
 from benchmarks.offload import frames
 from benchmarks.offload.network import CLIENT_HOST, FAR_END, PEER_HOST, RELAY_ENDS, Network
 from benchmarks.servers import Server
-from benchmarks.sessions import Rooms, Session
+from benchmarks.sessions import Session
 
 MODES: Final = {NATIVE: "driver", GENERIC: "generic"}
-_ANSWER_SECONDS: Final = 5
 
 
 class Way:
@@ -28,6 +25,8 @@ class Way:
         self.source, self.sink = places if self.up else places[::-1]
         self.relay_end = RELAY_ENDS[not self.up]
         """The interface at which the relay receives."""
+        self.growth = -4 if self.up else 4
+        """Bytes by which relaying changes the length of a frame: the header of ChannelData."""
         self.source_interface = self.source.interface(FAR_END)
         self.relay_interface = network.relay.interface(self.relay_end)
 
@@ -36,7 +35,7 @@ class OffloadSession(Session):
     """A running server with its flows."""
 
     def __init__(self, server: Server, network: Network, cpus: Iterable[int]) -> None:
-        super().__init__(server, cpus, Rooms(network.client.entered, network.relay.entered, network.peer.entered))
+        super().__init__(server, cpus, network.client.entered, network.relay.entered, network.peer.entered)
         self._is_offloaded = server.name in MODES
         if self._is_offloaded:
             try:
@@ -83,11 +82,6 @@ class OffloadSession(Session):
 
     def _control(self, method: str, path: str = "") -> dict[str, Any]:
         """Send a request to the control address of the relay, on the loopback interface of its namespace."""
-        url = f"http://127.0.0.1:{self.server.control_port}/offload{path}"
-        request = urllib.request.Request(url, method=method)
-        try:
-            with self.rooms.server(), urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as response:  # noqa: S310
-                document: dict[str, Any] = json.load(response)
-                return document
-        except (OSError, urllib.error.URLError, ValueError) as error:
-            raise MeasurementError(f"{self.server.name} does not respond at its control address: {error}") from error
+        with self.server_room():
+            document: dict[str, Any] = json.loads(self.server.control(f"/offload{path}", method))
+            return document

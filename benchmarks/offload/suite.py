@@ -4,16 +4,15 @@ All run in one namespace, each at an address of its own. During a measurement th
 """
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 from benchmarks.cases import GENERIC, NATIVE, OFFLOAD_WINDOW, SOCKETS, Case, Kind, Plan
-from benchmarks.errors import MeasurementError
 from benchmarks.generator import Generator, Load
-from benchmarks.offload import frames, statistics
+from benchmarks.measure import MeasurementError
+from benchmarks.offload import statistics
 from benchmarks.offload.channels import measure_channels
 from benchmarks.offload.live import Live
 from benchmarks.offload.network import CLIENT_HOST, FAR_END, PEER_HOST, RELAY_ENDS, RELAY_HOSTS, Network
@@ -68,12 +67,11 @@ class OffloadSuite(Suite[OffloadSession]):
 
     def _program(self, case: Case, session: OffloadSession, way: Way) -> Metrics:
         """Measure the run time of the XDP program."""
-        sent = session.frames(way, case.flows, frames.payload(case.size))
+        sent = session.frames(way, case.flows, bytes(case.size))
         pid = session.pid or 0
         with session.relaying(case.direction), statistics.enabled():
             with self.live.sink(way.sink, FAR_END):
-                arriving = frames.frame_length(case.size, channel=not way.up)
-                self.live.prepare(sent, way.source_interface.ifindex, window=OFFLOAD_WINDOW, arriving=arriving)
+                self.live.prepare(sent, way.source_interface.ifindex, window=OFFLOAD_WINDOW, growth=way.growth)
                 self.live.send(way.source, self.plan.warm_up_seconds / 4)
                 before = statistics.runs_of(pid)
                 self.live.send(way.source, self.plan.offload_seconds)
@@ -101,11 +99,8 @@ def offload_suite(
 
 
 def _check_requirements() -> None:
-    if os.geteuid() != 0:
-        raise MeasurementError("network namespaces and BPF programs require root")
-    lacking = capabilities.missing()
-    if lacking:
-        raise MeasurementError(f"BPF programs require {' and '.join(lacking)}")
+    if lacking := capabilities.missing():
+        raise MeasurementError(f"network namespaces and BPF programs require root, with {' and '.join(lacking)}")
     for tool, package in _TOOLS.items():
         if shutil.which(tool) is None:
             raise MeasurementError(f"{tool} is not installed (Debian: apt-get install {package})")
@@ -124,7 +119,7 @@ def _servers(directory: Path) -> Iterator[Server | None]:
     yield Server(DIRECT, _endpoints(DIRECT))
     for number, name in enumerate((NATIVE, GENERIC, SOCKETS)):
         # All clients have one source address, so the limit of unauthenticated responses is off.
-        options = ["--allow-peer", f"{PEER_HOST}/32", "--unauthenticated-rate", "0"]
+        options = ["--unauthenticated-rate", "0"]
         if name in MODES:
             options += ["--ebpf-offloading", ",".join(RELAY_ENDS), "--ebpf-attach-mode", MODES[name]]
         yield relay_server(directory, _endpoints(name), *options, name=name, control_port=9001 + number)

@@ -22,15 +22,15 @@ MIB = 1024
 def test_a_flood_from_spoofed_sources_uses_no_memory_and_ends_no_session(tmp_path: Path) -> None:
     with running(tmp_path) as program:
         report = measure(server_of(program), program.process.pid, sources=200_000, rate=10_000, seconds=4)
-    assert report.sent > 4000, "a flood, even on a busy machine"
+    assert report.rate > 700, "a flood, even on a busy machine"
     assert report.memory_most - report.memory_before < 16 * MIB
     assert report.memory_after - report.memory_before < 4 * MIB
-    assert report.refreshes.answered == report.refreshes.asked > 0
-    assert report.newcomers.answered == report.newcomers.asked > 0
+    for times in (report.refreshes, report.newcomers):
+        assert times
+        assert None not in times
     # Far more arrive on an idle machine (`python -m benchmarks.floods`).
     assert min(report.during.at_peer, report.during.at_client) > 0.5
     assert min(report.after.at_peer, report.after.at_client) > 0.9
-    assert report.before.sent > 0
 
 
 @floods

@@ -51,7 +51,7 @@ def test_a_flood_from_spoofed_sources_uses_no_memory_and_ends_no_session(flooded
     before = memory(pid).resident
     with Bystander(server, 0) as bystander:
         assert bystander.begin() is not None
-        with flooding(server.address, sources=5000, rate=5000, seconds=60, processes=1):
+        with flooding(server.address, sources=5000, rate=5000, seconds=60):
             for number in range(1, 4):
                 assert bystander.refresh() is not None
                 with Bystander(server, number) as newcomer:

@@ -1,12 +1,11 @@
 import socket
 import struct
-import zlib
 
 import pytest
 
 from benchmarks.cases import NATIVE, OFFLOAD_WINDOW, chosen
 from benchmarks.offload import frames
-from benchmarks.offload.frames import Hop, Ports, frame, frame_length, internet_checksum, payload
+from benchmarks.offload.frames import Hop, Ports, frame, internet_checksum
 from benchmarks.offload.live import Counters
 from benchmarks.offload.saturated import Floor, Spent, metrics_of
 from benchmarks.servers import PLAIN
@@ -21,8 +20,8 @@ def test_checksum_matches_the_example_of_rfc_1071() -> None:
 @pytest.mark.parametrize("size", [100, 101, 200, 1400])
 @pytest.mark.parametrize("channel", [0, 0x4000])
 def test_frame_has_valid_checksums(size: int, channel: int) -> None:
-    built = frame(LINK, Ports(1234, 3478, channel), payload(size))
-    assert len(built) == frame_length(size, channel=bool(channel))
+    built = frame(LINK, Ports(1234, 3478, channel), bytes(range(100)) + bytes(size - 100))
+    assert len(built) == 14 + 20 + 8 + 4 * bool(channel) + size
     assert internet_checksum(built[14:34]) == 0
     datagram = built[34:]
     assert struct.unpack_from(">H", datagram, 4)[0] == len(datagram)
@@ -31,22 +30,14 @@ def test_frame_has_valid_checksums(size: int, channel: int) -> None:
 
 
 def test_frame_has_channel_data_only_with_a_channel() -> None:
-    data = payload(100)
+    data = bytes(range(100))
     assert frame(LINK, Ports(1, 2, 0x4001), data)[42:] == b"\x40\x01\x00\x64" + data
     assert frame(LINK, Ports(1, 2, 0), data)[42:] == data
 
 
 def test_flows_differ_only_in_the_headers_written_by_the_sender() -> None:
-    rests = {frame(LINK, Ports(port, 3478, 0x4000 + port), payload(200))[frames.HEADERS :] for port in range(100)}
+    rests = {frame(LINK, Ports(port, 3478, 0x4000 + port), bytes(200))[frames.HEADERS :] for port in range(100)}
     assert len(rests) == 1
-
-
-def test_payload_has_the_size_and_no_repetitions() -> None:
-    data = payload(1400)
-    parts = [data[at : at + 2] for at in range(0, 1400, 2)]
-    assert len(data) == 1400
-    assert len(set(parts)) == 700
-    assert zlib.crc32(payload(101)) == zlib.crc32(payload(102)[:101])
 
 
 def test_cpu_of_a_packet_excludes_sending_and_waiting() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.cases import all_cases, chosen
 from benchmarks.doubts import doubts
-from benchmarks.errors import MeasurementError
+from benchmarks.measure import MeasurementError
 from benchmarks.plot import PARTS
 from benchmarks.report import LATEST, markdown, write
 from benchmarks.results import Figure, Results
