@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 from relay.core.data import Datagram
 from relay.core.overload import BATCH_BYTES, BATCH_DATAGRAMS
-from relay.net.udp import UdpSocket
+from relay.net.udp import RECEIVE_BUFFER, UdpSocket
 
 K = TypeVar("K", bound=Hashable)
 
@@ -37,9 +37,13 @@ class ManyReceiver(Generic[K]):
             self._epoll.register(each, select.EPOLLIN)
 
     def remove(self, key: K) -> None:
-        """Read the sockets of this name no more. They are open."""
+        """Read the sockets of this name no more. They are open.
+
+        Their buffers are large again: the second process may have shrunk them, and the next reader knows nothing of this.
+        """
         for descriptor in self._descriptors.pop(key):
-            del self._sockets[descriptor]
+            sock, _ = self._sockets.pop(descriptor)
+            sock.set_receive_buffer(RECEIVE_BUFFER)
             self._epoll.unregister(descriptor)
 
     def some(self, most: int) -> list[K]:

@@ -1,6 +1,7 @@
 """Open the sockets of the port for clients and the kernel's data path, or continue with those of another process."""
 
 import contextlib
+import gc
 import resource
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
@@ -93,6 +94,8 @@ def _succeed(
 
     # Most of the state, while the predecessor goes on. The rest follows at the decision.
     prepare()
+    # A collection of all this would stop everything for up to a second.
+    gc.freeze()
     inheritance.decide(core, counters, prepare)
     if offload is not None:
         # Before the first change of an allocation.

@@ -314,7 +314,8 @@ class System:
             if allocations is None:
                 self.events.put(SystemRequest.LISTEN)
             else:
-                server.tell(Execute(lambda actor: actor.start_readers(allocations)))
+                # The next portion waits until the server actor has handled packets in between.
+                server.ask(Execute(lambda actor: actor.start_readers(allocations)))
 
         reader = InheritedReader(inheritance.receiver, server, self._inbox.load, self._failed, leave)
         self.has_begun = True
