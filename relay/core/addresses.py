@@ -31,9 +31,6 @@ class Family(IntEnum):
     IPV4 = 1
     IPV6 = 2
 
-    # The hash of int, in C. Enum defines __hash__ in Python, which slows look-ups down.
-    __hash__ = int.__hash__
-
     def __str__(self) -> str:
         return "IPv4" if self is Family.IPV4 else "IPv6"
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
-from relay.core.stun import Malformed, Method
+from relay.core.stun import Method
 
 SIZE_SHIFT: Final = 7
 """Sizes are counted in steps of 128 bytes, this power of two."""
@@ -54,19 +54,6 @@ class DropReason(StrEnum):
     UNBOUND_PEER = "unbound_peer"
     """A datagram of a peer without a live channel in the allocation."""
 
-    # The hash of the text, in C: floods are counted here.
-    __hash__ = str.__hash__
-
-
-MALFORMED_DROPS = {
-    Malformed.HEADER: DropReason.MALFORMED_HEADER,
-    Malformed.COOKIE: DropReason.MALFORMED_COOKIE,
-    Malformed.LENGTH: DropReason.MALFORMED_LENGTH,
-    Malformed.ATTRIBUTE: DropReason.MALFORMED_ATTRIBUTE,
-    Malformed.FINGERPRINT: DropReason.MALFORMED_FINGERPRINT,
-    Malformed.TOO_MANY_ATTRIBUTES: DropReason.TOO_MANY_ATTRIBUTES,
-}
-
 
 class FreeReason(StrEnum):
     """Why an allocation ended."""
@@ -92,8 +79,6 @@ class NonceOutcome(StrEnum):
     """Made by this relay for this client, but more than an hour ago."""
     FOREIGN = "foreign"
     """Made for another client, by another relay, by this relay before a restart, or guessed."""
-
-    __hash__ = str.__hash__
 
 
 @dataclass(slots=True)

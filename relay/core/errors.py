@@ -19,8 +19,6 @@ class ErrorCode(IntEnum):
     ALLOCATION_QUOTA_REACHED = 486
     INSUFFICIENT_CAPACITY = 508
 
-    __hash__ = int.__hash__
-
     @property
     def phrase(self) -> str:
         """Return the reason phrase."""

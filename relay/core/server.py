@@ -64,7 +64,7 @@ from relay.core.addresses import AllocationId, ClientAddress, RelayedPort, Socke
 from relay.core.allocations import Allocation, Allocations, AllocationState, count_drop
 from relay.core.commands import Command, Commands, HandIn, SendToPeer, cut
 from relay.core.config import ServerConfig
-from relay.core.counters import MALFORMED_DROPS, Counters, DropReason, FreeReason
+from relay.core.counters import Counters, DropReason, FreeReason
 from relay.core.data import (
     CHANNEL_DATA_FIRST_BYTES,
     Datagram,
@@ -345,7 +345,7 @@ class Server:
             return
         message = decode(data)
         if isinstance(message, Malformed):
-            self.counters.drops[MALFORMED_DROPS[message]] += 1
+            self.counters.drops[DropReason(message)] += 1
         elif message.message_class is MessageClass.REQUEST:
             self._requests.handle(message, client, now)
         elif message.message_class is not MessageClass.INDICATION:

@@ -63,9 +63,6 @@ class Method(IntEnum):
     CREATE_PERMISSION = 0x008
     CHANNEL_BIND = 0x009
 
-    # The hash of int, in C. Enum defines __hash__ in Python, which slows look-ups down.
-    __hash__ = int.__hash__
-
     def __str__(self) -> str:
         return self.name.lower()
 
@@ -84,13 +81,13 @@ _CLASSES = tuple(MessageClass)
 
 
 class Malformed(StrEnum):
-    """The reason why bytes are not a STUN message."""
+    """The reason why bytes are not a STUN message. `relay.core.counters.DropReason` has the same values."""
 
-    HEADER = "header"
-    COOKIE = "cookie"
-    LENGTH = "length"
-    ATTRIBUTE = "attribute"
-    FINGERPRINT = "fingerprint"
+    HEADER = "malformed_header"
+    COOKIE = "malformed_cookie"
+    LENGTH = "malformed_length"
+    ATTRIBUTE = "malformed_attribute"
+    FINGERPRINT = "malformed_fingerprint"
     TOO_MANY_ATTRIBUTES = "too_many_attributes"
 
 

@@ -177,7 +177,7 @@ def test_a_reservation_token_gets_508(relay: Relay, client: Client) -> None:
 
 
 def test_dont_fragment_is_accepted(client: Client) -> None:
-    assert client.allocate((DONT_FRAGMENT, None)).answer.code is None
+    assert client.allocate((DONT_FRAGMENT, b"")).answer.code is None
 
 
 def test_an_allocate_without_a_free_port_gets_508() -> None:
