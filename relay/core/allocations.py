@@ -18,7 +18,6 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
 
 from relay.core.addresses import (
     AllocationId,
@@ -30,8 +29,8 @@ from relay.core.addresses import (
     family_of,
     network_of,
 )
-from relay.core.commands import InstallChannel, OffloadCommand, RemoveChannel
-from relay.core.counters import Counters, DropReason
+from relay.core.commands import Commands, InstallChannel, RemoveChannel
+from relay.core.counters import DropReason
 from relay.core.deadlines import Deadlines
 from relay.core.overload import KERNEL_PORTION
 
@@ -137,20 +136,6 @@ class Allocation:
         return len(self.expired) + len(self.live)
 
 
-def count_drop(counters: Counters, reason: DropReason, allocation: Allocation | None, count: int = 1) -> None:
-    """Count dropped datagrams, and for an allocation if it is known."""
-    counters.drops[reason] += count
-    if allocation is not None and count:
-        allocation.drops[reason] = allocation.drops.get(reason, 0) + count
-
-
-class Offload(Protocol):
-    """Receives commands that synchronize the kernel's tables."""
-
-    def append(self, command: OffloadCommand, /) -> None:
-        """Receive a command."""
-
-
 class Allocations:
     """The tables. Anything may read the tables; only the methods change them.
 
@@ -159,7 +144,7 @@ class Allocations:
         offload: receives commands for the kernel. None: the kernel relays nothing.
     """
 
-    def __init__(self, is_relayed: Callable[[PeerAddress], bool], offload: Offload | None = None) -> None:
+    def __init__(self, is_relayed: Callable[[PeerAddress], bool], offload: Commands | None = None) -> None:
         self._is_relayed = is_relayed
         self._offload = offload
         self.by_id: dict[AllocationId, Allocation] = {}
@@ -204,14 +189,10 @@ class Allocations:
             self._leave(former)
             for binding in former.live.values():
                 self._uninstall(binding)
-        for binding in bindings:
-            live, peers = (
-                (allocation.live, allocation.live_peers) if binding.live else (allocation.expired, allocation.expired_peers)
-            )
-            live[binding.number] = peers[binding.peer] = binding
-            if binding.live:
-                (allocation.inside if binding.inside else allocation.outside)[binding.number] = binding
         self._enter(allocation)
+        self.channels += len(bindings)
+        for binding in bindings:
+            self._put(allocation, binding)
         if allocation.state is AllocationState.ESTABLISHED:
             self.by_port[allocation.port] = allocation.id
         self.deadlines.restore(allocation.id, at, sequence)
@@ -255,12 +236,10 @@ class Allocations:
         elif binding.live:
             del allocation.live[number]
         else:
-            del allocation.expired[number], allocation.expired_peers[peer]
-            self.expired -= 1
+            self._take(allocation, binding)
         self._note(allocation)
         binding.live, binding.until = True, now + CHANNEL_LIFETIME
-        allocation.live[number] = allocation.live_peers[peer] = binding
-        (allocation.inside if binding.inside else allocation.outside)[number] = binding
+        self._put(allocation, binding)
         self._set_deadline(allocation)
         self._install(allocation, binding)
         return True
@@ -284,10 +263,9 @@ class Allocations:
     def expire_channel(self, allocation: Allocation, binding: ChannelBinding) -> None:
         """End a live channel, and begin its grace period."""
         self._note(allocation)
-        self._end_channel(allocation, binding)
+        self._take(allocation, binding)
+        self._put(allocation, binding)
         self._uninstall(binding)
-        allocation.expired[binding.number] = allocation.expired_peers[binding.peer] = binding
-        self.expired += 1
 
     def cut_channel(self, allocation: Allocation, binding: ChannelBinding, now: float) -> None:
         """End a live channel early, and begin its grace period."""
@@ -298,11 +276,7 @@ class Allocations:
     def unbind_channel(self, allocation: Allocation, binding: ChannelBinding) -> None:
         """Remove a channel in either state from the tables."""
         self._note(allocation)
-        if binding.live:
-            self._end_channel(allocation, binding)
-        else:
-            del allocation.expired[binding.number], allocation.expired_peers[binding.peer]
-            self.expired -= 1
+        self._take(allocation, binding)
         self.channels -= 1
         allocation.to_peer_packets += binding.to_peer_packets
         allocation.to_peer_bytes += binding.to_peer_bytes
@@ -313,12 +287,10 @@ class Allocations:
         """Remove one relayed address of a dual allocation, and the channels to peers of the same family."""
         self._note(allocation)
         allocation.families = tuple(each for each in allocation.families if each is not family)
-        live: dict[ChannelNumber, ChannelBinding] = {}
-        for binding in allocation.channels.values():
-            if family_of(binding.peer) is family:
-                if binding.live:
-                    live[binding.number] = binding
-                self.unbind_channel(allocation, binding)
+        ended = [each for each in allocation.channels.values() if family_of(each.peer) is family]
+        live = {each.number: each for each in ended if each.live}
+        for binding in ended:
+            self.unbind_channel(allocation, binding)
         self._set_deadline(allocation)
         self._remove_from_kernel(allocation.client, live)
 
@@ -365,8 +337,6 @@ class Allocations:
         self.live_channels[allocation.client] = allocation.outside
         self.inside_channels[allocation.client] = allocation.inside
         self.live_peers[allocation.id] = allocation.live_peers
-        self.channels += allocation.channel_count
-        self.expired += len(allocation.expired)
         network = network_of(allocation.client)
         self.by_network[network] = self.by_network.get(network, 0) + 1
 
@@ -392,11 +362,27 @@ class Allocations:
         if at != self.deadlines.get(allocation.id):
             self.deadlines.set(allocation.id, at)
 
-    def _end_channel(self, allocation: Allocation, binding: ChannelBinding) -> None:
-        binding.live = False
-        del allocation.live[binding.number], allocation.live_peers[binding.peer]
-        del (allocation.inside if binding.inside else allocation.outside)[binding.number]
-        allocation.cut_short.pop(binding.number, None)
+    def _put(self, allocation: Allocation, binding: ChannelBinding) -> None:
+        """Add a channel to the tables of its state."""
+        number, peer = binding.number, binding.peer
+        if binding.live:
+            allocation.live[number] = allocation.live_peers[peer] = binding
+            (allocation.inside if binding.inside else allocation.outside)[number] = binding
+        else:
+            allocation.expired[number] = allocation.expired_peers[peer] = binding
+            self.expired += 1
+
+    def _take(self, allocation: Allocation, binding: ChannelBinding) -> None:
+        """Remove a channel from the tables of its state, and end its life."""
+        number, peer = binding.number, binding.peer
+        if binding.live:
+            binding.live = False
+            del allocation.live[number], allocation.live_peers[peer]
+            del (allocation.inside if binding.inside else allocation.outside)[number]
+            allocation.cut_short.pop(number, None)
+        else:
+            del allocation.expired[number], allocation.expired_peers[peer]
+            self.expired -= 1
 
     def _install(self, allocation: Allocation, binding: ChannelBinding) -> None:
         """Let the kernel relay a channel until the channel or the allocation ends."""

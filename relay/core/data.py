@@ -9,7 +9,7 @@ from struct import Struct, unpack_from
 from typing import Any, TypeAlias
 
 from relay.core.addresses import AllocationId, ChannelNumber, ClientAddress, RelayedPort, SocketAddress
-from relay.core.allocations import Allocations, ChannelBinding, count_drop
+from relay.core.allocations import Allocation, Allocations, ChannelBinding
 from relay.core.commands import Commands, SendToClient, SendToPeer, cut
 from relay.core.counters import SIZE_SHIFT, Counters, DropReason
 from relay.core.stun import is_stun
@@ -163,6 +163,13 @@ class InsideData:
         if command is not None:
             self._commands.append(command)
         return True
+
+
+def count_drop(counters: Counters, reason: DropReason, allocation: Allocation | None, count: int = 1) -> None:
+    """Count dropped datagrams, and for an allocation if it is known."""
+    counters.drops[reason] += count
+    if allocation is not None and count:
+        allocation.drops[reason] = allocation.drops.get(reason, 0) + count
 
 
 def is_truncated(channel_data: bytes) -> bool:

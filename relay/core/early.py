@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from relay.core.addresses import AllocationId, ClientAddress
-from relay.core.allocations import Allocations, AllocationState, count_drop
+from relay.core.allocations import Allocations, AllocationState
 from relay.core.counters import Counters, DropReason
-from relay.core.data import Datagram
+from relay.core.data import Datagram, count_drop
 from relay.core.overload import EARLY_AGE, EARLY_BYTES, EARLY_CLIENT_BYTES, EARLY_OVERHEAD, EARLY_SHARE
 
 EARLY_DEADLINE: Final = AllocationId(0)

@@ -61,7 +61,7 @@ from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 
 from relay.core.addresses import AllocationId, ClientAddress, RelayedPort, SocketAddress
-from relay.core.allocations import Allocation, Allocations, AllocationState, count_drop
+from relay.core.allocations import Allocation, Allocations, AllocationState
 from relay.core.commands import Command, Commands, HandIn, SendToPeer, cut
 from relay.core.config import ServerConfig
 from relay.core.counters import Counters, DropReason, FreeReason
@@ -71,6 +71,7 @@ from relay.core.data import (
     DataPlane,
     InsideData,
     by_channel,
+    count_drop,
     is_of_one_channel,
     is_truncated,
 )

@@ -48,8 +48,8 @@ MUTANTS = (
     Mutant(
         "a channel is still relayed to the client when it cools down",
         "allocations",
-        "del allocation.live[binding.number], allocation.live_peers[binding.peer]\n",
-        "del allocation.live[binding.number]\n",
+        "del allocation.live[number], allocation.live_peers[peer]\n",
+        "del allocation.live[number]\n",
     ),
     Mutant(
         "data for a client of this relay leaves the machine",
@@ -103,8 +103,8 @@ MUTANTS = (
     Mutant(
         "channels of a deleted family go on",
         "allocations",
-        "            if family_of(binding.peer) is family:\n",
-        "            if family_of(binding.peer) is family and family == 2:\n",
+        "if family_of(each.peer) is family]",
+        "if family_of(each.peer) is family == 2]",
     ),
     Mutant(
         "a username is kept in its table",
@@ -212,7 +212,7 @@ MUTANTS = (
         "a deadline is forgotten when it moves",
         "deadlines",
         "        heapq.heappush(self._heap, entry)\n",
-        "        if self._sequence % 50:\n            heapq.heappush(self._heap, entry)\n",
+        "        if self.sequence % 50:\n            heapq.heappush(self._heap, entry)\n",
     ),
     Mutant(
         "time passes unseen between wake-ups",
