@@ -225,11 +225,9 @@ class Allocations:
         del self.live_peers[allocation.id]
         self._remove_from_kernel(allocation.client, allocation.live)
 
-    def bind_channel(self, allocation: Allocation, number: ChannelNumber, peer: PeerAddress, now: float) -> bool:
-        """Bind or refresh a channel. Return False if the number or the peer has another binding."""
-        binding, of_peer = allocation.held(number, peer)
-        if binding is not of_peer:
-            return False
+    def bind_channel(self, allocation: Allocation, number: ChannelNumber, peer: PeerAddress, now: float) -> None:
+        """Bind or refresh a channel. Neither the number nor the peer may have another binding."""
+        binding, _ = allocation.held(number, peer)
         if binding is None:
             binding = ChannelBinding(allocation.id, allocation.client, number, allocation.port, peer, self._is_relayed(peer))
             self.channels += 1
@@ -242,7 +240,6 @@ class Allocations:
         self._put(allocation, binding)
         self._set_deadline(allocation)
         self._install(allocation, binding)
-        return True
 
     def end_grace_periods(self, allocation: Allocation, now: float, most: int) -> int:
         """Remove channels whose grace period has ended, at most ``most``; return their number."""

@@ -22,7 +22,7 @@ def claimed_user(message: Message, keys: KeyCache) -> UserKey | None:
     response without MESSAGE-INTEGRITY. The signature reveals nothing, because the relay signs only its own text.
     """
     username = _read(message, USERNAME)
-    return None if username is None else keys.of_username(username)
+    return None if username is None else keys(username)
 
 
 def authenticate(message: Message, client: ClientAddress, now: Timestamp, nonces: Nonces, keys: KeyCache) -> UserKey:
@@ -44,7 +44,7 @@ def authenticate(message: Message, client: ClientAddress, now: Timestamp, nonces
         raise RequestError(ErrorCode.UNAUTHENTICATED, Reason.NO_NONCE)
     if not (message.has(USERNAME) and message.has(REALM)):
         raise RequestError(ErrorCode.BAD_REQUEST, Reason.INCOMPLETE_CREDENTIALS)
-    outcome = nonces.check(nonce, client, now)
+    outcome = nonces.check(nonce, client, now.monotonic)
     if outcome is not NonceOutcome.OURS:
         raise RequestError(ErrorCode.STALE_NONCE, Reason.OLD_NONCE if outcome is NonceOutcome.EXPIRED else None)
     user = claimed_user(message, keys)

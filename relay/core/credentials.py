@@ -7,7 +7,8 @@ The key of MESSAGE-INTEGRITY follows from both as in RFC 8489 §9.2.2 (long-term
 import base64
 import functools
 import hashlib
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 from relay.core.attributes import USERNAME_LIMIT
 from relay.core.secret import Secret
@@ -78,21 +79,19 @@ class UserKey(NamedTuple):
     key: bytes
 
 
-class KeyCache:
-    """The only place where the relay derives a key from a username. It caches keys, since clients return."""
-
-    def __init__(self, realm: str, secret: RelaySecret) -> None:
-        self.of_username = functools.lru_cache(CACHED_KEYS)(functools.partial(_derive, realm, secret))
-        """Returns the key of a username, or None if the username is malformed."""
-
-    def __len__(self) -> int:
-        """Return the number of cached usernames, at most `CACHED_KEYS`."""
-        return self.of_username.cache_info().currsize
+KeyCache: TypeAlias = Callable[[str], UserKey | None]
+"""Returns the key of a username, or None if the username is malformed."""
 
 
-def _derive(realm: str, secret: RelaySecret, text: str) -> UserKey | None:
-    username = parse_username(text)
-    return None if username is None else UserKey(username, integrity_key(text, realm, password_of(username, secret)))
+def key_cache(realm: str, secret: RelaySecret) -> KeyCache:
+    """Return the only function with which the relay derives a key from a username. It caches keys, since clients return."""
+
+    @functools.lru_cache(CACHED_KEYS)
+    def key_of(text: str) -> UserKey | None:
+        username = parse_username(text)
+        return None if username is None else UserKey(username, integrity_key(text, realm, password_of(username, secret)))
+
+    return key_of
 
 
 def mint(secret: RelaySecret, expiry: int, salt: str) -> Credential:

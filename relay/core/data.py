@@ -109,8 +109,7 @@ class DataPlane:
         data, peer, segment_size, traffic_class = datagram
         binding = self._live_peers.get(allocation, _NONE).get(peer)
         if binding is None:
-            dropped = len(cut(data, segment_size))
-            count_drop(self._counters, DropReason.UNBOUND_PEER, self._by_id.get(allocation), dropped)
+            count_drop(self._counters, DropReason.UNBOUND_PEER, self._by_id.get(allocation), count_of(datagram))
             return None
         counters = self._counters
         if segment_size:
@@ -163,6 +162,12 @@ class InsideData:
         if command is not None:
             self._commands.append(command)
         return True
+
+
+def count_of(datagram: Datagram) -> int:
+    """Return the number of datagrams in a GRO batch; 1 for a lone datagram."""
+    data, _, segment_size, _ = datagram
+    return -(-len(data) // segment_size) if segment_size else 1
 
 
 def count_drop(counters: Counters, reason: DropReason, allocation: Allocation | None, count: int = 1) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Final
 from relay.core.addresses import AllocationId, ClientAddress
 from relay.core.allocations import Allocations, AllocationState
 from relay.core.counters import Counters, DropReason
-from relay.core.data import Datagram, count_drop
+from relay.core.data import Datagram, count_drop, count_of
 from relay.core.overload import EARLY_AGE, EARLY_BYTES, EARLY_CLIENT_BYTES, EARLY_OVERHEAD, EARLY_SHARE
 
 EARLY_DEADLINE: Final = AllocationId(0)
@@ -63,8 +63,8 @@ class EarlyData:
 
         Nothing more is held for a client at its limit: the first data is kept.
         """
-        data, client, segment_size, _ = datagram
-        count = -(-len(data) // segment_size) if segment_size else 1
+        data, client, _, _ = datagram
+        count = count_of(datagram)
         allocation = self._by_client.get(ClientAddress(client))
         if allocation is None or allocation.state is AllocationState.BINDING:
             count_drop(self._counters, DropReason.UNBOUND_CHANNEL, allocation, count)
@@ -115,9 +115,8 @@ class EarlyData:
 
     def _keep(self, key: tuple[AllocationId, int], datagram: Datagram, expires_at: float) -> None:
         channel = self._channels.setdefault(key, _EarlyChannel(expires_at))
-        data, _, segment_size, _ = datagram
-        count = -(-len(data) // segment_size) if segment_size else 1
-        size = len(data) + count * EARLY_OVERHEAD
+        count = count_of(datagram)
+        size = len(datagram[0]) + count * EARLY_OVERHEAD
         channel.datagrams.append(datagram)
         channel.count += count
         channel.size += size

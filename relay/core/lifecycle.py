@@ -29,12 +29,13 @@ from relay.core.commands import BindPort, Commands, Drained, FreeAllocation
 from relay.core.config import ServerConfig
 from relay.core.counters import Counters, FreeReason
 from relay.core.data import Datagram
+from relay.core.early import EarlyData
 from relay.core.errors import ErrorCode
 from relay.core.events import AllocationCreated, AllocationFreed, ChannelExpired, Limit
 from relay.core.overload import CHANNELS_PER_EXPIRY, COST_OF_FREEING, EXPIRIES
 from relay.core.ports import PortPool
 from relay.core.randomness import RandomSource
-from relay.core.responses import Request, Responder, ResponseContext, limit_error
+from relay.core.responses import Responder, ResponseContext, limit_error
 from relay.core.stun import Method
 
 BIND_TIMEOUT = 5
@@ -53,10 +54,11 @@ class BindRefusal(StrEnum):
 class Lifecycle:
     """Creates allocations and frees them."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - all that an allocation concerns
         self,
         config: ServerConfig,
         tables: Allocations,
+        early: EarlyData,
         responder: Responder,
         counters: Counters,
         commands: Commands,
@@ -64,11 +66,12 @@ class Lifecycle:
     ) -> None:
         self._config = config
         self._tables = tables
+        self._early = early
         self._responder = responder
         self._counters = counters
         self._commands = commands
         self._random = random
-        self._ports = PortPool(config.ports)
+        self.ports = PortPool(config.ports)
         self._public = {family: socket_address(host, 0)[0] for family, host in config.public_hosts.items()}
         self._next_id = 1
         self._draining = False
@@ -77,20 +80,10 @@ class Lifecycle:
         self._held_ports: dict[ClientAddress, list[RelayedPort]] = {}
         """Ports of ended allocations of which the kernel still has channels."""
 
-    @property
-    def free_ports(self) -> list[RelayedPort]:
-        """Return the free ports, in any order."""
-        return list(self._ports)
-
-    @property
-    def free_port_count(self) -> int:
-        """Return the number of free ports."""
-        return len(self._ports)
-
     def export(self) -> dict[str, Any]:
         """Return the state besides the tables as plain data. Ports that the kernel holds count as free."""
         return {
-            "ports": self._ports.export(),
+            "ports": self.ports.export(),
             "held_ports": list(itertools.chain(*self._held_ports.values())),
             "next_id": self._next_id,
             "draining": self._draining,
@@ -101,14 +94,14 @@ class Lifecycle:
         """Continue with the state of another relay, after its tables."""
         by_id = self._tables.by_id.values()
         used = {port for each in by_id for port in (each.port, *each.refused_ports)}
-        self._ports.restore(exported["ports"], used, self._config.ports)
+        self.ports.restore(exported["ports"], used, self._config.ports)
         for port in exported["held_ports"]:
-            self._ports.give_back(port)
+            self.ports.give_back(port)
         self._next_id, self._draining, self._is_late = exported["next_id"], exported["draining"], exported["late"]
 
     def begin(
         self,
-        request: Request,
+        context: ResponseContext,
         families: tuple[Family, ...],
         missing_families: tuple[Family, ...],
         *,
@@ -123,45 +116,45 @@ class Lifecycle:
         Raises:
             RequestError: a limit is reached.
         """
-        replaced = self._tables.by_username.get(request.username)
-        limit = self._limit_reached(request, replaced, even_port=even_port)
+        replaced = self._tables.by_username.get(context.username)
+        limit = self._limit_reached(context.client, replaced, even_port=even_port)
         if limit is not None:
-            raise limit_error(request.context.client, limit)
+            raise limit_error(context.client, limit)
         if replaced is not None:
             self.free(replaced, FreeReason.REPLACED)
-        port = self._ports.draw(self._random, even=even_port)
+        port = self.ports.draw(self._random, even=even_port)
         assert port is not None, "a free port was counted above"  # noqa: S101
         allocation = Allocation(
             AllocationId(self._next_id),
-            request.context.client,
-            request.username,
-            request.context.transaction_id,
+            context.client,
+            context.username,
+            context.transaction_id,
             families,
             missing_families,
             port,
             even_port,
             lifetime,
-            request.context.fingerprint,
-            request.now,
+            context.fingerprint,
+            context.now,
         )
         self._next_id += 1
-        self._tables.add(allocation, request.now + BIND_TIMEOUT)
+        self._tables.add(allocation, context.now + BIND_TIMEOUT)
         self._commands.append(BindPort(allocation.id, port, families))
 
-    def _limit_reached(self, request: Request, replaced: Allocation | None, *, even_port: bool) -> Limit | None:
+    def _limit_reached(self, client: ClientAddress, replaced: Allocation | None, *, even_port: bool) -> Limit | None:
         """Return the limit that prevents an allocation, which may replace another allocation."""
         if self._draining:
             return Limit.DRAINING
         # The kernel gives back a port only later, if it has many channels.
         is_freed_at_once = replaced is not None and not self._tables.is_removal_long(replaced)
         regained = (replaced.port, *replaced.refused_ports) if replaced is not None and is_freed_at_once else ()
-        if not self._ports.count(even=even_port) and not any(port % 2 == 0 or not even_port for port in regained):
+        if not self.ports.count(even=even_port) and not any(port % 2 == 0 or not even_port for port in regained):
             return Limit.PORTS
         if len(self._tables.by_id) - (replaced is not None) >= self._config.max_allocations:
             return Limit.ALLOCATIONS
         most = self._config.max_allocations_per_address
         if most is not None:
-            network = network_of(request.context.client)
+            network = network_of(client)
             makes_room = replaced is not None and network_of(replaced.client) == network
             if self._tables.by_network.get(network, 0) - makes_room >= most:
                 return Limit.ALLOCATIONS_OF_ADDRESS
@@ -185,7 +178,7 @@ class Lifecycle:
     def try_another_port(self, allocation: Allocation) -> None:
         """Replace the port that the machine refused. Without another free port, respond with 508."""
         self._counters.ports_refused += 1
-        port = self._ports.draw(self._random, even=allocation.even_port)
+        port = self.ports.draw(self._random, even=allocation.even_port)
         if port is None:
             self.free(allocation, FreeReason.REFUSED)
             return
@@ -220,13 +213,16 @@ class Lifecycle:
 
     def handle_timeout(self, now: float) -> None:
         """Handle a portion of the passed deadlines, and of the kernel's work."""
-        self._handle_deadlines(now)
+        self._is_late = False
+        self.catch_up(now)
         if self._tables.is_kernel_behind:
             self._tables.update_kernel()
             self._give_back_held_ports()
 
     def catch_up(self, now: float) -> None:
         """Handle passed deadlines before an input. After a portion that left some, only `handle_timeout` goes on."""
+        # First: the other deadlines are those of allocations.
+        self._early.expire(now)
         if not self._is_late:
             self._handle_deadlines(now)
 
@@ -250,14 +246,16 @@ class Lifecycle:
         self._tables.cut_channel(self._tables.by_id[binding.allocation], binding, now)
         self._report_expired(binding)
 
-    def catch_up_with_client(self, datagram: Datagram, now: float) -> None:
-        """Handle the passed deadlines of the channel and the allocation of a client's datagram."""
+    def before_client_data(self, datagram: Datagram, now: float) -> None:
+        """Handle passed deadlines before a client's datagram, and in any case those of its channel and allocation."""
+        self.catch_up(now)
         if self._is_late and (allocation := self._tables.by_client.get(ClientAddress(datagram[1]))):
             number = ChannelNumber(int.from_bytes(datagram[0][:2], "big"))
             self.catch_up_with(allocation, now, allocation.live.get(number))
 
-    def catch_up_with_peer(self, datagram: Datagram, now: float, id_: AllocationId) -> None:
-        """Handle the passed deadlines of the channel and the allocation of a peer's datagram."""
+    def before_peer_data(self, datagram: Datagram, now: float, id_: AllocationId) -> None:
+        """Handle passed deadlines before a peer's datagram, and in any case those of its channel and allocation."""
+        self.catch_up(now)
         if self._is_late and (allocation := self._tables.by_id.get(id_)):
             self.catch_up_with(allocation, now, allocation.live_peers.get(PeerAddress(datagram[1])))
 
@@ -285,7 +283,7 @@ class Lifecycle:
     def _give_back_held_ports(self) -> None:
         for client in [each for each in self._held_ports if not self._tables.is_in_kernel(each)]:
             for port in self._held_ports.pop(client):
-                self._ports.give_back(port)
+                self.ports.give_back(port)
 
     def _report_if_drained(self) -> None:
         if self._draining and not self._tables.by_id:
@@ -293,7 +291,7 @@ class Lifecycle:
 
     def _give_back_refused_ports(self, allocation: Allocation) -> None:
         for port in allocation.refused_ports:
-            self._ports.give_back(port)
+            self.ports.give_back(port)
         allocation.refused_ports.clear()
 
     def _granted(self, allocation: Allocation) -> Iterator[tuple[Attribute[Any], Any]]:
@@ -310,7 +308,7 @@ class Lifecycle:
 
     def _context_of(self, allocation: Allocation) -> ResponseContext:
         """Return the context of the response to the Allocate. The allocation itself holds no key."""
-        user = self._responder.keys.of_username(allocation.username)
+        user = self._responder.keys(allocation.username)
         assert user is not None, "the username of an allocation was authenticated"  # noqa: S101
         return ResponseContext(
             allocation.client,
@@ -319,7 +317,7 @@ class Lifecycle:
             allocation.transaction_id,
             allocation.fingerprint,
             user.key,
-            authenticated=True,
+            allocation.username,
         )
 
 

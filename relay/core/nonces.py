@@ -13,7 +13,6 @@ import struct
 from relay.core.addresses import ClientAddress
 from relay.core.counters import NonceOutcome
 from relay.core.randomness import RandomSource
-from relay.core.timestamp import Timestamp
 
 NONCE_LIFETIME = 3600
 """Seconds for which a nonce is valid. RFC 8489 §18.1 suggests an hour at most."""
@@ -41,22 +40,22 @@ class Nonces:
         outcomes: counts the results of checks.
     """
 
-    def __init__(self, random: RandomSource, outcomes: dict[NonceOutcome, int] | None = None) -> None:
+    def __init__(self, random: RandomSource, outcomes: dict[NonceOutcome, int]) -> None:
         self.key = random.randbytes(KEY_LENGTH)
-        self._outcomes = dict.fromkeys(NonceOutcome, 0) if outcomes is None else outcomes
+        self._outcomes = outcomes
 
-    def issue(self, client: ClientAddress, now: Timestamp) -> bytes:
-        """Return a new nonce for one client address and port."""
-        second = _SECOND.pack(int(now.monotonic) & 0xFFFFFFFF)
+    def issue(self, client: ClientAddress, now: float) -> bytes:
+        """Return a new nonce for one client address and port. ``now`` is monotonic."""
+        second = _SECOND.pack(int(now) & 0xFFFFFFFF)
         return base64.b64encode(second + self._mac(second, client))
 
-    def check(self, nonce: bytes, client: ClientAddress, now: Timestamp) -> NonceOutcome:
+    def check(self, nonce: bytes, client: ClientAddress, now: float) -> NonceOutcome:
         """Return whether this relay issued a nonce to this client, and within the last hour. Count the result."""
         outcome = self._judge(nonce, client, now)
         self._outcomes[outcome] += 1
         return outcome
 
-    def _judge(self, nonce: bytes, client: ClientAddress, now: Timestamp) -> NonceOutcome:
+    def _judge(self, nonce: bytes, client: ClientAddress, now: float) -> NonceOutcome:
         if len(nonce) != _NONCE_LENGTH:
             return NonceOutcome.FOREIGN
         try:
@@ -66,7 +65,7 @@ class Nonces:
         second, mac = decoded[: _SECOND.size], decoded[_SECOND.size :]
         if not hmac.compare_digest(mac, self._mac(second, client)):
             return NonceOutcome.FOREIGN
-        age = (int(now.monotonic) - _SECOND.unpack(second)[0]) & 0xFFFFFFFF
+        age = (int(now) - _SECOND.unpack(second)[0]) & 0xFFFFFFFF
         return NonceOutcome.OURS if age < NONCE_LIFETIME else NonceOutcome.EXPIRED
 
     def _mac(self, second: bytes, client: ClientAddress) -> bytes:

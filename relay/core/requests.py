@@ -12,7 +12,6 @@ from relay.core.attributes import (
     EVEN_PORT,
     LIFETIME,
     NONCE,
-    REALM,
     REQUESTED_ADDRESS_FAMILY,
     REQUESTED_TRANSPORT,
     RESERVATION_TOKEN,
@@ -29,7 +28,7 @@ from relay.core.authentication import authenticate, claimed_user
 from relay.core.commands import Commands
 from relay.core.config import ASSURED_CHANNELS, ServerConfig
 from relay.core.counters import Counters, DropReason, FreeReason
-from relay.core.credentials import KeyCache
+from relay.core.credentials import key_cache
 from relay.core.early import EarlyData
 from relay.core.errors import ErrorCode, Reason
 from relay.core.events import (
@@ -48,7 +47,7 @@ from relay.core.overload import CHANNELS_PER_EXPIRY, EXPIRIES
 from relay.core.peers import MAY_EMBED
 from relay.core.randomness import RandomSource
 from relay.core.replays import Replays
-from relay.core.responses import AttributeValues, Request, RequestError, Responder, ResponseContext, limit_error
+from relay.core.responses import AttributeValues, RequestError, Responder, ResponseContext, limit_error
 from relay.core.stun import Message, Method
 from relay.core.timestamp import Timestamp
 
@@ -94,28 +93,16 @@ class Requests:
         self._early = early
         self._nonces = Nonces(random, counters.nonces)
         self.replays = Replays()
-        self._keys = KeyCache(config.realm, config.secret)
+        self._keys = key_cache(config.realm, config.secret)
         self._limiter: Limiter | None = None
         if config.unauthenticated_rate:
             self._limiter = Limiter(config.unauthenticated_rate, config.unauthenticated_burst, random)
         self.history = History()
-        self._responder = Responder(config.software, self._keys, counters, self.history, commands)
-        self.lifecycle = Lifecycle(config, tables, self._responder, counters, commands, random)
+        self._responder = Responder(config, self._keys, self._nonces, counters, self.history, commands)
+        self.lifecycle = Lifecycle(config, tables, early, self._responder, counters, commands, random)
         self._arrived: frozenset[str] = frozenset()
         """New addresses of this machine, until `_to_review` is empty."""
         self._to_review: Iterator[ChannelBinding] = iter(())
-        self._service = {
-            (int(single), additional): (
-                tuple(family for family in asked if family in config.public_hosts),
-                tuple(family for family in asked if family not in config.public_hosts),
-            )
-            for single, additional, asked in (
-                (Family.IPV4, False, (Family.IPV4,)),
-                (Family.IPV6, False, (Family.IPV6,)),
-                (Family.IPV4, True, (Family.IPV4, Family.IPV6)),
-            )
-        }
-        """Served and missing families, by the requested family and whether IPv6 is requested in addition."""
         self._handlers = {
             Method.ALLOCATE: self._allocate,
             Method.REFRESH: self._refresh,
@@ -202,16 +189,16 @@ class Requests:
             message.transaction_id,
             message.has_fingerprint,
             user.key,
-            authenticated=True,
+            user.username.text,
         )
         self.lifecycle.catch_up_with(self._tables.by_client.get(client), now.monotonic)
-        self.lifecycle.catch_up_with(self._tables.by_username.get(user.username.text), now.monotonic)
+        self.lifecycle.catch_up_with(self._tables.by_username.get(context.username), now.monotonic)
         try:
-            attributes = self._handlers[method](Request(message, context, user.username.text, now.monotonic))
+            attributes = self._handlers[method](message, context)
         except MalformedAttributeError:
             self._responder.reject(context, RequestError(ErrorCode.BAD_REQUEST, Reason.MALFORMED_ATTRIBUTE))
         except RequestError as error:
-            self._reject(context, error, now)
+            self._responder.reject(context, error)
         else:
             if attributes is not None:
                 self._responder.succeed(context, attributes)
@@ -232,20 +219,14 @@ class Requests:
         context = ResponseContext(client, method, now.monotonic, message.transaction_id, message.has_fingerprint, key)
         if error is None:
             self._responder.succeed(context, ((XOR_MAPPED_ADDRESS, client),))
-            return
-        self._reject(context, error, now)
+        else:
+            self._responder.reject(context, error)
 
-    def _reject(self, context: ResponseContext, error: RequestError, now: Timestamp) -> None:
-        if error.code.is_challenge:
-            error.attributes = ((REALM, self._config.realm), (NONCE, self._nonces.issue(context.client, now)))
-        self._responder.reject(context, error)
-
-    def _allocate(self, request: Request) -> AttributeValues | None:
-        message = request.message
-        existing = self._tables.by_client.get(request.context.client)
+    def _allocate(self, message: Message, context: ResponseContext) -> None:
+        existing = self._tables.by_client.get(context.client)
         if existing is not None:
-            self._repeat_allocate(existing, request)
-            return None
+            self._repeat_allocate(existing, context)
+            return
         transport = message.get(REQUESTED_TRANSPORT)
         if transport is None:
             raise RequestError(ErrorCode.BAD_REQUEST, Reason.NO_TRANSPORT)
@@ -256,43 +237,35 @@ class Requests:
         if reserve or message.has(RESERVATION_TOKEN):
             # Reservations serve RTP and RTCP on neighbouring ports. Firezone clients do not use reservations.
             raise RequestError(ErrorCode.INSUFFICIENT_CAPACITY, Reason.RESERVATION)
-        if self._is_over(request):
+        if self._is_over(message):
             self._counters.drops[DropReason.REPEATED] += 1
-            return None
-        self.lifecycle.begin(
-            request,
-            families,
-            missing,
-            even_port=reserve is not None,
-            lifetime=_granted_lifetime(message.get(LIFETIME)),
-        )
-        self._remember(request)
-        return None
+            return
+        lifetime = _granted_lifetime(message.get(LIFETIME))
+        self.lifecycle.begin(context, families, missing, even_port=reserve is not None, lifetime=lifetime)
+        self._remember(message, context.now)
 
-    def _is_over(self, request: Request) -> bool:
+    def _is_over(self, message: Message) -> bool:
         """Check whether a request was handled before.
 
         Raises:
             RequestError: the request may have been forgotten.
         """
-        message = request.message
         if message.integrity in self.replays:
             return True
         if self.replays.is_too_old(second_of(message.get(NONCE) or b"")):
             raise RequestError(ErrorCode.STALE_NONCE, Reason.OLD_NONCE)
         return False
 
-    def _remember(self, request: Request) -> None:
-        message = request.message
-        self.replays.add(message.integrity, second_of(message.get(NONCE) or b""), request.now)
+    def _remember(self, message: Message, now: float) -> None:
+        self.replays.add(message.integrity, second_of(message.get(NONCE) or b""), now)
 
-    def _repeat_allocate(self, existing: Allocation, request: Request) -> None:
-        if (existing.transaction_id, existing.username) != (request.message.transaction_id, request.username):
+    def _repeat_allocate(self, existing: Allocation, context: ResponseContext) -> None:
+        if (existing.transaction_id, existing.username) != (context.transaction_id, context.username):
             raise RequestError(ErrorCode.ALLOCATION_MISMATCH)
         if existing.state is AllocationState.BINDING:
             self._counters.drops[DropReason.ALLOCATE_UNDER_WAY] += 1
         else:
-            self._responder.repeat(request.context, existing.success)
+            self._responder.send(context, existing.success)
 
     def _families(self, message: Message) -> tuple[tuple[Family, ...], tuple[Family, ...]]:
         """Return the served and the missing families of a request (RFC 8656 §7.2, steps 7–9)."""
@@ -300,34 +273,33 @@ class Requests:
         additional = message.get(ADDITIONAL_ADDRESS_FAMILY)
         if additional is not None and (requested is not None or additional != Family.IPV6):
             raise RequestError(ErrorCode.BAD_REQUEST, Reason.CONTRADICTING_FAMILIES)
-        single = Family.IPV4 if requested is None else requested
-        served, missing = self._service.get((single, additional is not None), ((), ()))
+        asked = (Family.IPV4 if requested is None else requested, additional)
+        served = tuple(family for family in Family if family in asked and family in self._config.public_hosts)
         if not served:
             raise RequestError(ErrorCode.ADDRESS_FAMILY_NOT_SUPPORTED)
-        return served, missing
+        return served, tuple(family for family in Family if family in asked and family not in served)
 
-    def _refresh(self, request: Request) -> AttributeValues:
-        message = request.message
-        allocation = self._tables.by_client.get(request.context.client)
+    def _refresh(self, message: Message, context: ResponseContext) -> AttributeValues:
+        allocation = self._tables.by_client.get(context.client)
         lifetime = message.get(LIFETIME)
         deletes = lifetime == 0
         if allocation is None or (allocation.state is AllocationState.BINDING and not deletes):
             raise RequestError(ErrorCode.ALLOCATION_MISMATCH)
         # After 437 for its Allocate, a Firezone client with new credentials and its old address deletes the old allocation
         # with the new credentials, and allocates again. The nonce proves that the client owns the address.
-        if allocation.username != request.username and not deletes:
+        if allocation.username != context.username and not deletes:
             raise RequestError(ErrorCode.WRONG_CREDENTIALS)
         family = message.get(REQUESTED_ADDRESS_FAMILY)
         if family is not None and family not in allocation.families:
             raise RequestError(ErrorCode.PEER_ADDRESS_FAMILY_MISMATCH)
         if deletes:
             # A repeated deletion is answered as before: the client may have lost the response.
-            if not self._is_over(request):
-                self._remember(request)
+            if not self._is_over(message):
+                self._remember(message, context.now)
                 self._delete(allocation, None if family is None else Family(family))
             return ((LIFETIME, 0),)
         allocation.lifetime = _granted_lifetime(lifetime)
-        self._tables.extend(allocation, request.now + allocation.lifetime)
+        self._tables.extend(allocation, context.now + allocation.lifetime)
         if AllocationRefreshed in self._commands.watched:
             self._commands.append(AllocationRefreshed(allocation.id, allocation.client, allocation.lifetime))
         return ((LIFETIME, allocation.lifetime),)
@@ -341,41 +313,42 @@ class Requests:
             if RelayedAddressDeleted in self._commands.watched:
                 self._commands.append(RelayedAddressDeleted(allocation.id, allocation.client, family))
 
-    def _create_permission(self, request: Request) -> AttributeValues:
+    def _create_permission(self, message: Message, context: ResponseContext) -> AttributeValues:
         """Only check the peers. The relay relays only through channels (docs/protocol.md)."""
-        allocation = self._own_allocation(request)
-        peers = list(request.message.get_all(_PEER))
+        allocation = self._own_allocation(context)
+        peers = list(message.get_all(_PEER))
         if not peers:
             raise RequestError(ErrorCode.BAD_REQUEST, Reason.NO_PEER)
         if not {family for family, _, _ in peers}.issubset(allocation.families):
             raise RequestError(ErrorCode.PEER_ADDRESS_FAMILY_MISMATCH)
         # A permission applies to all ports (RFC 8656 §10.2).
         for peer in peers:
-            self._check_peer(allocation, request, peer, port=None)
+            self._check_peer(allocation, context.method, peer, port=None)
         return ()
 
-    def _bind_channel(self, request: Request) -> AttributeValues:
-        allocation = self._own_allocation(request)
-        number = request.message.get(CHANNEL_NUMBER)
-        address = request.message.get(_PEER)
+    def _bind_channel(self, message: Message, context: ResponseContext) -> AttributeValues:
+        allocation = self._own_allocation(context)
+        number = message.get(CHANNEL_NUMBER)
+        address = message.get(_PEER)
         if number is None or number not in CHANNEL_NUMBERS:
             raise RequestError(ErrorCode.BAD_REQUEST, Reason.NO_CHANNEL_NUMBER)
         if address is None or address[2] == 0:
             raise RequestError(ErrorCode.BAD_REQUEST, Reason.NO_PEER)
         if address[0] not in allocation.families:
             raise RequestError(ErrorCode.PEER_ADDRESS_FAMILY_MISMATCH)
-        self._check_peer(allocation, request, address, port=address[2])
+        self._check_peer(allocation, context.method, address, port=address[2])
         peer = PeerAddress(address_of(address))
         number = ChannelNumber(number)
-        self.lifecycle.catch_up_with(allocation, request.now, *allocation.held(number, peer))
+        self.lifecycle.catch_up_with(allocation, context.now, *allocation.held(number, peer))
         before, of_peer = allocation.held(number, peer)
-        if before is None and of_peer is None:
+        if before is not of_peer:
+            raise RequestError(ErrorCode.BAD_REQUEST, Reason.PEER_TAKEN if before is None else Reason.CHANNEL_TAKEN)
+        if before is None:
             self._check_limits(allocation)
         kind = ChannelBound if before is None or not before.live else ChannelRefreshed
-        if not self._tables.bind_channel(allocation, number, peer, request.now):
-            raise RequestError(ErrorCode.BAD_REQUEST, Reason.PEER_TAKEN if before is None else Reason.CHANNEL_TAKEN)
+        self._tables.bind_channel(allocation, number, peer, context.now)
         self._counters.channels_bound += 1
-        self._early.release(allocation.id, number, request.now)
+        self._early.release(allocation.id, number, context.now)
         if kind in self._commands.watched:
             self._commands.append(kind(allocation.id, allocation.client, number, peer))
         return ()
@@ -388,19 +361,19 @@ class Requests:
         if count >= ASSURED_CHANNELS and self._tables.channels >= self._config.max_channels_in_all:
             raise limit_error(allocation.client, Limit.CHANNELS_IN_ALL)
 
-    def _check_peer(self, allocation: Allocation, request: Request, peer: AddressNumber, *, port: int | None) -> None:
+    def _check_peer(self, allocation: Allocation, method: Method, peer: AddressNumber, *, port: int | None) -> None:
         """Raise 403 if a rule denies a port of a peer, or all ports (None)."""
         rule = self._peers.rule_against(peer[0], peer[1], port)
         if rule is not None:
             address = PeerAddress(address_of(peer))
-            event = PeerRefused(allocation.id, allocation.client, request.context.method, address, rule)
+            event = PeerRefused(allocation.id, allocation.client, method, address, rule)
             raise RequestError(ErrorCode.FORBIDDEN, event=event)
 
-    def _own_allocation(self, request: Request) -> Allocation:
-        allocation = self._tables.by_client.get(request.context.client)
+    def _own_allocation(self, context: ResponseContext) -> Allocation:
+        allocation = self._tables.by_client.get(context.client)
         if allocation is None or allocation.state is AllocationState.BINDING:
             raise RequestError(ErrorCode.ALLOCATION_MISMATCH)
-        if allocation.username != request.username:
+        if allocation.username != context.username:
             raise RequestError(ErrorCode.WRONG_CREDENTIALS)
         return allocation
 

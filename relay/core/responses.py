@@ -4,18 +4,23 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 from relay.core.addresses import ClientAddress, show
-from relay.core.attributes import ERROR_CODE, SOFTWARE, Attribute, ErrorValue
+from relay.core.attributes import ERROR_CODE, NONCE, REALM, SOFTWARE, Attribute, ErrorValue
 from relay.core.commands import Commands, SendToClient
+from relay.core.config import ServerConfig
 from relay.core.counters import Counters
 from relay.core.credentials import KeyCache
 from relay.core.errors import ErrorCode, Reason
 from relay.core.events import Answered, Limit, LimitReached, PeerRefused, RequestRefused
 from relay.core.history import History
-from relay.core.stun import Message, MessageClass, Method, encode
+from relay.core.nonces import Nonces
+from relay.core.stun import MessageClass, Method, encode
 
 AttributeValues: TypeAlias = Iterable[tuple[Attribute[Any], Any]]
 
 _QUOTAS = (Limit.ALLOCATIONS, Limit.ALLOCATIONS_OF_ADDRESS)
+
+_LIMITS = (ErrorCode.ALLOCATION_QUOTA_REACHED, ErrorCode.INSUFFICIENT_CAPACITY)
+"""The codes for valid requests."""
 
 
 class RequestError(Exception):
@@ -66,92 +71,76 @@ class ResponseContext(NamedTuple):
     client: ClientAddress
     method: Method
     now: float
-    """The time of the request."""
+    """The monotonic time of the request."""
     transaction_id: bytes
     fingerprint: bool
     """Whether the request has a FINGERPRINT. The response then has a FINGERPRINT too."""
     key: bytes | None = None
     """Signs the response. None if the request has no valid username."""
-    authenticated: bool = False
-    """Whether the key is proven. Other responses are as short as possible: the source address may be forged."""
-
-
-class Request(NamedTuple):
-    """An authenticated request."""
-
-    message: Message
-    context: ResponseContext
-    username: str
-    now: float
+    username: str = ""
+    """Empty if the key is not proven. The response is then as short as possible: the source address may be forged."""
 
 
 class Responder:
     """Encodes and signs responses, counts and records them, and appends them to the commands."""
 
-    def __init__(self, software: str, keys: KeyCache, counters: Counters, history: History, commands: Commands) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        keys: KeyCache,
+        nonces: Nonces,
+        counters: Counters,
+        history: History,
+        commands: Commands,
+    ) -> None:
         self.keys = keys
-        self._software = software
+        self._config = config
+        self._nonces = nonces
         self._counters = counters
         self._history = history
         self._commands = commands
 
     def succeed(self, context: ResponseContext, attributes: AttributeValues) -> bytes:
         """Send a success response, and return its bytes."""
-        if context.authenticated:
-            attributes = (*attributes, (SOFTWARE, self._software))
+        if context.username:
+            attributes = (*attributes, (SOFTWARE, self._config.software))
         self._history.note(context.client, context.method, context.now)
-        return self._respond(context, MessageClass.SUCCESS, attributes)
+        data = _encode(MessageClass.SUCCESS, context, attributes)
+        self.send(context, data)
+        return data
 
     def reject(self, context: ResponseContext, error: RequestError) -> None:
         """Send an error response. Report the event of the error, or the refusal of an authenticated request."""
-        code, reason, event = error.code, error.reason, error.event
-        client, is_known = context.client, context.authenticated
-        self._history.note(client, context.method, context.now, code, error.cause, error.about, authenticated=is_known)
+        client, method, code, event = context.client, context.method, error.code, error.event
+        is_known = bool(context.username)
+        self._history.note(client, method, context.now, code, error.cause, error.about, authenticated=is_known)
         watched = self._commands.watched
         if event is not None and type(event) in watched:
             self._commands.append(event)
-        cause = (
-            event.limit if isinstance(event, LimitReached) else reason if code is ErrorCode.INSUFFICIENT_CAPACITY else None
-        )
-        phrase = code.phrase if context.authenticated else ""
-        if cause is not None:
-            self._counters.count_refusal(cause)
+        phrase = code.phrase if is_known else ""
+        if code in _LIMITS:
+            self._counters.count_refusal(error.cause)
             # For an operator who tests the relay with a client.
-            phrase += f": {cause}"
+            phrase += f": {error.cause}"
         attributes = ((ERROR_CODE, ErrorValue(code, phrase)), *error.attributes)
-        self._respond(context, MessageClass.ERROR, attributes, code, reason)
+        if code.is_challenge:
+            attributes += ((REALM, self._config.realm), (NONCE, self._nonces.issue(client, context.now)))
+        self.send(context, _encode(MessageClass.ERROR, context, attributes), code, error.reason)
         # 437 is an expected response: clients probe for their allocation with a Refresh or an Allocate.
         is_unexpected = event is None and code is not ErrorCode.ALLOCATION_MISMATCH
-        if context.authenticated and is_unexpected and RequestRefused in watched:
-            self._commands.append(RequestRefused(context.client, context.method, code, reason))
+        if is_known and is_unexpected and RequestRefused in watched:
+            self._commands.append(RequestRefused(client, method, code, error.reason))
 
-    def repeat(self, context: ResponseContext, data: bytes) -> None:
-        """Send the success response to a retransmitted request again, byte for byte."""
-        self._send(context, data)
-
-    def _respond(
-        self,
-        context: ResponseContext,
-        message_class: MessageClass,
-        attributes: AttributeValues,
-        code: ErrorCode | None = None,
-        reason: Reason | None = None,
-    ) -> bytes:
-        data = encode(
-            message_class,
-            context.method,
-            context.transaction_id,
-            attributes,
-            key=context.key,
-            fingerprint=context.fingerprint,
-        )
-        self._send(context, data, code, reason)
-        return data
-
-    def _send(
+    def send(
         self, context: ResponseContext, data: bytes, code: ErrorCode | None = None, reason: Reason | None = None
     ) -> None:
+        """Send an encoded response, such as a former response to a retransmitted request."""
         self._counters.count_answer(context.method, code)
         self._commands.append(SendToClient(data, context.client))
         if Answered in self._commands.watched:
             self._commands.append(Answered(context.client, context.method, code, reason))
+
+
+def _encode(message_class: MessageClass, context: ResponseContext, attributes: AttributeValues) -> bytes:
+    method, transaction_id = context.method, context.transaction_id
+    return encode(message_class, method, transaction_id, attributes, key=context.key, fingerprint=context.fingerprint)

@@ -60,7 +60,7 @@ from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 
-from relay.core.addresses import AllocationId, ClientAddress, RelayedPort, SocketAddress
+from relay.core.addresses import AllocationId, ClientAddress, SocketAddress
 from relay.core.allocations import Allocation, Allocations, AllocationState
 from relay.core.commands import Command, Commands, HandIn, SendToPeer, cut
 from relay.core.config import ServerConfig
@@ -72,6 +72,7 @@ from relay.core.data import (
     InsideData,
     by_channel,
     count_drop,
+    count_of,
     is_of_one_channel,
     is_truncated,
 )
@@ -118,17 +119,19 @@ class Server:
         self._mixed_left: dict[SocketAddress, int] = {}
         """The shares of clients that sent batches of several channels since `_mixed_since`."""
         self._mixed_since = -math.inf
+        self._early = EarlyData(self.relay, tables, self.counters)
+        self._requests = Requests(config, tables, self.counters, commands, random, self._early)
+        lifecycle = self._lifecycle = self._requests.lifecycle
         data, inside = (
-            DataPlane(channels, tables, self.counters, self._before_client_data, self._before_peer_data)
+            DataPlane(channels, tables, self.counters, lifecycle.before_client_data, lifecycle.before_peer_data)
             for channels in (tables.live_channels, tables.inside_channels)
         )
         self._inside = InsideData(inside, tables, commands)
-        self._early = EarlyData(self.relay, tables, self.counters)
-        self._requests = Requests(config, tables, self.counters, commands, random, self._early)
-        self._lifecycle = self._requests.lifecycle
         self.handover = Handover(tables, self._requests, self._early)
         """Writes the state for a successor, or reads the state of a predecessor."""
         self.history = self._requests.history
+        self.free_ports = lifecycle.ports
+        """The ports without an allocation."""
         # Not methods of this class: each packet would pay for another call.
         self.relay_to_peer = data.to_peer
         """Handle a datagram or a GRO batch on the port for clients, if all of it is ChannelData of one live channel that is
@@ -137,14 +140,9 @@ class Server:
         """Handle a datagram or a GRO batch that arrived on the relayed addresses of an allocation."""
 
     @property
-    def free_ports(self) -> list[RelayedPort]:
-        """The ports without an allocation, in no particular order."""
-        return self._lifecycle.free_ports
-
-    @property
     def free_port_count(self) -> int:
         """The number of ports without an allocation."""
-        return self._lifecycle.free_port_count
+        return len(self.free_ports)
 
     def watch(self, kinds: AbstractSet[type[CoreEvent]]) -> None:
         """Add events of these kinds, and no other events, to the commands. Any thread may call this."""
@@ -165,7 +163,6 @@ class Server:
 
     def handle_timeout(self, now: Timestamp) -> None:
         """Handle a portion of the passed deadlines. If some are left, `poll_timeout` returns a time that has passed."""
-        self._early.expire(now.monotonic)
         self._lifecycle.handle_timeout(now.monotonic)
         self._requests.review_channels(now.monotonic)
         self._requests.replays.forget(now.monotonic)
@@ -247,12 +244,12 @@ class Server:
 
     def handle_drain(self, now: Timestamp) -> None:
         """Make no more allocations. Existing allocations go on; `Drained` follows when the last of them has ended."""
-        self._catch_up(now.monotonic)
+        self._lifecycle.catch_up(now.monotonic)
         self._lifecycle.drain()
 
     def handle_resume(self, now: Timestamp) -> None:
         """Make allocations again after `handle_drain`."""
-        self._catch_up(now.monotonic)
+        self._lifecycle.catch_up(now.monotonic)
         self._lifecycle.resume()
 
     def handle_own_addresses(self, addresses: frozenset[str], now: Timestamp) -> None:
@@ -260,7 +257,7 @@ class Server:
 
         With thousands of channels, wake-ups do a part of this.
         """
-        self._catch_up(now.monotonic)
+        self._lifecycle.catch_up(now.monotonic)
         self._requests.change_own_addresses(addresses, now.monotonic)
 
     def relay(self, datagram: Datagram, now: float) -> bool:
@@ -274,27 +271,15 @@ class Server:
         self.commands.append(command)
         return True
 
-    def _catch_up(self, now: float) -> None:
-        # First: the other deadlines are those of allocations.
-        self._early.expire(now)
-        self._lifecycle.catch_up(now)
-
-    def _before_client_data(self, datagram: Datagram, now: float) -> None:
-        self._catch_up(now)
-        self._lifecycle.catch_up_with_client(datagram, now)
-
-    def _before_peer_data(self, datagram: Datagram, now: float, allocation: AllocationId) -> None:
-        self._catch_up(now)
-        self._lifecycle.catch_up_with_peer(datagram, now, allocation)
-
     def _handle_mixed_batch(self, datagram: Datagram, now: Timestamp) -> None:
         """Handle a GRO batch of several channels, or with requests: the data of each channel together if possible.
 
         After `REQUESTS_IN_A_BATCH` the rest is handed in again. Data beyond the share of a client is dropped.
         """
         data, client, segment_size, traffic_class = datagram
-        count = -(-len(data) // segment_size)
-        left = self._mixed_share(client, now.monotonic)
+        count = count_of(datagram)
+        self._forget_shares(now.monotonic)
+        left = self._mixed_left.get(client, MIXED_SENDS)
         if not left and min(data[::segment_size]) in CHANNEL_DATA_FIRST_BYTES:
             # Without requests, there is no need to cut the batch.
             count_drop(self.counters, DropReason.MIXED, self._of_client(client), count)
@@ -325,11 +310,6 @@ class Server:
         count_drop(self.counters, DropReason.MIXED, self._of_client(client), dropped)
         if rest:
             self.commands.append(HandIn(rest))
-
-    def _mixed_share(self, client: SocketAddress, now: float) -> int:
-        """Return the sends that a client has left for batches of several channels."""
-        self._forget_shares(now)
-        return self._mixed_left.get(client, MIXED_SENDS)
 
     def _forget_shares(self, now: float) -> None:
         if not 0 <= now - self._mixed_since < MIXED_INTERVAL:
@@ -367,6 +347,6 @@ class Server:
 
     def _current(self, allocation: AllocationId, now: Timestamp) -> Allocation | None:
         """Return an allocation that has not ended."""
-        self._catch_up(now.monotonic)
+        self._lifecycle.catch_up(now.monotonic)
         self._lifecycle.catch_up_with(self.allocations.by_id.get(allocation), now.monotonic)
         return self.allocations.by_id.get(allocation)

@@ -72,9 +72,9 @@ MUTANTS = (
     ),
     Mutant(
         "a channel may be bound to a second peer",
-        "allocations",
-        "        if binding is not of_peer:\n",
-        "        if binding is None and of_peer:\n",
+        "requests",
+        "        if before is not of_peer:\n",
+        "        if before is None and of_peer:\n",
     ),
     Mutant(
         "the kernel is not told of a channel's end",
@@ -121,13 +121,13 @@ MUTANTS = (
     Mutant(
         "a freed port is not given back",
         "lifecycle",
-        "                self._ports.give_back(port)\n\n",
+        "                self.ports.give_back(port)\n\n",
         "                pass\n\n",
     ),
     Mutant(
         "refused ports are not given back",
         "lifecycle",
-        "        for port in allocation.refused_ports:\n            self._ports.give_back(port)\n",
+        "        for port in allocation.refused_ports:\n            self.ports.give_back(port)\n",
         "",
     ),
     Mutant(
@@ -153,18 +153,18 @@ MUTANTS = (
     Mutant(
         "a refresh does not extend",
         "requests",
-        "        self._tables.extend(allocation, request.now + allocation.lifetime)\n",
+        "        self._tables.extend(allocation, context.now + allocation.lifetime)\n",
         "",
     ),
     Mutant("a refresh grants too much", "requests", "MAX_LIFETIME = 3600", "MAX_LIFETIME = 5000"),
-    Mutant("anyone may refresh", "requests", "if allocation.username != request.username and not deletes:", "if False:"),
+    Mutant("anyone may refresh", "requests", "if allocation.username != context.username and not deletes:", "if False:"),
     Mutant(
-        "another user can't delete what is in the way", "requests", "request.username and not deletes:", "request.username:"
+        "another user can't delete what is in the way", "requests", "context.username and not deletes:", "context.username:"
     ),
     Mutant(
         "anyone may bind channels",
         "requests",
-        "        if allocation.username != request.username:\n",
+        "        if allocation.username != context.username:\n",
         "        if False:\n",
     ),
     Mutant(
