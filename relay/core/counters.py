@@ -1,5 +1,6 @@
 """The counters of the core: plain integers that any thread may read at any time."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -101,12 +102,12 @@ class Counters:
     channels_bound: int = 0
     """Including refreshed channels."""
     ports_refused: int = 0
-    successes: dict[Method, int] = field(default_factory=dict)
-    errors: dict[tuple[Method, int], int] = field(default_factory=dict)
+    successes: dict[Method, int] = field(default_factory=lambda: defaultdict(int))
+    errors: dict[tuple[Method, int], int] = field(default_factory=lambda: defaultdict(int))
     """Error responses by method and code."""
-    refusals: dict[str, int] = field(default_factory=dict)
+    refusals: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     """Valid requests that got 486 or 508, by the limit or the reason."""
-    withheld: dict[tuple[Method, int | None], int] = field(default_factory=dict)
+    withheld: dict[tuple[Method, int | None], int] = field(default_factory=lambda: defaultdict(int))
     """Responses that the limiter withheld (`relay.core.limiter`), by method and code; None stands for a success. Their
     requests are counted nowhere else."""
     nonces: dict[NonceOutcome, int] = field(default_factory=lambda: dict.fromkeys(NonceOutcome, 0))
@@ -122,21 +123,6 @@ class Counters:
     def to_client_packets(self) -> int:
         """Packets of all sizes."""
         return sum(self.to_client_sizes)
-
-    def count_withheld(self, method: Method, code: int | None) -> None:
-        """Count a withheld response; ``code`` is None for a success."""
-        self.withheld[method, code] = self.withheld.get((method, code), 0) + 1
-
-    def count_answer(self, method: Method, code: int | None) -> None:
-        """Count a response; ``code`` is None for a success."""
-        if code is None:
-            self.successes[method] = self.successes.get(method, 0) + 1
-        else:
-            self.errors[method, code] = self.errors.get((method, code), 0) + 1
-
-    def count_refusal(self, cause: str) -> None:
-        """Count a valid request that got 486 or 508."""
-        self.refusals[cause] = self.refusals.get(cause, 0) + 1
 
 
 def histogram(sizes: Sequence[int]) -> list[int]:

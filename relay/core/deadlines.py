@@ -57,10 +57,6 @@ class Deadlines(Generic[K]):
         if self._at.pop(key, None) is not None:
             self._tidy()
 
-    def __getitem__(self, key: K) -> float:
-        """Return the deadline of a key that has a deadline."""
-        return self._at[key][0]
-
     def entry(self, key: K) -> tuple[float, int]:
         """Return the deadline and the number of a key that has a deadline."""
         return self._at[key][:2]

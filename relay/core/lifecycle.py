@@ -14,7 +14,6 @@ from relay.core.addresses import (
     RelayedPort,
     SocketAddress,
     network_of,
-    socket_address,
 )
 from relay.core.allocations import CHANNEL_GRACE_PERIOD, Allocation, Allocations, AllocationState, ChannelBinding
 from relay.core.attributes import (
@@ -72,7 +71,6 @@ class Lifecycle:
         self._commands = commands
         self._random = random
         self.ports = PortPool(config.ports)
-        self._public = {family: socket_address(host, 0)[0] for family, host in config.public_hosts.items()}
         self._next_id = 1
         self._draining = False
         self._is_late = False
@@ -303,7 +301,7 @@ class Lifecycle:
             yield ADDRESS_ERROR_CODE, AddressErrorValue(family, ErrorCode.ADDRESS_FAMILY_NOT_SUPPORTED)
 
     def _relayed(self, allocation: Allocation, family: Family) -> SocketAddress:
-        host, port = self._public[family], allocation.port
+        host, port = self._config.public_hosts[family], allocation.port
         return (host, port) if family is Family.IPV4 else (host, port, 0, 0)
 
     def _context_of(self, allocation: Allocation) -> ResponseContext:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_network
 from types import MappingProxyType
-from typing import Any
 
 from relay.core.addresses import Family, host_number
 
@@ -44,6 +43,7 @@ DENIED_BY_DEFAULT: tuple[Network, ...] = tuple(
 """Without RFC 1918 and unique local addresses: peers of a Firezone network may have such addresses."""
 
 # Everything below is in numbers: objects of ipaddress would take 15 µs a peer, and a CreatePermission may have dozens.
+_Host = tuple[Family, int]
 _Masks = tuple[tuple[int, int], ...]
 
 _BEFORE_LAST_32_BITS = frozenset(
@@ -93,17 +93,13 @@ def embedded_addresses(number: int) -> tuple[int, ...]:
     return ()
 
 
-def _masks(networks: Iterable[Network]) -> dict[Family, _Masks]:
+def _masks(networks: Iterable[Network]) -> Mapping[Family, _Masks]:
     """Return the networks of each family as numbers."""
-    return {
+    masks = {
         family: tuple((int(each.network_address), int(each.netmask)) for each in networks if each.version == version)
         for family, version in ((Family.IPV4, 4), (Family.IPV6, 6))
     }
-
-
-def _hosts(hosts: Iterable[str]) -> dict[Family, frozenset[int]]:
-    numbers = [host_number(host) for host in hosts]
-    return {family: frozenset(number for each, number in numbers if each is family) for family in Family}
+    return MappingProxyType(masks)
 
 
 def _within(number: int, networks: _Masks) -> bool:
@@ -142,19 +138,17 @@ class PeerPolicy:
     allow: tuple[Network, ...] = ()
     deny: tuple[Network, ...] = ()
 
-    _own: Mapping[Family, frozenset[int]] = field(init=False, repr=False, compare=False)
-    _public: Mapping[Family, frozenset[int]] = field(init=False, repr=False, compare=False)
+    _own: frozenset[_Host] = field(init=False, repr=False, compare=False)
+    _public: frozenset[_Host] = field(init=False, repr=False, compare=False)
     _allowed: Mapping[Family, _Masks] = field(init=False, repr=False, compare=False)
     _denied: Mapping[Family, _Masks] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Convert everything to numbers."""
-        numbers: tuple[dict[Family, Any], ...] = (
-            *(_hosts(self.relay_addresses), _hosts(self.public_addresses)),
-            *(_masks(self.allow), _masks(self.deny)),
-        )
-        for name, value in zip(("_own", "_public", "_allowed", "_denied"), numbers, strict=True):
-            object.__setattr__(self, name, MappingProxyType(value))
+        for name, hosts in (("_own", self.relay_addresses), ("_public", self.public_addresses)):
+            object.__setattr__(self, name, frozenset(map(host_number, hosts)))
+        for name, networks in (("_allowed", self.allow), ("_denied", self.deny)):
+            object.__setattr__(self, name, _masks(networks))
 
     def rule_against(self, family: Family, host: int, port: int | None) -> PeerRule | None:
         """Return the rule that denies a peer, or None if the peer is allowed.
@@ -186,12 +180,12 @@ class PeerPolicy:
             return PeerRule.DENIED
         if _within(host, self._allowed[family]):
             return None
-        if host in self._own[family]:
-            is_relayed = host in self._public[family] and (port is None or port in self.relayed_ports)
+        if (family, host) in self._own:
+            is_relayed = (family, host) in self._public and (port is None or port in self.relayed_ports)
             return None if is_relayed else PeerRule.OWN_ADDRESS
         is_unknown = family is _IPV4 and host >> 24 not in _DENIED_OCTETS
         return None if is_unknown or not _within(host, _DENIED[family]) else PeerRule.NEVER_A_PEER
 
     def _is_this_machine(self, family: Family, host: int) -> bool:
         is_loopback = host >> 24 == 127 if family is Family.IPV4 else host == _LOOPBACK  # noqa: PLR2004 - 127.0.0.0/8
-        return is_loopback or host == 0 or host in self._own[family]
+        return is_loopback or host == 0 or (family, host) in self._own

@@ -27,8 +27,7 @@ CAPACITY: Final = 65_536
 class Replays:
     """The requests that made or deleted an allocation."""
 
-    def __init__(self, capacity: int | None = None) -> None:
-        self._capacity = capacity
+    def __init__(self) -> None:
         self._known: set[bytes] = set()
         self._order: deque[tuple[float, int, bytes]] = deque()
         """When each was handled, the second of its nonce, and its MESSAGE-INTEGRITY, oldest first."""
@@ -55,7 +54,7 @@ class Replays:
         """
         self.forget(now)
         known, order = self._known, self._order
-        if len(order) >= (self._capacity or CAPACITY):
+        if len(order) >= CAPACITY:
             _, forgotten, oldest = order.popleft()
             known.discard(oldest)
             self.too_old = max(self.too_old, forgotten)

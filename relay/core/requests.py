@@ -211,7 +211,7 @@ class Requests:
         limiter = None if error is not None and error.reason is Reason.OLD_NONCE else self._limiter
         if limiter is not None and not limiter.allows(client, now.monotonic):
             code = None if error is None else error.code
-            self._counters.count_withheld(method, code)
+            self._counters.withheld[method, code] += 1
             self.history.note(client, method, now.monotonic, code, WITHHELD)
             return
         user = None if method is Method.BINDING else claimed_user(message, self._keys)

@@ -119,7 +119,7 @@ class Responder:
             self._commands.append(event)
         phrase = code.phrase if is_known else ""
         if code in _LIMITS:
-            self._counters.count_refusal(error.cause)
+            self._counters.refusals[error.cause] += 1
             # For an operator who tests the relay with a client.
             phrase += f": {error.cause}"
         attributes = ((ERROR_CODE, ErrorValue(code, phrase)), *error.attributes)
@@ -135,7 +135,10 @@ class Responder:
         self, context: ResponseContext, data: bytes, code: ErrorCode | None = None, reason: Reason | None = None
     ) -> None:
         """Send an encoded response, such as a former response to a retransmitted request."""
-        self._counters.count_answer(context.method, code)
+        if code is None:
+            self._counters.successes[context.method] += 1
+        else:
+            self._counters.errors[context.method, code] += 1
         self._commands.append(SendToClient(data, context.client))
         if Answered in self._commands.watched:
             self._commands.append(Answered(context.client, context.method, code, reason))

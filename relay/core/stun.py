@@ -7,6 +7,7 @@ FINGERPRINT. `Message.get` checks the value of an attribute, because the server 
 import functools
 import hashlib
 import hmac
+import operator
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
@@ -39,6 +40,7 @@ _INTEGRITY_LENGTH = 4 + 20
 _FINGERPRINT_LENGTH = 4 + 4
 _HEAD = struct.Struct("!HH")
 _INTEGRITY_HEAD = _HEAD.pack(MESSAGE_INTEGRITY.type, 20)
+_TYPE_OF = operator.itemgetter(0)
 _PADDING = (b"", bytes(3), bytes(2), bytes(1))
 
 _BLOCK = 64
@@ -122,11 +124,7 @@ class Message(NamedTuple):
 
     def has(self, attribute: Attribute[Any]) -> bool:
         """Return whether the message has an attribute, with any value."""
-        wanted = attribute.type
-        for type_, _ in self.attributes:  # noqa: SIM110 - half the cost of any()
-            if type_ == wanted:
-                return True
-        return False
+        return attribute.type in map(_TYPE_OF, self.attributes)
 
     def unknown_attributes(self) -> tuple[int, ...]:
         """Return the unknown types that must be understood, without repetitions."""

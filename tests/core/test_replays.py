@@ -83,8 +83,9 @@ def test_many_requests_are_forgotten_in_portions() -> None:
     assert left == [FORGOTTEN + 1, 1, 0]
 
 
-def test_a_full_memory_refuses_the_nonces_of_forgotten_requests() -> None:
-    memory = Replays(capacity=2)
+def test_a_full_memory_refuses_the_nonces_of_forgotten_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replays, "CAPACITY", 2)
+    memory = Replays()
     for second, integrity in enumerate((b"first", b"second", b"third")):
         memory.add(integrity, issued=second, now=float(second))
     assert b"first" not in memory

@@ -311,7 +311,7 @@ MUTANTS = (
     Mutant(
         "what is withheld is not counted",
         "requests",
-        "self._counters.count_withheld(method, code)",
+        "self._counters.withheld[method, code] += 1",
         "pass",
     ),
     Mutant(

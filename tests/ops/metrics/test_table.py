@@ -195,10 +195,8 @@ def test_a_drain_shows_its_end(measured: Measured) -> None:
 
 
 def test_withheld_responses_are_counted_by_method_and_code(measured: Measured) -> None:
-    counted = measured.relay.counters
-    counted.count_withheld(Method.BINDING, None)
-    counted.count_withheld(Method.ALLOCATE, 401)
-    counted.count_withheld(Method.ALLOCATE, 438)
+    answers = ((Method.BINDING, None), (Method.ALLOCATE, 401), (Method.ALLOCATE, 438))
+    measured.relay.counters.withheld.update(dict.fromkeys(answers, 1))
     assert nonzero("relay.responses.withheld", measured.sources) == {
         ("binding", ""): 1,
         ("allocate", 401): 1,
