@@ -9,7 +9,8 @@ from struct import Struct, unpack_from
 from typing import Any, TypeAlias
 
 from relay.core.addresses import AllocationId, ChannelNumber, ClientAddress, RelayedPort, SocketAddress
-from relay.core.allocations import Allocation, Allocations, ChannelBinding
+from relay.core.allocation import Allocation, ChannelBinding
+from relay.core.allocations import Allocations
 from relay.core.commands import Commands, SendToClient, SendToPeer, cut
 from relay.core.counters import SIZE_SHIFT, Counters, DropReason
 from relay.core.stun import is_stun

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from relay.core.addresses import AllocationId, ClientAddress
-from relay.core.allocations import Allocations, AllocationState
+from relay.core.allocation import AllocationState
+from relay.core.allocations import Allocations
 from relay.core.counters import Counters, DropReason
 from relay.core.data import Datagram, count_drop, count_of
 from relay.core.overload import EARLY_AGE, EARLY_BYTES, EARLY_CLIENT_BYTES, EARLY_OVERHEAD, EARLY_SHARE

@@ -15,7 +15,8 @@ from relay.core.addresses import (
     SocketAddress,
     network_of,
 )
-from relay.core.allocations import CHANNEL_GRACE_PERIOD, Allocation, Allocations, AllocationState, ChannelBinding
+from relay.core.allocation import CHANNEL_GRACE_PERIOD, Allocation, AllocationState, ChannelBinding
+from relay.core.allocations import Allocations
 from relay.core.attributes import (
     ADDRESS_ERROR_CODE,
     LIFETIME,

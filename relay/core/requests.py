@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from relay.core.addresses import ChannelNumber, ClientAddress, Family, PeerAddress, host_number
-from relay.core.allocations import Allocation, Allocations, AllocationState, ChannelBinding
+from relay.core.allocation import Allocation, AllocationState, ChannelBinding
+from relay.core.allocations import Allocations
 from relay.core.attributes import (
     ADDITIONAL_ADDRESS_FAMILY,
     CHANNEL_NUMBER,

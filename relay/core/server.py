@@ -61,7 +61,8 @@ from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 
 from relay.core.addresses import AllocationId, ClientAddress, SocketAddress
-from relay.core.allocations import Allocation, Allocations, AllocationState
+from relay.core.allocation import Allocation, AllocationState
+from relay.core.allocations import Allocations
 from relay.core.commands import Command, Commands, HandIn, SendToPeer, cut
 from relay.core.config import ServerConfig
 from relay.core.counters import Counters, DropReason, FreeReason

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from relay import __version__
 from relay.config import ANY_CPU, Config, Endpoint
 from relay.core.addresses import AllocationId, Family, show, socket_address
-from relay.core.allocations import CHANNEL_GRACE_PERIOD, Allocation, ChannelBinding
+from relay.core.allocation import CHANNEL_GRACE_PERIOD, Allocation, ChannelBinding
 from relay.core.counters import Counters
 from relay.core.credentials import parse_username
 from relay.core.history import RequestRecord

@@ -11,7 +11,7 @@ from ipaddress import ip_address, ip_network
 from itertools import islice
 
 from relay.core.addresses import AllocationId, pack_host
-from relay.core.allocations import Allocation, ChannelBinding
+from relay.core.allocation import Allocation, ChannelBinding
 from relay.ops.totals import RelayState, RelayTotals, TrafficCounts, counts_in
 from relay.ops.yielder import Yielder
 from relay.status.model import Selection

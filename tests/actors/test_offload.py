@@ -21,7 +21,7 @@ import pytest
 from relay.actors.messages import ClientDatagrams, Execute, Tick
 from relay.actors.offload import REST, OffloadActor
 from relay.config import OffloadConfig
-from relay.core.allocations import CHANNEL_LIFETIME
+from relay.core.allocation import CHANNEL_LIFETIME
 from relay.net import threads
 from relay.offload import capabilities
 from relay.offload.datapath import open_datapath

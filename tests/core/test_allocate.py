@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from relay.core.addresses import AllocationId, ClientAddress, Family, SocketAddress
-from relay.core.allocations import AllocationState
+from relay.core.allocation import AllocationState
 from relay.core.attributes import (
     ADDITIONAL_ADDRESS_FAMILY,
     ADDRESS_ERROR_CODE,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from relay.core.addresses import AllocationId
-from relay.core.allocations import AllocationState
+from relay.core.allocation import AllocationState
 from relay.core.attributes import (
     ADDITIONAL_ADDRESS_FAMILY,
     ERROR_CODE,

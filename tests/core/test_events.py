@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from relay.core.addresses import AllocationId, ChannelNumber, ClientAddress, Family, PeerAddress
-from relay.core.allocations import CHANNEL_LIFETIME
+from relay.core.allocation import CHANNEL_LIFETIME
 from relay.core.attributes import (
     ADDITIONAL_ADDRESS_FAMILY,
     CHANNEL_NUMBER,

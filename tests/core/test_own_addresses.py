@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.core.addresses import AllocationId, ChannelNumber, PeerAddress
-from relay.core.allocations import CHANNEL_LIFETIME
+from relay.core.allocation import CHANNEL_LIFETIME
 from relay.core.attributes import ADDITIONAL_ADDRESS_FAMILY
 from relay.core.commands import RemoveChannel, SendToPeer
 from relay.core.events import ChannelExpired

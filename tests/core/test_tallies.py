@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.core.addresses import AllocationId
-from relay.core.allocations import Allocation, ChannelBinding
+from relay.core.allocation import Allocation, ChannelBinding
 from relay.core.attributes import (
     ADDITIONAL_ADDRESS_FAMILY,
     CHANNEL_NUMBER,

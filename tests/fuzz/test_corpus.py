@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from relay.core.allocations import Allocation, Allocations, ChannelBinding
+from relay.core.allocation import Allocation, ChannelBinding
+from relay.core.allocations import Allocations
 from relay.core.limiter import Limiter
 from relay.core.server import Server
 from tests.fuzz import lines, registry

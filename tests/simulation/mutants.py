@@ -41,10 +41,10 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = (
-    Mutant("a channel has no cool-down", "allocations", "CHANNEL_GRACE_PERIOD = 300", "CHANNEL_GRACE_PERIOD = 0.001"),
-    Mutant("a channel cools down for too long", "allocations", "CHANNEL_GRACE_PERIOD = 300", "CHANNEL_GRACE_PERIOD = 301"),
-    Mutant("a channel lives for too long", "allocations", "CHANNEL_LIFETIME = 600", "CHANNEL_LIFETIME = 600.0005"),
-    Mutant("a channel ends too early", "allocations", "CHANNEL_LIFETIME = 600", "CHANNEL_LIFETIME = 599.9995"),
+    Mutant("a channel has no cool-down", "allocation", "CHANNEL_GRACE_PERIOD = 300", "CHANNEL_GRACE_PERIOD = 0.001"),
+    Mutant("a channel cools down for too long", "allocation", "CHANNEL_GRACE_PERIOD = 300", "CHANNEL_GRACE_PERIOD = 301"),
+    Mutant("a channel lives for too long", "allocation", "CHANNEL_LIFETIME = 600", "CHANNEL_LIFETIME = 600.0005"),
+    Mutant("a channel ends too early", "allocation", "CHANNEL_LIFETIME = 600", "CHANNEL_LIFETIME = 599.9995"),
     Mutant(
         "a channel is still relayed to the client when it cools down",
         "allocations",

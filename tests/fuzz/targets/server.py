@@ -6,7 +6,7 @@ from dataclasses import replace
 from random import Random
 
 from relay.core.addresses import AllocationId, ClientAddress, RelayedPort, host_number
-from relay.core.allocations import Allocation, AllocationState, ChannelBinding
+from relay.core.allocation import Allocation, AllocationState, ChannelBinding
 from relay.core.commands import BindPort, Command, Drained, FreeAllocation, RemoveChannel, SendToClient, SendToPeer, cut
 from relay.core.counters import FreeReason
 from relay.core.data import Datagram

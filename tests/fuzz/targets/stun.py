@@ -6,7 +6,7 @@ from random import Random
 from typing import Any
 
 from relay.core import attributes
-from relay.core.allocations import CHANNEL_LIFETIME
+from relay.core.allocation import CHANNEL_LIFETIME
 from relay.core.attributes import Attribute, MalformedAttributeError
 from relay.core.commands import HandIn, SendToPeer, cut
 from relay.core.data import Datagram
