@@ -75,31 +75,29 @@ class AllocationFreed(NamedTuple):
     to_client_bytes: int
 
 
-class ChannelBound(NamedTuple):
+class _ChannelEvent(NamedTuple):
+    allocation: AllocationId
+    client: ClientAddress
+    number: ChannelNumber
+    peer: PeerAddress
+
+
+class ChannelBound(_ChannelEvent):
     """A channel was bound, and relays."""
 
-    allocation: AllocationId
-    client: ClientAddress
-    number: ChannelNumber
-    peer: PeerAddress
+    __slots__ = ()
 
 
-class ChannelRefreshed(NamedTuple):
+class ChannelRefreshed(_ChannelEvent):
     """A live channel was refreshed."""
 
-    allocation: AllocationId
-    client: ClientAddress
-    number: ChannelNumber
-    peer: PeerAddress
+    __slots__ = ()
 
 
-class ChannelExpired(NamedTuple):
+class ChannelExpired(_ChannelEvent):
     """A channel has expired without a refresh, or its peer's address is this machine's now. Its allocation continues."""
 
-    allocation: AllocationId
-    client: ClientAddress
-    number: ChannelNumber
-    peer: PeerAddress
+    __slots__ = ()
 
 
 class PeerRefused(NamedTuple):

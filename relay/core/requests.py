@@ -274,11 +274,12 @@ class Requests:
         additional = message.get(ADDITIONAL_ADDRESS_FAMILY)
         if additional is not None and (requested is not None or additional != Family.IPV6):
             raise RequestError(ErrorCode.BAD_REQUEST, Reason.CONTRADICTING_FAMILIES)
-        asked = (Family.IPV4 if requested is None else requested, additional)
-        served = tuple(family for family in Family if family in asked and family in self._config.public_hosts)
+        single = Family.IPV4 if requested is None else requested
+        served = tuple(family for family in self._config.public_hosts if family in (single, additional))
         if not served:
             raise RequestError(ErrorCode.ADDRESS_FAMILY_NOT_SUPPORTED)
-        return served, tuple(family for family in Family if family in asked and family not in served)
+        missing = () if additional is None else tuple({Family.IPV4, Family.IPV6}.difference(served))
+        return served, missing
 
     def _refresh(self, message: Message, context: ResponseContext) -> AttributeValues:
         allocation = self._tables.by_client.get(context.client)

@@ -83,6 +83,7 @@ from relay.core.handover import Handover
 from relay.core.lifecycle import BindRefusal
 from relay.core.overload import (
     CLIENT_REQUESTS,
+    LONGEST_STUN,
     MIXED_DATAGRAMS,
     MIXED_INTERVAL,
     MIXED_SENDS,
@@ -93,10 +94,6 @@ from relay.core.randomness import RandomSource
 from relay.core.requests import Requests
 from relay.core.stun import Malformed, MessageClass, Method, decode, is_stun
 from relay.core.timestamp import Timestamp
-
-_LONGEST_STUN = 1500
-"""Bytes. A STUN message fits the path's MTU (RFC 8489 §6.1). A message of 64 KiB could name 5,000 peers, and checking them
-all delayed every packet by 130 ms."""
 
 _DROPPED_INDICATIONS: dict[int, DropReason] = {
     Method.SEND: DropReason.SEND_INDICATION,
@@ -322,7 +319,7 @@ class Server:
             # No response could reach this port.
             self.counters.drops[DropReason.SOURCE_PORT_ZERO] += 1
             return
-        if len(data) > _LONGEST_STUN:
+        if len(data) > LONGEST_STUN:
             self.counters.drops[DropReason.STUN_TOO_LONG] += 1
             return
         message = decode(data)

@@ -21,7 +21,7 @@ steps = st.lists(
 
 @given(steps, st.sampled_from([1, 2, 1024]))
 def test_deadlines_behave_like_a_dict(steps: list[tuple[str, int, float]], most_popped: int) -> None:
-    with patch.object(deadlines_module, "_MOST_POPPED", most_popped):
+    with patch.object(deadlines_module, "STALE_DEADLINES", most_popped):
         compare_with_dict(steps)
 
 
