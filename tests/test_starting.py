@@ -11,7 +11,7 @@ from typing import Any, Final
 import pytest
 
 from tests.support import self_portrait
-from tests.support.machine import Machine
+from tests.support.machine import new_machines
 from tests.support.process import Forked
 from tests.support.program import kept_environment
 
@@ -77,14 +77,10 @@ def test_children_share_no_state() -> None:
 
 
 def test_a_child_is_in_the_network_namespace_of_its_thread() -> None:
-    try:
-        machine = Machine()
-    except OSError as error:
-        pytest.skip(f"NO NETWORK of its own can be made here ({error.strerror}): run as root")
     found = []
-    with machine.entered(), forked("exit", "0") as process:
-        found.append(said_by(process)["network"])
-    with forked("exit", "0") as process:
-        found.append(said_by(process)["network"])
-    assert found == [os.fstat(machine.descriptor).st_ino, Path("/proc/self/ns/net").stat().st_ino]
-    machine.close()
+    with new_machines(1, "NO NETWORK of its own can be made here") as (machine,):
+        with machine.entered(), forked("exit", "0") as process:
+            found.append(said_by(process)["network"])
+        with forked("exit", "0") as process:
+            found.append(said_by(process)["network"])
+        assert found == [os.fstat(machine.descriptor).st_ino, Path("/proc/self/ns/net").stat().st_ino]

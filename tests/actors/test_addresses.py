@@ -13,13 +13,14 @@ import pytest
 from relay.actors import addresses
 from relay.config import UsageError
 from relay.net.routes import own_addresses
-from relay.ops.logs.log import events_to
 from relay.system import system
-from tests.support.log_lines import KeptLog
-from tests.support.machine import Machine
+from tests.support.log_lines import KeptLog, log
+from tests.support.machine import Machine, new_machines
 from tests.support.system import Relay, RelayMaker, ask
 from tests.support.turn_client import TIMEOUT, TurnClient, udp_socket
 from tests.support.waiting import wait_until
+
+__all__ = ["log"]
 
 HOST: Final = "203.0.113.5"
 HOST6: Final = "2001:db8::5"
@@ -45,21 +46,10 @@ route add default via 203.0.113.1
 @pytest.fixture
 def machine() -> Iterator[Machine]:
     """A machine of a relay: an address of each family, and a route to the internet."""
-    try:
-        made = Machine()
-    except OSError as error:
-        pytest.skip(f"no network namespaces here: {error}")
-    with contextlib.closing(made):
+    with new_machines(1) as (made,):
         for line in LINKS.strip().splitlines():
             made.run("ip", *line.split())
         yield made
-
-
-@pytest.fixture
-def log() -> Iterator[KeptLog]:
-    kept = KeptLog()
-    with events_to(kept):
-        yield kept
 
 
 Start = Callable[..., Relay]

@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -89,39 +89,30 @@ def test_a_drain_is_shown_everywhere_and_can_be_changed_and_cancelled(program: P
     assert program.stop() == 0
 
 
+@contextlib.contextmanager
+def waiting(program: Program) -> Iterator[tuple["subprocess.Popen[str]", IO[str]]]:
+    """A drain that waits, and its output."""
+    command = [*COMMAND, "drain", "--control-endpoint", program.control, "--timeout", "1h", "--wait"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=kept_environment()) as process:
+        assert process.stdout is not None
+        yield process, process.stdout
+
+
 def test_wait_returns_when_the_relay_has_ended(program: Program) -> None:
-    with (
-        busy_client(program) as client,
-        subprocess.Popen(
-            [*COMMAND, "drain", "--control-endpoint", program.control, "--timeout", "1h", "--wait"],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=kept_environment(),
-        ) as waiting,
-    ):
-        assert waiting.stdout is not None
-        assert waiting.stdout.readline().endswith("allocations left: 1\n")
+    with busy_client(program) as client, waiting(program) as (process, out):
+        assert out.readline().endswith("allocations left: 1\n")
         assert client.refresh(0) is None
         assert program.wait() == 0
-        assert waiting.stdout.read() == "the relay has ended\n"
-        assert waiting.wait(PATIENCE) == 0
+        assert out.read() == "the relay has ended\n"
+        assert process.wait(PATIENCE) == 0
 
 
 def test_wait_fails_if_the_drain_is_cancelled(program: Program) -> None:
-    with (
-        busy_client(program),
-        subprocess.Popen(
-            [*COMMAND, "drain", "--control-endpoint", program.control, "--timeout", "1h", "--wait"],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=kept_environment(),
-        ) as waiting,
-    ):
-        assert waiting.stdout is not None
-        waiting.stdout.readline()
+    with busy_client(program), waiting(program) as (process, out):
+        out.readline()
         assert drain(program, "--cancel").returncode == 0
-        assert waiting.wait(PATIENCE) == 1
-        assert waiting.stdout.read() == "the relay is not draining\n"
+        assert process.wait(PATIENCE) == 1
+        assert out.read() == "the relay is not draining\n"
 
 
 def test_a_relay_without_allocations_ends_at_once(program: Program) -> None:

@@ -1,25 +1,19 @@
 """The options and variables of the offload."""
 
 import sys
-from typing import Any
 
 import click
 import pytest
 
-from relay.cli import cli, main
+from relay.cli import main
 from relay.config import AttachMode, OffloadConfig, UsageError
+from tests.support.command_line import setting
 
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("EBPF_OFFLOADING", "EBPF_ATTACH_MODE"):
         monkeypatch.delenv(name, raising=False)
-
-
-def setting(name: str, *arguments: str) -> Any:  # noqa: ANN401 - depends on the option
-    """Return the value of a setting on a command line."""
-    with cli.make_context("firezone-relay", list(arguments)) as context:
-        return context.params[name]
 
 
 @pytest.mark.parametrize(

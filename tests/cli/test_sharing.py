@@ -2,12 +2,11 @@
 
 import os
 import sys
-from typing import Any
 
 import pytest
 
-from relay.cli import cli
 from relay.config import ANY_CPU
+from tests.support.command_line import setting
 from tests.support.process import run
 
 HOST = "127.81.0.2"
@@ -17,12 +16,6 @@ HOST = "127.81.0.2"
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CPU_AFFINITY", "SWITCH_INTERVAL"):
         monkeypatch.delenv(name, raising=False)
-
-
-def setting(name: str, *arguments: str) -> Any:  # noqa: ANN401 - depends on the option
-    """Return the value of a setting on a command line."""
-    with cli.make_context("firezone-relay", list(arguments)) as context:
-        return context.params[name]
 
 
 @pytest.mark.parametrize(

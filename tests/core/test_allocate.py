@@ -379,9 +379,12 @@ def test_retrying_other_ports_does_not_extend_the_five_seconds(relay: Relay, cli
     assert answer_in(relay.report_bound(bind.allocation)).code == 508
 
 
-@pytest.mark.parametrize(
+ENDS = pytest.mark.parametrize(
     ("end", "reason"), [(Relay.report_failed, FreeReason.FAILED), (Relay.kick, FreeReason.KICKED)], ids=["failed", "kicked"]
 )
+
+
+@ENDS
 def test_an_allocation_that_ends_while_its_sockets_are_bound_gets_508(
     relay: Relay, client: Client, end: Callable[[Relay, AllocationId], list[Command]], reason: FreeReason
 ) -> None:
@@ -391,9 +394,7 @@ def test_an_allocation_that_ends_while_its_sockets_are_bound_gets_508(
     assert answer_in([sent]).code == 508
 
 
-@pytest.mark.parametrize(
-    ("end", "reason"), [(Relay.report_failed, FreeReason.FAILED), (Relay.kick, FreeReason.KICKED)], ids=["failed", "kicked"]
-)
+@ENDS
 def test_a_later_end_frees_the_allocation_without_a_response(
     relay: Relay, client: Client, end: Callable[[Relay, AllocationId], list[Command]], reason: FreeReason
 ) -> None:

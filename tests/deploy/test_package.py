@@ -16,7 +16,7 @@ from typing import Final
 import pytest
 
 from tests.support.debian import Debian
-from tests.support.machine import Machine
+from tests.support.machine import Machine, new_machines
 from tests.support.scripted_portal import Authority, ScriptedPortal
 from tests.support.waiting import wait_until
 
@@ -36,11 +36,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def network() -> Iterator[Machine]:
-    try:
-        made = Machine()
-    except OSError as error:
-        pytest.skip(f"THE PACKAGE IS NOT TRIED: networks take root ({error.strerror})")
-    with contextlib.closing(made):
+    with new_machines(1, "THE PACKAGE IS NOT TRIED: networks take root") as (made,):
         made.run("ip", "link", "set", "lo", "up")
         made.run("ip", "address", "add", f"{ADDRESS}/32", "dev", "lo")
         made.run("ip", "link", "add", "near", "up", "type", "veth", "peer", "name", "far")

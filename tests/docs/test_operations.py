@@ -13,7 +13,7 @@ import yaml
 
 from relay.config import HIGHEST_PORT, LOWEST_PORT
 from relay.core.addresses import Family
-from tests.support.machine import Machine, wait_until_up
+from tests.support.machine import Machine, new_machines, wait_until_up
 from tests.support.metrics import TABLE
 from tests.support.process import run
 from tests.support.program import Program
@@ -37,11 +37,7 @@ def program(name: str) -> str:
 @pytest.fixture
 def machines() -> Iterator[tuple[Machine, Machine]]:
     """The machines of a relay and a client, connected by a link."""
-    with contextlib.ExitStack() as stack:
-        try:
-            relay, client = (stack.enter_context(contextlib.closing(Machine())) for _ in range(2))
-        except OSError as error:
-            pytest.skip(f"no networks of their own can be made here: {error}")
+    with new_machines(2) as (relay, client):
         relay.run("ip", "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", client.path)
         relay.configure(cable={Family.IPV4: RELAY})
         client.configure(cable={Family.IPV4: CLIENT})

@@ -1,6 +1,5 @@
 """A network that rejects packets: a firewall, missing routes, missing hosts, and packets above the MTU."""
 
-import contextlib
 import errno
 import shutil
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ import pytest
 
 from relay.core.counters import FreeReason
 from tests.support.failing import CHANNEL, assert_serves, name_of
-from tests.support.machine import Machine
+from tests.support.machine import Machine, new_machines
 from tests.support.system import Relay, RelayMaker
 from tests.support.turn_client import TurnClient, udp_socket
 from tests.support.waiting import wait_until
@@ -72,11 +71,7 @@ def machine() -> Iterator[Machine]:
     for program in ("ip", "nft"):
         if shutil.which(program) is None:
             pytest.skip(f"no {program} here: apt-get install iproute2 nftables")
-    try:
-        made = Machine()
-    except OSError as error:
-        pytest.skip(f"no network namespaces here: {error}")
-    with contextlib.closing(made):
+    with new_machines(1) as (made,):
         made.run("ip", "link", "set", "lo", "up")
         made.run("ip", "-batch", "-", text=ROUTES)
         made.run("nft", "-f", "-", text=RULES)

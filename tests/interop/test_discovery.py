@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.clouds import Asked, Cloud, Said, StandIn, aws, azure, gce
-from tests.support.machine import Machine
+from tests.support.machine import Machine, new_machines
 from tests.support.process import Forked
 from tests.support.requirements import HAS_IPV6, needs_ipv6
 
@@ -20,11 +20,7 @@ IP6 = "2600:1900:4010:9c::1"
 @pytest.fixture
 def machine() -> Iterator[Machine]:
     """A network namespace as a cloud machine, so that no request leaves the test."""
-    try:
-        made = Machine()
-    except OSError as error:
-        pytest.skip(f"NO MACHINE in a cloud can be made here ({error.strerror}): run as root")
-    with contextlib.closing(made):
+    with new_machines(1, "NO MACHINE in a cloud can be made here") as (made,):
         made.run("ip", "link", "set", "lo", "up")
         made.run("ip", "addr", "add", f"{AT[0]}/32", "dev", "lo")
         if HAS_IPV6:

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from relay.core.addresses import Family, socket_address
+from relay.core.addresses import Family
 from tests.support.program import Program, ProgramStarter
 from tests.support.requirements import HAS_IPV6, needs_ipv6
-from tests.support.turn_client import TurnClient, code_of, udp_socket
+from tests.support.turn_client import PACKETS, TurnClient, send_behind_a_bind, udp_socket
 
-PACKETS = 200
 BINDS = 20
 
 PAIRS = [
@@ -28,31 +27,6 @@ def program(start_program: ProgramStarter) -> Program:
 
 def host(program: Program, family: Family) -> str:
     return program.host if family is Family.IPV4 else "::1"
-
-
-def send_behind_a_bind(client: TurnClient, number: int, peer: socket.socket, behind: int = 0) -> list[int]:
-    """Bind a channel to a peer, send packets at once, and return the numbers of those that the peer receives.
-
-    Args:
-        client: a client with an allocation.
-        number: the channel.
-        peer: the peer.
-        behind: the number of packets before the ChannelBind.
-    """
-    peer_address = socket_address(*peer.getsockname()[:2])
-    request = None
-    for n in range(PACKETS):
-        if n == behind:
-            request = client.start_binding(number, peer_address)
-        client.send(number, n.to_bytes(2, "big") + bytes(98))
-    assert request is not None
-    assert code_of(client.wait_for(request)) is None
-    received: list[int] = []
-    peer.settimeout(10)
-    with contextlib.suppress(TimeoutError):
-        while len(received) < PACKETS:
-            received.append(int.from_bytes(peer.recv(2000)[:2], "big"))
-    return received
 
 
 @pytest.fixture(params=PAIRS)

@@ -1,6 +1,5 @@
 """The addresses and routes of this machine, in network namespaces."""
 
-import contextlib
 import json
 import subprocess
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ import pytest
 
 from relay.core.addresses import Family
 from relay.net.routes import has_address, own_addresses, source_toward
-from tests.support.machine import Machine
+from tests.support.machine import Machine, new_machines
 
 SETUP = """
 link set lo up
@@ -32,11 +31,7 @@ ANY, ANY6 = "0.0.0.0", "::"
 
 @pytest.fixture(scope="module")
 def machine() -> Iterator[Machine]:
-    try:
-        made = Machine()
-    except OSError as error:
-        pytest.skip(f"no network namespaces here: {error}")
-    with contextlib.closing(made):
+    with new_machines(1) as (made,):
         made.run("ip", "-batch", "-", text=SETUP)
         yield made
 

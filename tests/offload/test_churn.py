@@ -20,10 +20,10 @@ from relay.offload import syscall
 from relay.offload.layout import CHANNEL, END, packed_address
 from tests.support.offload.fixtures import needs_bpf
 from tests.support.offload.model import End
-from tests.support.offload.relays import MODES, Running, Talk, running
+from tests.support.offload.relays import MODES, Lab, Running, Talk, running
 from tests.support.offload.stream import Stream
 from tests.support.offload.tables import entries, read
-from tests.support.offload.topology import PEER, Row, row
+from tests.support.offload.topology import PEER, row
 from tests.support.requirements import needs_ipv6
 from tests.support.turn_client import TIMEOUT, TurnClient
 
@@ -44,17 +44,12 @@ _HASH: Final = 1
 _GET_FD_BY_ID: Final = 14
 
 
-class Lab(NamedTuple):
-    network: Row
-    relay: Running
-
-
 @pytest.fixture(params=MODES)
 def lab(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lab]:
     with row() as network:
         network.know_all()
         with running(network.relay, tmp_path, request.param, *PORTS) as relay:
-            yield Lab(network, relay)
+            yield Lab(network, relay, request.param)
 
 
 @contextlib.contextmanager
@@ -240,7 +235,7 @@ def bound_by(way: Talk) -> Bound:
 
 
 def test_churn_causes_no_loss_and_leaves_the_tables_correct(lab: Lab) -> None:
-    network, relay = lab
+    network, relay, _ = lab
     tables = Tables(relay)
     with contextlib.ExitStack() as stack:
         steady = []

@@ -4,16 +4,15 @@ import contextlib
 
 import pytest
 
-from relay.core.addresses import Family, socket_address
+from relay.core.addresses import Family
 from tests.support.offload.fixtures import needs_bpf
 from tests.support.offload.relays import Lab
 from tests.support.offload.topology import PEER
 from tests.support.requirements import needs_ipv6
-from tests.support.turn_client import code_of
+from tests.support.turn_client import PACKETS, send_behind_a_bind
 
 pytestmark = [needs_bpf, needs_ipv6, pytest.mark.usefixtures("object_file")]
 
-PACKETS = 200
 BINDS = 20
 
 
@@ -25,13 +24,5 @@ def test_all_data_behind_a_channel_bind_arrives(lab: Lab, family: Family) -> Non
         for number in range(0x4000, 0x4000 + BINDS):
             # All stay open: a peer's port must not come again, with another channel.
             peer = peers.enter_context(lab.network.peer.udp(PEER[family]))
-            request = client.start_binding(number, socket_address(*peer.getsockname()[:2]))
-            for n in range(PACKETS):
-                client.send(number, n.to_bytes(2, "big") + bytes(98))
-            assert code_of(client.wait_for(request)) is None
-            received: list[int] = []
-            peer.settimeout(10)
-            with contextlib.suppress(TimeoutError):
-                while len(received) < PACKETS:
-                    received.append(int.from_bytes(peer.recv(2000)[:2], "big"))
+            received = send_behind_a_bind(client, number, peer)
             assert sorted(received) == [*range(PACKETS)], f"at bind {number:#x}: {lab.relay.dropped()} dropped"

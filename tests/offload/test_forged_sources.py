@@ -3,7 +3,7 @@
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import pytest
 
@@ -11,8 +11,8 @@ from relay.core.addresses import Family, socket_address
 from relay.offload.layout import packed_address
 from tests.support.offload.fixtures import needs_bpf
 from tests.support.offload.packets import IPV4, IPV6, channel_data, ethernet, ipv4, ipv6, udp
-from tests.support.offload.relays import MODES, SERVICE, WITHIN, Running, Talk, running
-from tests.support.offload.topology import PEER, RELAY, Host, Row, row
+from tests.support.offload.relays import MODES, SERVICE, WITHIN, Lab, Talk, running
+from tests.support.offload.topology import PEER, RELAY, Host, row
 from tests.support.requirements import needs_ipv6
 from tests.support.turn_client import TurnClient
 from tests.support.waiting import wait_until
@@ -27,22 +27,17 @@ BROADCAST: Final = "10.77.2.255"
 """Of the network of the peer."""
 
 
-class Place(NamedTuple):
-    network: Row
-    relay: Running
-
-
 @pytest.fixture(scope="module", params=MODES)
-def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     with row() as network:
         network.know_all()
         options = ("--allow-peer", f"{LOOPBACK}/32,{BROADCAST}/32")
         with running(network.relay, tmp_path_factory.mktemp("relay"), request.param, *options) as relay:
-            yield Place(network, relay)
+            yield Lab(network, relay, request.param)
 
 
 @pytest.fixture
-def strictness(place: Place, request: pytest.FixtureRequest) -> Iterator[int]:
+def strictness(place: Lab, request: pytest.FixtureRequest) -> Iterator[int]:
     """The setting rp_filter of all interfaces of the relay."""
     (value,) = request.param
     for link in ("all", "r0", "r1"):
@@ -78,7 +73,7 @@ def arrivals(receiver: socket.socket) -> int:
 class Forgery:
     """A client with a channel to a peer, and packets on the wire of another peer that look as if the first had sent them."""
 
-    def __init__(self, place: Place, client: TurnClient, peer: tuple[str, int], honest: socket.socket) -> None:
+    def __init__(self, place: Lab, client: TurnClient, peer: tuple[str, int], honest: socket.socket) -> None:
         self._place = place
         self._client = client
         family = Family.IPV6 if ":" in peer[0] else Family.IPV4
@@ -97,7 +92,7 @@ class Forgery:
         return arrivals(self._client.socket)
 
 
-def both(place: Place, count: "Forgery | ForgedClient") -> tuple[int, int]:
+def both(place: Lab, count: "Forgery | ForgedClient") -> tuple[int, int]:
     """Return the arrivals with sockets and with offload."""
     place.relay.detach()
     by_sockets = count.arrivals()
@@ -107,8 +102,8 @@ def both(place: Place, count: "Forgery | ForgedClient") -> tuple[int, int]:
 
 @pytest.mark.parametrize("strictness", [[0], [1], [2]], ids=["any-way", "strict", "loose"], indirect=True)
 @pytest.mark.parametrize("kind", ["this relay", "loopback", "broadcast"])
-def test_martian_packets_are_not_relayed(place: Place, strictness: int, kind: str) -> None:
-    network, relay = place
+def test_martian_packets_are_not_relayed(place: Lab, strictness: int, kind: str) -> None:
+    network, relay, _ = place
     with (
         relay.client(network.client) as client,
         relay.client(network.client) as other,
@@ -123,8 +118,8 @@ def test_martian_packets_are_not_relayed(place: Place, strictness: int, kind: st
         assert both(place, Forgery(place, client, peer, honest)) == ((COUNT, COUNT) if is_accepted else (0, 0))
 
 
-def test_the_stack_decides_about_own_ipv6_addresses_as_sources(place: Place) -> None:
-    network, relay = place
+def test_the_stack_decides_about_own_ipv6_addresses_as_sources(place: Lab) -> None:
+    network, relay, _ = place
     with (
         relay.client(network.client) as client,
         relay.client(network.client) as other,
@@ -138,7 +133,7 @@ def test_the_stack_decides_about_own_ipv6_addresses_as_sources(place: Place) -> 
 class ForgedClient:
     """A client with a channel to a peer, and ChannelData on the wire of the peer that looks as if the client had sent it."""
 
-    def __init__(self, place: Place, client: TurnClient, peer: socket.socket) -> None:
+    def __init__(self, place: Lab, client: TurnClient, peer: socket.socket) -> None:
         self._place = place
         self._talk = Talk(place.relay, client, peer, number=NUMBER)
         self._peer = peer
@@ -160,9 +155,9 @@ class ForgedClient:
 @pytest.mark.parametrize(("strictness", "expected"), [([0], COUNT), ([1], 0), ([2], COUNT)], indirect=["strictness"])
 @pytest.mark.parametrize("to", Family)
 def test_rp_filter_applies_to_packets_by_another_interface_than_the_senders(
-    place: Place, strictness: int, expected: int, to: Family
+    place: Lab, strictness: int, expected: int, to: Family
 ) -> None:
-    network, relay = place
+    network, relay, _ = place
     with relay.client(network.client) as client, network.peer.udp(PEER[to]) as peer:
         forged = ForgedClient(place, client, peer)
         assert both(place, forged) == (expected, expected), f"rp_filter={strictness}"
@@ -170,9 +165,9 @@ def test_rp_filter_applies_to_packets_by_another_interface_than_the_senders(
 
 
 @pytest.mark.parametrize("strictness", [[1]], ids=["strict"], indirect=True)
-def test_honest_packets_stay_in_the_kernel_with_a_strict_rp_filter(place: Place, strictness: int) -> None:
+def test_honest_packets_stay_in_the_kernel_with_a_strict_rp_filter(place: Lab, strictness: int) -> None:
     assert strictness
-    network, relay = place
+    network, relay, _ = place
     with relay.client(network.client) as client, network.peer.udp(PEER[Family.IPV4]) as peer:
         way = Talk(relay, client, peer)
         way.wait_for_kernel()

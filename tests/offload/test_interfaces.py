@@ -1,16 +1,16 @@
 """Interfaces and addresses that come and go while the relay runs."""
 
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Final
 
 import pytest
 
 from relay.core.addresses import Family
 from tests.support.machine import wait_until_up
 from tests.support.offload.fixtures import needs_bpf
-from tests.support.offload.relays import MODES, WITHIN, Offloading, Talk, running, talk
+from tests.support.offload.relays import MODES, WITHIN, Lab, Talk, running, talk
 from tests.support.offload.stream import Stream
-from tests.support.offload.topology import BEHIND, CLIENT, PEER, RELAY, Row, configure, connect, row
+from tests.support.offload.topology import BEHIND, CLIENT, PEER, RELAY, configure, connect, row
 from tests.support.requirements import needs_ipv6
 from tests.support.waiting import wait_until
 
@@ -19,14 +19,9 @@ pytestmark = [needs_bpf, needs_ipv6, pytest.mark.usefixtures("object_file")]
 FAMILIES: Final = [pytest.param((each, each), id=each.name) for each in Family]
 
 
-class Lab(NamedTuple):
-    network: Row
-    relay: Offloading
-    mode: str
-
-    def is_attached(self) -> bool:
-        found: dict[str, str | None] = self.relay.state()["xdp_attached"]
-        return found == {"r0": self.mode, "r1": self.mode}
+def is_attached(lab: Lab) -> bool:
+    found: dict[str, str | None] = lab.relay.state()["xdp_attached"]
+    return found == {"r0": lab.mode, "r1": lab.mode}
 
 
 @pytest.fixture(scope="module", params=MODES)
@@ -71,7 +66,7 @@ def test_relaying_resumes_after_an_interface_is_recreated(
         configure(network.peer, "p0", PEER)
         network.peer.ip(*(f"route add default via {each}" for each in BEHIND.values()))
         wait_until_up(*network)
-        wait_until(lab.is_attached, WITHIN)
+        wait_until(lambda: is_attached(lab), WITHIN)
         way.wait_for_kernel(WITHIN)
         goes_on(lab, elsewhere)
 
@@ -88,7 +83,7 @@ def test_relaying_resumes_after_the_only_client_interface_is_recreated(lab: Lab,
         configure(network.client, "c0", CLIENT)
         network.client.ip(*(f"route add default via {each}" for each in RELAY.values()))
         wait_until_up(*network)
-        wait_until(lab.is_attached, WITHIN)
+        wait_until(lambda: is_attached(lab), WITHIN)
         way.wait_for_kernel(WITHIN)
 
 

@@ -2,15 +2,15 @@
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Final, NamedTuple
+from typing import Final
 
 import pytest
 
 from relay.core.addresses import Family
 from tests.support.offload.fixtures import needs_bpf
-from tests.support.offload.relays import MODES, WITHIN, Offloading, running, talk
+from tests.support.offload.relays import MODES, WITHIN, Lab, running, talk
 from tests.support.offload.stream import Stream
-from tests.support.offload.topology import PEER, Capture, Row, asks_for, row
+from tests.support.offload.topology import PEER, Capture, asks_for, row
 from tests.support.requirements import needs_ipv6
 from tests.support.waiting import wait_until
 
@@ -19,11 +19,6 @@ pytestmark = [needs_bpf, needs_ipv6, pytest.mark.usefixtures("object_file")]
 FAMILIES: Final = [pytest.param((each, each), id=each.name) for each in Family]
 REACHABLE: Final = 400
 """Milliseconds until a neighbour is stale, about."""
-
-
-class Lab(NamedTuple):
-    network: Row
-    relay: Offloading
 
 
 @pytest.fixture(scope="module", params=MODES)
@@ -38,7 +33,7 @@ def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
                 network.relay.set_knob(f"{family}/neigh/{link}/delay_first_probe_time", 0)
                 network.relay.set_knob(f"{family}/neigh/{link}/retrans_time_ms", 100)
         with running(network.relay, tmp_path_factory.mktemp("relay"), request.param) as relay:
-            yield Lab(network, relay)
+            yield Lab(network, relay, request.param)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -2,13 +2,13 @@
 
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import pytest
 
-from relay.core.addresses import Family, socket_address
+from relay.core.addresses import Family, SocketAddress, socket_address
 from tests.support.offload.fixtures import needs_bpf
 from tests.support.offload.relays import MODES, SERVICE, WITHIN, Offloading, Running, Talk, credential, running
 from tests.support.offload.topology import CLIENT, PEER, RELAY, Row, row
@@ -80,6 +80,27 @@ def peer_of(place: Place, family: Family) -> socket.socket:
     return place.network.peer.udp(PEER[family])
 
 
+def exchange_data(client: TurnClient, peer: socket.socket, relayed: SocketAddress) -> SocketAddress:
+    """Relay a packet each way, and return the address from which the peer got it."""
+    client.send(0x4001, bytes(SIZE))
+    data, (host, port, *_) = peer.recvfrom(2000)
+    assert data == bytes(SIZE)
+    peer.sendto(bytes(SIZE), relayed)
+    assert client.receive() == (0x4001, bytes(SIZE))
+    return host, port
+
+
+def wait_for_kernel(relay: Offloading, exchange: Callable[[], None]) -> None:
+    """Wait until the kernel relays both ways."""
+
+    def is_in_kernel() -> bool:
+        before = relay.counts()
+        exchange()
+        return relay.counts().since(before)[:2] == (1, 1)
+
+    wait_until(is_in_kernel, WITHIN)
+
+
 @pytest.mark.parametrize("family", Family)
 @pytest.mark.parametrize("asked", [RELAY, SECOND, INNER], ids=["first", "second", "of-another-interface"])
 def test_responses_and_data_leave_from_the_address_that_the_client_asked(
@@ -92,11 +113,7 @@ def test_responses_and_data_leave_from_the_address_that_the_client_asked(
         at = (INNER[family], relayed[1])
 
         def exchange() -> None:
-            client.send(0x4001, bytes(SIZE))
-            data, source = peer.recvfrom(2000)
-            assert (data, source[1]) == (bytes(SIZE), relayed[1])
-            peer.sendto(bytes(SIZE), at)
-            assert client.receive() == (0x4001, bytes(SIZE))
+            assert exchange_data(client, peer, at)[1] == relayed[1]
 
         exchange()
         if place.relay is None:
@@ -109,14 +126,7 @@ def test_responses_and_data_leave_from_the_address_that_the_client_asked(
             for _ in range(10):
                 assert client.receive() == (0x4001, bytes(SIZE))
         elif asked[family] == preferred(place, CLIENT[family]):
-            relay = place.relay
-
-            def is_in_kernel() -> bool:
-                before = relay.counts()
-                exchange()
-                return relay.counts().since(before)[:2] == (1, 1)
-
-            wait_until(is_in_kernel, WITHIN)
+            wait_for_kernel(place.relay, exchange)
         else:
             # The kernel would send from the preferred address.
             before = place.relay.counts()
@@ -138,23 +148,12 @@ def test_a_public_address_that_comes_late_is_the_source_of_relayed_packets_witho
         assert client.bind_channel(0x4001, socket_address(*peer.getsockname()[:2])) is None
 
         def exchange() -> None:
-            client.send(0x4001, bytes(SIZE))
-            data, source = peer.recvfrom(2000)
-            assert (data, source[:2]) == (bytes(SIZE), relayed[:2])
-            peer.sendto(bytes(SIZE), relayed[:2])
-            assert client.receive() == (0x4001, bytes(SIZE))
+            assert exchange_data(client, peer, relayed[:2]) == relayed[:2]
 
         for _ in range(5):
             exchange()
         if place.relay is not None:
-            relay = place.relay
-
-            def is_in_kernel() -> bool:
-                before = relay.counts()
-                exchange()
-                return relay.counts().since(before)[:2] == (1, 1)
-
-            wait_until(is_in_kernel, WITHIN)
+            wait_for_kernel(place.relay, exchange)
 
 
 @needs_bpf

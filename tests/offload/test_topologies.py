@@ -9,7 +9,7 @@ import pytest
 from relay.core.addresses import Family
 from tests.support.machine import wait_until_up
 from tests.support.offload.fixtures import needs_bpf
-from tests.support.offload.relays import MODES, WITHIN, Offloading, Talk, running
+from tests.support.offload.relays import MODES, WITHIN, Lab, Offloading, Talk, running
 from tests.support.offload.stream import Stream
 from tests.support.offload.topology import CLIENT, PEER, RELAY, Capture, Host, Row, configure, connect, hosts, row
 from tests.support.requirements import needs_ipv6
@@ -101,11 +101,6 @@ def test_relaying_follows_a_changed_gateway(roads: Roads, families: tuple[Family
     assert (stream.lost(), stream.doubled()) == (0, 0), "the old way was as good, until the new one was known"
 
 
-class Lab(NamedTuple):
-    network: Row
-    relay: Offloading
-
-
 @pytest.fixture(scope="module", params=MODES)
 def one_armed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """Client, peer and relay on one switch; the relay has a single link."""
@@ -117,11 +112,11 @@ def one_armed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
             configure(host, link, addresses)
         wait_until_up(client, relay, peer, switch)
         with running(relay, tmp_path_factory.mktemp("relay"), request.param, links="r0") as offloading:
-            yield Lab(Row(client, relay, peer), offloading)
+            yield Lab(Row(client, relay, peer), offloading, request.param)
 
 
 def test_client_peer_and_relay_can_share_a_switch(one_armed: Lab, families: tuple[Family, Family]) -> None:
-    network, relay = one_armed
+    network, relay, _ = one_armed
     with relay.client(network.client, families[0]) as client, network.peer.udp(ON_LINK[families[1]]) as peer:
         way = Talk(relay, client, peer)
         way.wait_for_kernel()
@@ -135,7 +130,7 @@ def test_client_peer_and_relay_can_share_a_switch(one_armed: Lab, families: tupl
 
 
 def test_two_clients_on_the_same_switch_reach_each_other(one_armed: Lab) -> None:
-    network, relay = one_armed
+    network, relay, _ = one_armed
     with (
         relay.client(network.client, Family.IPV4) as one,
         relay.client(network.peer, Family.IPV6, ON_LINK[Family.IPV6]) as other,
@@ -176,11 +171,11 @@ def behind_nat(tmp_path: Path) -> Iterator[Lab]:
     with row() as network:
         network.know_all()
         with running(network.relay, tmp_path, "generic", public=["203.0.113.77"]) as relay:
-            yield Lab(network, relay)
+            yield Lab(network, relay, "generic")
 
 
 def test_behind_nat_packets_for_any_address_are_relayed(behind_nat: Lab) -> None:
-    network, relay = behind_nat
+    network, relay, _ = behind_nat
     with relay.client(network.client) as client, network.peer.udp(PEER[Family.IPV4]) as peer:
         way = Talk(relay, client, peer)
         assert way.relayed[0] == "203.0.113.77"

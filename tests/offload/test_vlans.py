@@ -17,7 +17,7 @@ from relay.core.addresses import Family
 from tests.support.machine import wait_until_up
 from tests.support.offload import in_vlans
 from tests.support.offload.fixtures import CLANG, needs_bpf, needs_clang
-from tests.support.offload.relays import Offloading, Talk, running, talk
+from tests.support.offload.relays import Lab, Talk, running, talk
 from tests.support.offload.topology import BEHIND, CLIENT, PEER, RELAY, Host, Row, configure, connect, hosts
 from tests.support.requirements import needs_ipv6
 
@@ -84,11 +84,6 @@ def network(folder: Path) -> Iterator[Network]:
         yield Network(Row(far, relay, far), built)
 
 
-class Lab(NamedTuple):
-    network: Row
-    relay: Offloading
-
-
 @pytest.fixture(scope="module")
 def tagged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """A relay in native mode; all machines are in the VLAN."""
@@ -101,7 +96,7 @@ def tagged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         configure(made.relay, CHILD, RELAY, BEHIND)
         wait_until_up(made.relay, made.far)
         with running(made.relay, folder, "driver", links="r0", by=IN_VLANS) as relay:
-            yield Lab(made.row, relay)
+            yield Lab(made.row, relay, "driver")
 
 
 @pytest.fixture(scope="module")
@@ -118,11 +113,11 @@ def child(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         configure(made.relay, CHILD, RELAY, BEHIND)
         wait_until_up(made.relay, made.far)
         with running(made.relay, folder, "generic", links=CHILD, by=IN_VLANS) as relay:
-            yield Lab(made.row, relay)
+            yield Lab(made.row, relay, "generic")
 
 
 def test_in_native_mode_the_sockets_relay_packets_with_an_offloaded_tag(tagged: Lab) -> None:
-    network, relay = tagged
+    network, relay, _ = tagged
     assert "r0 has VLANs on it, and removes their tags" in relay.log
     assert "until ethtool -K r0 rxvlan off" in relay.log
     with relay.client(network.client) as client, network.peer.udp(PEER[Family.IPV4]) as peer:
@@ -144,7 +139,7 @@ def test_in_native_mode_a_link_that_leaves_tags_in_packets_is_not_reported(tmp_p
 
 @pytest.mark.parametrize("families", FAMILIES)
 def test_in_native_mode_tagged_packets_are_relayed_with_a_tag(tagged: Lab, families: tuple[Family, Family]) -> None:
-    network, relay = tagged
+    network, relay, _ = tagged
     network.client.set_tags_in("c0", inside=True)
     try:
         with talk(relay, network, families) as way:

@@ -1,7 +1,5 @@
 """Lines of the core's events: with the fields for operators, and without usernames."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from relay.core.addresses import ClientAddress, Family
@@ -19,7 +17,6 @@ from relay.core.stun import MessageClass, Method, encode
 from relay.logger import Level
 from relay.ops.logs.core import LOGGED_AS, log_event, wanted
 from relay.ops.logs.filter import LogFilter
-from relay.ops.logs.log import events_to
 from relay.ops.logs.rate_limiter import USUAL
 from tests.support.core import (
     CLIENT6,
@@ -33,14 +30,9 @@ from tests.support.core import (
     Relay,
     relay_with,
 )
-from tests.support.log_lines import KeptLog
+from tests.support.log_lines import KeptLog, log
 
-
-@pytest.fixture
-def log() -> Iterator[KeptLog]:
-    kept = KeptLog()
-    with events_to(kept):
-        yield kept
+__all__ = ["log"]
 
 
 def logged_relay() -> Relay:

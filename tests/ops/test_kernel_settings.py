@@ -16,7 +16,7 @@ import pytest
 from relay.config import Config
 from relay.net.udp import RECEIVE_BUFFER
 from relay.ops.kernel_settings import Finding, findings
-from tests.support.machine import Machine
+from tests.support.machine import Machine, new_machines
 from tests.support.program import Program
 
 FULL = Config(public_ip4=IPv4Address("192.0.2.1"))
@@ -246,11 +246,7 @@ print(user_threads())
 @pytest.fixture
 def network() -> Iterator[Machine]:
     """A network namespace with the default ephemeral port range."""
-    try:
-        made = Machine()
-    except OSError as error:
-        pytest.skip(f"no network of its own can be made here: {error}")
-    with closing(made):
+    with new_machines(1) as (made,):
         made.configure()
         made.run("sysctl", "-w", "net.ipv4.ip_local_port_range=32768 60999", "net.ipv4.ip_local_reserved_ports=8080")
         yield made

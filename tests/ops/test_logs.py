@@ -21,18 +21,12 @@ from relay.ops.logs.log import Log, events_to, writing
 from relay.ops.logs.rate_limiter import USUAL
 from relay.ops.logs.stdlib_bridge import stdlib_logged
 from relay.ops.logs.writer import MAX_QUEUED, LogWriter
-from tests.support.log_lines import KeptLog, Written, valid
+from tests.support.log_lines import KeptLog, Written, log, valid
+
+__all__ = ["log"]
 
 PORTAL = Logger("relay.actors.portal")
 CORE = Logger("relay.core.allocations")
-
-
-@pytest.fixture
-def log() -> Iterator[KeptLog]:
-    """A log to which events of this process go."""
-    kept = KeptLog()
-    with events_to(kept):
-        yield kept
 
 
 @pytest.fixture

@@ -2,14 +2,14 @@
 
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 
-from relay.ops.logs.log import events_to
 from relay.ops.logs.stats import MANY_DROPS, PERIOD, Flow, StatsLine, report
-from tests.support.log_lines import KeptLog
+from tests.support.log_lines import KeptLog, log
 from tests.support.waiting import wait_until
+
+__all__ = ["log"]
 
 NOTHING: Flow = dict.fromkeys(
     (
@@ -41,13 +41,6 @@ class Traffic:
         """End a period."""
         self._now += seconds
         self.stats.end_period(self._now)
-
-
-@pytest.fixture
-def log() -> Iterator[KeptLog]:
-    kept = KeptLog()
-    with events_to(kept):
-        yield kept
 
 
 @pytest.fixture

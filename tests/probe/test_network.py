@@ -10,7 +10,7 @@ from typing import Any, Final
 import pytest
 
 from relay.core.addresses import Family
-from tests.support.machine import Machine, wait_until_up
+from tests.support.machine import Machine, new_machines, wait_until_up
 from tests.support.process import run
 from tests.support.program import Program
 from tests.support.requirements import needs_ipv6
@@ -29,11 +29,7 @@ def machines() -> Iterator[tuple[Machine, Machine, Machine]]:
     for program in ("ip", "nft"):
         if shutil.which(program) is None:
             pytest.skip(f"no {program} here: apt-get install iproute2 nftables")
-    with contextlib.ExitStack() as stack:
-        try:
-            client, router, relay = (stack.enter_context(contextlib.closing(Machine())) for _ in range(3))
-        except OSError as error:
-            pytest.skip(f"no network namespaces here: {error}")
+    with new_machines(3) as (client, router, relay):
         router.run("ip", "link", "add", "near", "type", "veth", "peer", "name", "cable", "netns", client.path)
         router.run("ip", "link", "add", "far", "type", "veth", "peer", "name", "cable", "netns", relay.path)
         router.configure(

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import pytest
 
 from relay import logger
 from relay.config import LogFormat
 from relay.logger import Fields, Level
 from relay.ops.logs.filter import LogFilter
-from relay.ops.logs.log import Log
+from relay.ops.logs.log import Log, events_to
 from relay.ops.logs.render import Destination
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "log-line.schema.json").read_text())
@@ -63,6 +64,14 @@ class KeptLog(Log):
     def take(self) -> list[dict[str, Any]]:
         """Return the entries written since the last call; each line must match the schema."""
         return [valid(line) for line in self.take_text().splitlines()]
+
+
+@pytest.fixture
+def log() -> Iterator[KeptLog]:
+    """A log to which events of this process go."""
+    kept = KeptLog()
+    with events_to(kept):
+        yield kept
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from relay.core.addresses import Family
 from tests.support.waiting import wait_until
 
@@ -43,6 +45,17 @@ def wait_until_up(*machines: "Machine") -> None:
     """Wait until all links of the machines work."""
     for each in machines:
         wait_until(each.is_up)
+
+
+@contextlib.contextmanager
+def new_machines(count: int, otherwise: str = "no network namespaces here") -> Iterator[list["Machine"]]:
+    """Make machines, or skip the test: this process has no permission."""
+    with contextlib.ExitStack() as stack:
+        try:
+            made = [stack.enter_context(contextlib.closing(Machine())) for _ in range(count)]
+        except OSError as error:
+            pytest.skip(f"{otherwise}: {error.strerror} (run as root)")
+        yield made
 
 
 class Machine:

@@ -5,7 +5,7 @@ import os
 import socket
 from typing import Any, Self
 
-from relay.core.addresses import SocketAddress
+from relay.core.addresses import SocketAddress, socket_address
 from relay.core.attributes import (
     ADDITIONAL_ADDRESS_FAMILY,
     CHANNEL_NUMBER,
@@ -27,6 +27,8 @@ from tests.support.udp import SO_RCVBUFFORCE
 UDP = 17
 TIMEOUT = 30.0
 """Seconds for a response or a packet, on a busy machine."""
+PACKETS = 200
+"""Packets of `send_behind_a_bind`."""
 
 
 # An allocation outlives the client closed by a test. If the kernel reused the port, an Allocate request from the port
@@ -134,6 +136,31 @@ class TurnClient:
             attributes, key = (*attributes, *login), self._key
         self.socket.sendto(encode(MessageClass.REQUEST, method, transaction_id, attributes, key=key), self.server)
         return transaction_id
+
+
+def send_behind_a_bind(client: TurnClient, number: int, peer: socket.socket, behind: int = 0) -> list[int]:
+    """Bind a channel to a peer, send packets at once, and return the numbers of those that the peer receives.
+
+    Args:
+        client: a client with an allocation.
+        number: the channel.
+        peer: the peer.
+        behind: the number of packets before the ChannelBind.
+    """
+    peer_address = socket_address(*peer.getsockname()[:2])
+    request = None
+    for n in range(PACKETS):
+        if n == behind:
+            request = client.start_binding(number, peer_address)
+        client.send(number, n.to_bytes(2, "big") + bytes(98))
+    assert request is not None
+    assert code_of(client.wait_for(request)) is None
+    received: list[int] = []
+    peer.settimeout(10)
+    with contextlib.suppress(TimeoutError):
+        while len(received) < PACKETS:
+            received.append(int.from_bytes(peer.recv(2000)[:2], "big"))
+    return received
 
 
 def code_of(answer: Message) -> int | None:
