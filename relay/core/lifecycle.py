@@ -94,8 +94,7 @@ class Lifecycle:
         by_id = self._tables.by_id.values()
         used = {port for each in by_id for port in (each.port, *each.refused_ports)}
         self.ports.restore(exported["ports"], used, self._config.ports)
-        for port in exported["held_ports"]:
-            self.ports.give_back(port)
+        self.ports.give_back(*exported["held_ports"])
         self._next_id, self._draining, self._is_late = exported["next_id"], exported["draining"], exported["late"]
 
     def begin(
@@ -281,16 +280,14 @@ class Lifecycle:
 
     def _give_back_held_ports(self) -> None:
         for client in [each for each in self._held_ports if not self._tables.is_in_kernel(each)]:
-            for port in self._held_ports.pop(client):
-                self.ports.give_back(port)
+            self.ports.give_back(*self._held_ports.pop(client))
 
     def _report_if_drained(self) -> None:
         if self._draining and not self._tables.by_id:
             self._commands.append(Drained())
 
     def _give_back_refused_ports(self, allocation: Allocation) -> None:
-        for port in allocation.refused_ports:
-            self.ports.give_back(port)
+        self.ports.give_back(*allocation.refused_ports)
         allocation.refused_ports.clear()
 
     def _granted(self, allocation: Allocation) -> Iterator[tuple[Attribute[Any], Any]]:

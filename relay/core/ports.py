@@ -16,8 +16,7 @@ class PortPool:
     def __init__(self, ports: Iterable[int]) -> None:
         # Even and odd ports, for EVEN-PORT.
         self._free: tuple[list[RelayedPort], list[RelayedPort]] = ([], [])
-        for port in ports:
-            self.give_back(RelayedPort(port))
+        self.give_back(*map(RelayedPort, ports))
 
     def __iter__(self) -> Iterator[RelayedPort]:
         """Yield the free ports, in any order."""
@@ -53,6 +52,7 @@ class PortPool:
         for mine, theirs in zip(self._free, free, strict=True):
             mine[:] = [RelayedPort(port) for port in theirs if port in ports] + [port for port in mine if port not in known]
 
-    def give_back(self, port: RelayedPort) -> None:
-        """Return a drawn port to the pool."""
-        self._free[port % 2].append(port)
+    def give_back(self, *ports: RelayedPort) -> None:
+        """Return drawn ports to the pool."""
+        for port in ports:
+            self._free[port % 2].append(port)

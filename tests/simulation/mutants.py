@@ -121,13 +121,13 @@ MUTANTS = (
     Mutant(
         "a freed port is not given back",
         "lifecycle",
-        "                self.ports.give_back(port)\n\n",
-        "                pass\n\n",
+        "            self.ports.give_back(*self._held_ports.pop(client))\n",
+        "            self._held_ports.pop(client)\n",
     ),
     Mutant(
         "refused ports are not given back",
         "lifecycle",
-        "        for port in allocation.refused_ports:\n            self.ports.give_back(port)\n",
+        "        self.ports.give_back(*allocation.refused_ports)\n",
         "",
     ),
     Mutant(
