@@ -57,7 +57,7 @@ class Allocations:
         """Channels of all allocations, in both states."""
         self.expired = 0
         """Those of them in their grace period."""
-        self.deadlines: Deadlines[AllocationId] = Deadlines()
+        self.deadlines = Deadlines()
         """The next deadline of each allocation: its own end, or of one of its channels."""
         self.changed: set[AllocationId] | None = None
         """Allocations that have changed since a handover began; None without a handover."""

@@ -2,19 +2,17 @@
 
 import heapq
 import math
-from collections.abc import Hashable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Iterator
 
+from relay.core.addresses import AllocationId
 from relay.core.overload import STALE_DEADLINES
-
-K = TypeVar("K", bound=Hashable)
 
 _SLACK = 64
 """Stale entries that do not justify a rebuild of the heap."""
 
 
-class Deadlines(Generic[K]):
-    """A heap with one deadline for each key.
+class Deadlines:
+    """A heap with one deadline for each allocation, and one for early data.
 
     The earliest deadline costs O(1): the top of the heap is always live. An entry goes stale when its key gets another
     deadline. Stale entries are removed when they reach the top, and all of them once they outnumber the live entries. So the
@@ -22,8 +20,8 @@ class Deadlines(Generic[K]):
     """
 
     def __init__(self) -> None:
-        self._at: dict[K, tuple[float, int, K]] = {}
-        self._heap: list[tuple[float, int, K]] = []
+        self._at: dict[AllocationId, tuple[float, int, AllocationId]] = {}
+        self._heap: list[tuple[float, int, AllocationId]] = []
         self.sequence = 0
         """The number of the last entry. As numbers are distinct, entries never compare their keys, and entries of one moment
         come out in order."""
@@ -38,33 +36,33 @@ class Deadlines(Generic[K]):
         """Entries in the heap, stale ones included."""
         return len(self._heap)
 
-    def set(self, key: K, at: float) -> None:
+    def set(self, key: AllocationId, at: float) -> None:
         """Set the deadline of a key, instead of its former deadline."""
         self.sequence += 1
         self.restore(key, at, self.sequence)
 
-    def restore(self, key: K, at: float, number: int) -> None:
+    def restore(self, key: AllocationId, at: float, number: int) -> None:
         """Set the deadline of a key, with the number of its entry in other deadlines."""
         entry = (at, number, key)
         self._at[key] = entry
         heapq.heappush(self._heap, entry)
         self._tidy()
 
-    def discard(self, key: K) -> None:
+    def discard(self, key: AllocationId) -> None:
         """Remove the deadline of a key, if there is a deadline."""
         if self._at.pop(key, None) is not None:
             self._tidy()
 
-    def entry(self, key: K) -> tuple[float, int]:
+    def entry(self, key: AllocationId) -> tuple[float, int]:
         """Return the deadline and the number of a key that has a deadline."""
         return self._at[key][:2]
 
-    def get(self, key: K) -> float | None:
+    def get(self, key: AllocationId) -> float | None:
         """Return the deadline of a key, or None. Any thread may call this."""
         entry = self._at.get(key)
         return None if entry is None else entry[0]
 
-    def pop_due(self, now: float) -> Iterator[tuple[float, K]]:
+    def pop_due(self, now: float) -> Iterator[tuple[float, AllocationId]]:
         """Remove and yield each deadline at ``now`` or before with its key, earliest first.
 
         The caller may set deadlines meanwhile; due deadlines among them are yielded too.

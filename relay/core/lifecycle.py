@@ -115,9 +115,7 @@ class Lifecycle:
             RequestError: a limit is reached.
         """
         replaced = self._tables.by_username.get(context.username)
-        limit = self._limit_reached(context.client, replaced, even_port=even_port)
-        if limit is not None:
-            raise limit_error(context.client, limit)
+        self._check_limits(context.client, replaced, even_port=even_port)
         if replaced is not None:
             self.free(replaced, FreeReason.REPLACED)
         port = self.ports.draw(self._random, even=even_port)
@@ -139,24 +137,23 @@ class Lifecycle:
         self._tables.add(allocation, context.now + BIND_TIMEOUT)
         self._commands.append(BindPort(allocation.id, port, families))
 
-    def _limit_reached(self, client: ClientAddress, replaced: Allocation | None, *, even_port: bool) -> Limit | None:
-        """Return the limit that prevents an allocation, which may replace another allocation."""
+    def _check_limits(self, client: ClientAddress, replaced: Allocation | None, *, even_port: bool) -> None:
+        """Raise 486 or 508 if a limit prevents an allocation, which may replace another allocation."""
         if self._draining:
-            return Limit.DRAINING
+            raise limit_error(client, Limit.DRAINING)
         # The kernel gives back a port only later, if it has many channels.
         is_freed_at_once = replaced is not None and not self._tables.is_removal_long(replaced)
         regained = (replaced.port, *replaced.refused_ports) if replaced is not None and is_freed_at_once else ()
         if not self.ports.count(even=even_port) and not any(port % 2 == 0 or not even_port for port in regained):
-            return Limit.PORTS
+            raise limit_error(client, Limit.PORTS)
         if len(self._tables.by_id) - (replaced is not None) >= self._config.max_allocations:
-            return Limit.ALLOCATIONS
+            raise limit_error(client, Limit.ALLOCATIONS)
         most = self._config.max_allocations_per_address
         if most is not None:
             network = network_of(client)
             makes_room = replaced is not None and network_of(replaced.client) == network
             if self._tables.by_network.get(network, 0) - makes_room >= most:
-                return Limit.ALLOCATIONS_OF_ADDRESS
-        return None
+                raise limit_error(client, Limit.ALLOCATIONS_OF_ADDRESS)
 
     def establish(self, allocation: Allocation, now: float) -> None:
         """Send the success response for an allocation whose sockets are all bound."""

@@ -282,15 +282,9 @@ class Requests:
         return served, missing
 
     def _refresh(self, message: Message, context: ResponseContext) -> AttributeValues:
-        allocation = self._tables.by_client.get(context.client)
         lifetime = message.get(LIFETIME)
         deletes = lifetime == 0
-        if allocation is None or (allocation.state is AllocationState.BINDING and not deletes):
-            raise RequestError(ErrorCode.ALLOCATION_MISMATCH)
-        # After 437 for its Allocate, a Firezone client with new credentials and its old address deletes the old allocation
-        # with the new credentials, and allocates again. The nonce proves that the client owns the address.
-        if allocation.username != context.username and not deletes:
-            raise RequestError(ErrorCode.WRONG_CREDENTIALS)
+        allocation = self._own_allocation(context, deletes=deletes)
         family = message.get(REQUESTED_ADDRESS_FAMILY)
         if family is not None and family not in allocation.families:
             raise RequestError(ErrorCode.PEER_ADDRESS_FAMILY_MISMATCH)
@@ -371,11 +365,13 @@ class Requests:
             event = PeerRefused(allocation.id, allocation.client, method, address, rule)
             raise RequestError(ErrorCode.FORBIDDEN, event=event)
 
-    def _own_allocation(self, context: ResponseContext) -> Allocation:
+    def _own_allocation(self, context: ResponseContext, *, deletes: bool = False) -> Allocation:
         allocation = self._tables.by_client.get(context.client)
-        if allocation is None or allocation.state is AllocationState.BINDING:
+        if allocation is None or (allocation.state is AllocationState.BINDING and not deletes):
             raise RequestError(ErrorCode.ALLOCATION_MISMATCH)
-        if allocation.username != context.username:
+        # After 437 for its Allocate, a Firezone client with new credentials and its old address deletes the old allocation
+        # with the new credentials, and allocates again. The nonce proves that the client owns the address.
+        if allocation.username != context.username and not deletes:
             raise RequestError(ErrorCode.WRONG_CREDENTIALS)
         return allocation
 

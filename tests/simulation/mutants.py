@@ -157,15 +157,14 @@ MUTANTS = (
         "",
     ),
     Mutant("a refresh grants too much", "requests", "MAX_LIFETIME = 3600", "MAX_LIFETIME = 5000"),
-    Mutant("anyone may refresh", "requests", "if allocation.username != context.username and not deletes:", "if False:"),
     Mutant(
-        "another user can't delete what is in the way", "requests", "context.username and not deletes:", "context.username:"
+        "anyone may refresh and bind channels",
+        "requests",
+        "if allocation.username != context.username and not deletes:",
+        "if False:",
     ),
     Mutant(
-        "anyone may bind channels",
-        "requests",
-        "        if allocation.username != context.username:\n",
-        "        if False:\n",
+        "another user can't delete what is in the way", "requests", "context.username and not deletes:", "context.username:"
     ),
     Mutant(
         "peers are not judged",
