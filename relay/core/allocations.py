@@ -26,8 +26,6 @@ from relay.core.commands import Commands, InstallChannel, RemoveChannel
 from relay.core.deadlines import Deadlines
 from relay.core.overload import KERNEL_PORTION
 
-__all__ = ["Allocation", "AllocationState", "Allocations", "ChannelBinding"]
-
 
 class Allocations:
     """The tables. Anything may read the tables; only the methods change them.

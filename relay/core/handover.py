@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from typing import Any, Final, TypeAlias
 
 from relay.core.addresses import AllocationId, ChannelNumber, ClientAddress, Family, PeerAddress, RelayedPort
-from relay.core.allocations import Allocation, Allocations, AllocationState, ChannelBinding
+from relay.core.allocation import Allocation, AllocationState, ChannelBinding
+from relay.core.allocations import Allocations
 from relay.core.counters import DropReason
 from relay.core.early import EarlyData
 from relay.core.requests import Requests

@@ -14,7 +14,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from relay.config import Config
-from relay.core.allocations import Allocation, Allocations, ChannelBinding
+from relay.core.allocation import Allocation, ChannelBinding
+from relay.core.allocations import Allocations
 from relay.core.counters import Counters
 from relay.core.history import History
 from relay.core.portal.channel import PortalChannel
