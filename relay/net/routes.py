@@ -2,26 +2,10 @@
 
 import errno
 import socket
-import struct
-from collections.abc import Iterator
 
 from relay.core.addresses import IPV4_LENGTH, Family
+from relay.net.netlink import ADDRESS, IFA_ADDRESS, IFA_LOCAL, Kind, NetlinkSocket, parse_attributes
 from relay.net.udp import ADDRESS_FAMILIES
-
-TIMEOUT = 5.0
-"""Seconds for each part of the kernel's response, which comes at once."""
-
-ATTEMPTS = 5
-"""Queries, while the addresses keep changing."""
-
-_HEADER = struct.Struct("=IHHII")
-_ADDRESS_HEADER_LENGTH = 8
-_ATTRIBUTE = struct.Struct("=HH")
-_GET_ADDRESS, _NEW_ADDRESS, _ERROR, _DONE = 22, 20, 2, 3
-_REQUEST_DUMP, _INTERRUPTED = 0x301, 0x10
-_IFA_ADDRESS, _IFA_LOCAL = 1, 2
-_LARGEST = 1 << 16
-"""Numbers of linux/netlink.h, linux/rtnetlink.h and linux/if_addr.h. The kernel's messages have at most 32 KB."""
 
 _NO_PATH = frozenset(
     (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL, errno.EACCES, errno.EINVAL)
@@ -39,46 +23,13 @@ def own_addresses() -> frozenset[str]:
     Raises:
         OSError: the kernel does not respond, or the addresses change faster than they can be read.
     """
-    for _ in range(ATTEMPTS):
-        addresses: set[str] = set()
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as asking:
-            asking.settimeout(TIMEOUT)
-            # A connected socket receives nothing from other processes.
-            asking.connect((0, 0))
-            asking.send(_HEADER.pack(_HEADER.size + _ADDRESS_HEADER_LENGTH, _GET_ADDRESS, _REQUEST_DUMP, 1, 0) + bytes(8))
-            is_whole = _read_dump(asking, addresses)
-        if is_whole:
-            return frozenset(addresses)
-    raise OSError(errno.EINTR, "the addresses change faster than they can be read")
-
-
-def _read_dump(asking: socket.socket, addresses: set[str]) -> bool:
-    """Add the addresses of a dump. Return False if they changed meanwhile."""
-    is_whole = True
-    while True:
-        data = asking.recv(_LARGEST)
-        offset = 0
-        while offset + _HEADER.size <= len(data):
-            length, kind, flags, _, _ = _HEADER.unpack_from(data, offset)
-            is_whole = is_whole and not flags & _INTERRUPTED
-            if kind == _DONE:
-                return is_whole
-            if kind == _ERROR or length < _HEADER.size:
-                raise OSError(errno.EIO, "the kernel rejects the query of addresses")
-            if kind == _NEW_ADDRESS:
-                attributes = dict(_attributes(data[offset + _HEADER.size + _ADDRESS_HEADER_LENGTH : offset + length]))
-                # On a point-to-point link, IFA_ADDRESS is the other end.
-                packed = attributes.get(_IFA_LOCAL) or attributes[_IFA_ADDRESS]
-                addresses.add(socket.inet_ntop(socket.AF_INET if len(packed) == IPV4_LENGTH else socket.AF_INET6, packed))
-            offset += length + 3 & ~3
-
-
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    offset = 0
-    while offset + _ATTRIBUTE.size <= len(data):
-        length, kind = _ATTRIBUTE.unpack_from(data, offset)
-        yield kind, data[offset + _ATTRIBUTE.size : offset + length]
-        offset += max(_ATTRIBUTE.size, length + 3 & ~3)
+    addresses: set[str] = set()
+    with NetlinkSocket() as kernel:
+        for body in kernel.dump(Kind.GET_ADDRESS, Kind.NEW_ADDRESS, bytes(ADDRESS.size)):
+            found = parse_attributes(body, ADDRESS.size)
+            packed = found.get(IFA_LOCAL) or found[IFA_ADDRESS]
+            addresses.add(socket.inet_ntop(socket.AF_INET if len(packed) == IPV4_LENGTH else socket.AF_INET6, packed))
+    return frozenset(addresses)
 
 
 def has_address(family: Family, host: str) -> bool:

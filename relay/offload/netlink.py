@@ -1,7 +1,4 @@
-"""Rtnetlink sockets: queries of links, addresses, neighbours and routes, and notifications of changes.
-
-Queries need no privilege. They refer to the process's network namespace when the socket is opened.
-"""
+"""Rtnetlink sockets: queries of links, addresses, neighbours and routes, and notifications of changes."""
 
 import contextlib
 import ctypes
@@ -11,26 +8,14 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, NamedTuple, Self, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
+from relay.net.netlink import BUFFER, LARGEST, Kind, Message, NetlinkSocket, split
 from relay.offload import network
-from relay.offload.network import Kind, Message
 
 _BATCH: Final = 64
 """Route requests per system call. More would save no time, and responses to 64 requests fit every socket's buffer (4.3 KB
 each at worst, of 212 KB)."""
-
-_LARGEST: Final = 1 << 16
-"""Upper bound of a part of a dump, or of a notification: the kernel sends 32 KB."""
-
-BUFFER: Final = 4 << 20
-"""Receive buffer for notifications: about 5,000. After an overrun, all state is dumped again."""
-
-_PATIENCE: Final = struct.pack("@ll", 5, 0)
-"""Timeout in seconds for the next part of a dump, which the kernel sends immediately."""
-
-_ATTEMPTS: Final = 5
-"""Attempts of a dump during changes."""
 
 _PIECES: Final = 1024
 """Maximum of datagrams with notifications in a batch."""
@@ -39,7 +24,6 @@ _GROUPS: Final = sum(1 << number - 1 for number in (1, 3, 5, 7, 8, 9, 11, 19, 24
 """Links, neighbours; addresses, routes, rules of IPv4; addresses, routes, rules of IPv6; IPv4 settings; nexthop objects."""
 
 _WITHOUT_STATISTICS: Final = struct.pack("=16xHHI", 8, 29, 1 << 3)
-_SO_RCVBUFFORCE: Final = 33
 
 T = TypeVar("T")
 
@@ -58,40 +42,12 @@ class Changes(NamedTuple):
     """Whether links, addresses, routes or rules may have changed, or notifications were lost."""
 
 
-class _Socket:
-    """An open rtnetlink socket, for notifications of some groups."""
-
-    def __init__(self, groups: int = 0, buffer: int = BUFFER) -> None:
-        with contextlib.ExitStack() as stack:
-            self._socket = stack.enter_context(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE))
-            self._socket.bind((0, groups))
-            # A connected socket receives nothing from other processes, which could be privileged.
-            self._socket.connect((0, 0))
-            try:
-                self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, buffer)
-            except PermissionError:
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-            stack.pop_all()
-
-    def close(self) -> None:
-        """Close the socket. A second call does nothing."""
-        self._socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class Network(_Socket):
+class Network(NetlinkSocket):
     """Queries to the kernel, by one thread at a time."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _PATIENCE)
-        self._sequence = 0
-        self._answer = ctypes.create_string_buffer(_LARGEST)
+        self._answer = ctypes.create_string_buffer(LARGEST)
 
     def look_up(self, look_ups: Sequence[network.LookUp]) -> list[network.Route | None]:
         """Return the routes of unmarked UDP packets of this process, None if the program can't send to a destination.
@@ -117,17 +73,11 @@ class Network(_Socket):
         """Return all available responses, including late responses to earlier requests."""
         descriptor, buffer, view = self._socket.fileno(), ctypes.addressof(self._answer), memoryview(self._answer)
         while True:
-            size = _receive(descriptor, buffer, _LARGEST, socket.MSG_DONTWAIT)
+            size = _receive(descriptor, buffer, LARGEST, socket.MSG_DONTWAIT)
             if size >= 0:
-                yield from network.split(bytes(view[:size]))
+                yield from split(bytes(view[:size]))
             elif ctypes.get_errno() not in (errno.EINTR, errno.ENOBUFS):
                 return
-
-    def _next_sequence(self, count: int = 1) -> int:
-        """Return the first of some consecutive sequence numbers, which wrap around within 31 bits."""
-        first = self._sequence % (1 << 30) + 1
-        self._sequence = first + count - 1
-        return first
 
     def links(self) -> list[network.Link]:
         """Return all interfaces.
@@ -135,43 +85,21 @@ class Network(_Socket):
         Raises:
             OSError: the query failed; InterruptedError if interfaces change constantly.
         """
-        return self._dump(Kind.GET_LINK, Kind.NEW_LINK, _WITHOUT_STATISTICS, network.parse_link)
+        return self._parsed(Kind.GET_LINK, Kind.NEW_LINK, _WITHOUT_STATISTICS, network.parse_link)
 
     def addresses(self) -> list[network.Address]:
         """Return all addresses of this machine. Errors are as for `links`."""
-        return self._dump(Kind.GET_ADDRESS, Kind.NEW_ADDRESS, bytes(8), network.parse_address)
+        return self._parsed(Kind.GET_ADDRESS, Kind.NEW_ADDRESS, bytes(8), network.parse_address)
 
     def neighbours(self) -> list[network.Neighbour]:
         """Return all neighbours that the kernel knows or is resolving. Errors are as for `links`."""
-        return self._dump(Kind.GET_NEIGHBOUR, Kind.NEW_NEIGHBOUR, bytes(12), network.parse_neighbour)
+        return self._parsed(Kind.GET_NEIGHBOUR, Kind.NEW_NEIGHBOUR, bytes(12), network.parse_neighbour)
 
-    def _dump(self, asked: Kind, kind: Kind, body: bytes, parse: Callable[[bytes], T | None]) -> list[T]:
-        for _ in range(_ATTEMPTS):
-            found = self._dump_once(asked, kind, body)
-            if found is not None:
-                return [parsed for parsed in map(parse, found) if parsed is not None]
-        raise InterruptedError(errno.EINTR, f"{kind.name}: the kernel's state changes faster than it can be read")
-
-    def _dump_once(self, asked: Kind, kind: Kind, body: bytes) -> list[bytes] | None:
-        """Return the messages of a dump, or None if the kernel's state changed meanwhile."""
-        ours = self._next_sequence()
-        self._socket.send(network.request(asked, network.DUMP, ours, body))
-        found: list[bytes] = []
-        whole = True
-        while True:
-            for number, flags, sequence, content in network.split(self._socket.recv(_LARGEST)):
-                if sequence != ours:
-                    continue
-                whole = whole and not flags & network.INTERRUPTED
-                if number == kind:
-                    found.append(content)
-                elif number == Kind.DONE:
-                    return found if whole else None
-                elif number == Kind.ERROR:
-                    raise OSError(errno.EIO, f"{kind.name}: the kernel rejects the query")
+    def _parsed(self, asked: Kind, kind: Kind, body: bytes, parse: Callable[[bytes], T | None]) -> list[T]:
+        return [parsed for parsed in map(parse, self.dump(asked, kind, body)) if parsed is not None]
 
 
-class Monitor(_Socket):
+class Monitor(NetlinkSocket):
     """Notifications from the kernel. Open it before the first query of `Network`, so that no change is missed in between."""
 
     def __init__(self, buffer: int = BUFFER) -> None:
@@ -216,7 +144,7 @@ class Monitor(_Socket):
     def _pieces(self) -> Iterator[Message]:
         with contextlib.suppress(BlockingIOError):
             for _ in range(_PIECES):
-                yield from network.split(self._socket.recv(_LARGEST, socket.MSG_DONTWAIT))
+                yield from split(self._socket.recv(LARGEST, socket.MSG_DONTWAIT))
 
     def _discard(self) -> None:
         """Discard notifications before an overrun, which would otherwise look newer than the next dump.
@@ -225,7 +153,7 @@ class Monitor(_Socket):
         """
         while True:
             try:
-                self._socket.recv(_LARGEST, socket.MSG_DONTWAIT)
+                self._socket.recv(LARGEST, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return
             except OSError as error:

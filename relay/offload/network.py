@@ -1,4 +1,4 @@
-"""The kernel's network state: links, addresses, neighbours and routes, and their rtnetlink messages. No IO.
+"""The kernel's network state: links, addresses, neighbours and routes, and the content of their messages. No IO.
 
 Addresses have the format of `relay.offload.layout.packed_address`: 16 bytes, IPv4 addresses mapped.
 
@@ -8,11 +8,10 @@ a gateway, up to 16,000 routes are looked up again.
 
 import socket
 import struct
-from collections.abc import Iterator
-from enum import IntEnum
 from functools import lru_cache
 from typing import Final, NamedTuple
 
+from relay.net.netlink import ADDRESS, ATTRIBUTE, IFA_ADDRESS, IFA_LOCAL, Kind, parse_attributes, request
 from relay.offload.layout import V4_MAPPED
 
 
@@ -87,29 +86,6 @@ class LookUp(NamedTuple):
     """The bind address of the sending socket."""
 
 
-class Kind(IntEnum):
-    """Types of messages."""
-
-    ERROR = 2
-    DONE = 3
-    NEW_LINK = 16
-    GET_LINK = 18
-    NEW_ADDRESS = 20
-    GET_ADDRESS = 22
-    NEW_ROUTE = 24
-    GET_ROUTE = 26
-    NEW_NEIGHBOUR = 28
-    GONE_NEIGHBOUR = 29
-    GET_NEIGHBOUR = 30
-
-
-REQUEST, DUMP, INTERRUPTED = 0x1, 0x300, 0x10
-"""Flags of messages."""
-
-_HEADER: Final = struct.Struct("=IHHII")  # length, type, flags, sequence number, port
-_ATTRIBUTE: Final = struct.Struct("=HH")
-_TYPE_MASK: Final = 0x3FFF
-"""Removes the flags for nested attributes and byte order."""
 _WORD: Final = struct.Struct("=I")
 
 _LINK: Final = struct.Struct("=BxHiI4x")  # family, type, index, flags
@@ -123,8 +99,7 @@ _INET6_CONF: Final = 2
 _INET6_MTU: Final = slice(8, 12)
 _8021Q: Final = b"\x81\0"
 
-_ADDRESS: Final = struct.Struct("=BxBxI")  # family, flags, interface
-_IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
+_IFA_FLAGS: Final = 8
 _TENTATIVE: Final = 0x40 | 0x08
 """Duplicate address detection is not complete, or has failed."""
 
@@ -145,31 +120,6 @@ _UDP: Final = b"\x11"
 """A rule may select the protocol."""
 
 
-class Message(NamedTuple):
-    """A message without its header, possibly invalid."""
-
-    kind: int
-    flags: int
-    sequence: int
-    body: bytes
-
-
-def split(data: bytes) -> Iterator[Message]:
-    """Split received data into messages, up to an invalid length."""
-    offset = 0
-    while offset + _HEADER.size <= len(data):
-        length, kind, flags, sequence, _ = _HEADER.unpack_from(data, offset)
-        if length < _HEADER.size or offset + length > len(data):
-            return
-        yield Message(kind, flags, sequence, data[offset + _HEADER.size : offset + length])
-        offset += length + 3 & ~3
-
-
-def request(kind: Kind, flags: int, sequence: int, body: bytes) -> bytes:
-    """Return a request."""
-    return _HEADER.pack(_HEADER.size + len(body), kind, REQUEST | flags, sequence, 0) + body
-
-
 def route_request(look_up: LookUp, sequence: int) -> bytes:
     """Return a request for the route of a UDP packet."""
     destination, source = look_up
@@ -179,11 +129,11 @@ def route_request(look_up: LookUp, sequence: int) -> bytes:
     bits = 8 * len(destination)
     body = _ROUTE.pack(family, bits, bits if source else 0, 0, 0, 0, 0, 0, 0) + _attribute(_DST, destination)
     body += _attribute(_IP_PROTO, _UDP + bytes(3), 1)
-    return request(Kind.GET_ROUTE, 0, sequence, body + _attribute(_SRC, source) if source else body)
+    return request(Kind.GET_ROUTE, sequence, body + _attribute(_SRC, source) if source else body)
 
 
 def _attribute(kind: int, value: bytes, size: int | None = None) -> bytes:
-    return _ATTRIBUTE.pack(_ATTRIBUTE.size + (len(value) if size is None else size), kind) + value
+    return ATTRIBUTE.pack(ATTRIBUTE.size + (len(value) if size is None else size), kind) + value
 
 
 def parse_link(body: bytes) -> Link | None:
@@ -191,19 +141,19 @@ def parse_link(body: bytes) -> Link | None:
     if len(body) < _LINK.size:
         return None
     family, type_, ifindex, flags = _LINK.unpack_from(body)
-    attributes = _attributes(body, _LINK.size)
+    attributes = parse_attributes(body, _LINK.size)
     name, mtu = attributes.get(_NAME), _word(attributes.get(_MTU))
     if family != socket.AF_UNSPEC or name is None or mtu is None:
         return None
-    info = _attributes(attributes.get(_INFO, b""))
-    data = _attributes(info.get(_INFO_DATA, b""))
-    ipv6 = _attributes(_attributes(attributes.get(_AF_SPEC, b"")).get(socket.AF_INET6, b""))
+    info = parse_attributes(attributes.get(_INFO, b""))
+    data = parse_attributes(info.get(_INFO_DATA, b""))
+    ipv6 = parse_attributes(parse_attributes(attributes.get(_AF_SPEC, b"")).get(socket.AF_INET6, b""))
     parent = vlan = 0
     # IFLA_LINK is also the peer of a veth, and an index in another namespace with IFLA_LINK_NETNSID.
     is_vlan = _text(info.get(_INFO_KIND, b"")) == "vlan" and data.get(_VLAN_PROTOCOL, _8021Q) == _8021Q
     if is_vlan and _PARENT_NAMESPACE not in attributes:
         parent, vlan = _word(attributes.get(_PARENT)) or 0, int.from_bytes(data.get(_VLAN_ID, b""), "little")
-    port = _attributes(info.get(_INFO_PORT_DATA, b""))
+    port = parse_attributes(info.get(_INFO_PORT_DATA, b""))
     is_inactive = _text(info.get(_INFO_PORT_KIND, b"")) == "bond" and port.get(_BOND_PORT_STATE) == _BACKUP
     return Link(
         ifindex=ifindex,
@@ -221,12 +171,11 @@ def parse_link(body: bytes) -> Link | None:
 
 def parse_address(body: bytes) -> Address | None:
     """Parse an address of this machine. Return None for an invalid message."""
-    if len(body) < _ADDRESS.size:
+    if len(body) < ADDRESS.size:
         return None
-    _, flags, ifindex = _ADDRESS.unpack_from(body)
-    attributes = _attributes(body, _ADDRESS.size)
-    # IFA_ADDRESS is the peer's address on a point-to-point link.
-    address = _mapped(attributes.get(_IFA_LOCAL, attributes.get(_IFA_ADDRESS)))
+    _, flags, ifindex = ADDRESS.unpack_from(body)
+    attributes = parse_attributes(body, ADDRESS.size)
+    address = _mapped(attributes.get(IFA_LOCAL, attributes.get(IFA_ADDRESS)))
     flags |= _word(attributes.get(_IFA_FLAGS)) or 0
     return None if address is None else Address(ifindex, address, bool(flags & _TENTATIVE))
 
@@ -236,7 +185,7 @@ def parse_neighbour(body: bytes) -> Neighbour | None:
     if len(body) < _NEIGHBOUR.size:
         return None
     family, ifindex, state, flags = _NEIGHBOUR.unpack_from(body)
-    attributes = _attributes(body, _NEIGHBOUR.size)
+    attributes = parse_attributes(body, _NEIGHBOUR.size)
     address = _mapped(attributes.get(_NDA_DST))
     if family not in (socket.AF_INET, socket.AF_INET6) or address is None or flags & _PROXY:
         return None
@@ -250,7 +199,7 @@ def parse_route(body: bytes) -> Route | None:
     """Parse a route. Return None for an invalid message, a local destination, and a route that is no unicast or a tunnel."""
     if len(body) < _ROUTE.size or body[7] != _UNICAST:
         return None
-    found = _attributes(body, _ROUTE.size).get
+    found = parse_attributes(body, _ROUTE.size).get
     return _route(tuple(map(found, (_OIF, _GATEWAY, _VIA, _PREFSRC, _METRICS, _ENCAP_TYPE))))
 
 
@@ -264,20 +213,8 @@ def _route(values: tuple[bytes | None, ...]) -> Route | None:
     next_hop = via[2:] if gateway is None and via is not None else gateway
     if tunnel is not None or ifindex is None or (next_hop is not None and _mapped(next_hop) is None):
         return None
-    return Route(ifindex, _mapped(next_hop), _mapped(source), _word(_attributes(metrics or b"").get(_METRIC_MTU)) or None)
-
-
-def _attributes(data: bytes, offset: int = 0) -> dict[int, bytes]:
-    """Return the attributes before the first invalid attribute."""
-    found = {}
-    unpack, end = _ATTRIBUTE.unpack_from, len(data)
-    while offset + 4 <= end:
-        length, kind = unpack(data, offset)
-        if length < 4 or offset + length > end:  # noqa: PLR2004 - the size of the header
-            break
-        found[kind & _TYPE_MASK] = data[offset + 4 : offset + length]
-        offset += length + 3 & ~3
-    return found
+    mtu = _word(parse_attributes(metrics or b"").get(_METRIC_MTU)) or None
+    return Route(ifindex, _mapped(next_hop), _mapped(source), mtu)
 
 
 def _word(value: bytes | None) -> int | None:

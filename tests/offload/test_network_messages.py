@@ -6,13 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relay.net.netlink import Kind, Message, split
 from relay.offload.layout import packed_address
 from relay.offload.network import (
     Address,
-    Kind,
     Link,
     LookUp,
-    Message,
     Neighbour,
     Route,
     parse_address,
@@ -20,7 +19,6 @@ from relay.offload.network import (
     parse_neighbour,
     parse_route,
     route_request,
-    split,
 )
 
 GATEWAY, PEER, PEER6 = (packed_address(host) for host in ("192.0.2.254", "198.51.100.9", "2001:db8::9"))
