@@ -1,9 +1,9 @@
 """Look-ups of host addresses within a bounded time."""
 
-import queue
 import socket
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeAlias
 
 PENDING_LOOKUPS = 4
@@ -32,18 +32,18 @@ def look_up(host: str, port: int, timeout: float) -> list[HostAddress]:
     """
     if not _pending.acquire(blocking=False):
         raise TimeoutError(f"{PENDING_LOOKUPS} look-ups of names hang already")
-    outcome: queue.SimpleQueue[list[HostAddress] | OSError] = queue.SimpleQueue()
+    found: Future[list[HostAddress]] = Future()
 
     def ask() -> None:
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             # Without duplicates.
-            outcome.put(list(dict.fromkeys(HostAddress(family, address) for family, _, _, _, address in found)))
-        except OSError as error:
-            outcome.put(error)
+            found.set_result(list(dict.fromkeys(HostAddress(family, address) for family, _, _, _, address in answers)))
         except UnicodeError:
             # A label is empty or too long.
-            outcome.put(OSError(f"{host} can't be a name"))
+            found.set_exception(OSError(f"{host} can't be a name"))
+        except OSError as error:
+            found.set_exception(error)
         finally:
             _pending.release()
 
@@ -53,9 +53,6 @@ def look_up(host: str, port: int, timeout: float) -> list[HostAddress]:
         _pending.release()
         raise OSError(str(error)) from error
     try:
-        answer = outcome.get(timeout=timeout)
-    except queue.Empty:
+        return found.result(timeout)
+    except TimeoutError:
         raise TimeoutError(f"looking up {host} took longer than {timeout:.0f} s") from None
-    if isinstance(answer, OSError):
-        raise answer
-    return answer

@@ -1,9 +1,10 @@
 """Watches how busy other processes keep the CPUs of this process, and lets readers preempt them."""
 
+import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
@@ -46,8 +47,9 @@ class CpuTimes(NamedTuple):
         return max(0.0, used / (self.taken_at - before.taken_at) / cpus)
 
 
-class NeighbourWatch:
-    """Lets readers preempt other processes or not, now and then, from a thread, while the context lasts.
+@contextlib.contextmanager
+def watching_neighbours(load: Load, interval: float) -> Iterator[None]:
+    """Look at the CPU times from a thread, and let readers preempt other processes or not.
 
     A sandbox may hide the CPU times: then readers never preempt.
 
@@ -55,28 +57,21 @@ class NeighbourWatch:
         load: the load of this process.
         interval: seconds between two looks.
     """
+    stopped = threading.Event()
 
-    def __init__(self, load: Load, interval: float) -> None:
-        self._load = load
-        self._interval = interval
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="neighbours", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
+    def watch() -> None:
         cpus = os.sched_getaffinity(0)
-        try:
+        with contextlib.suppress(OSError, ValueError):
             before = CpuTimes.read(cpus)
-            while not self._stopped.wait(self._interval):
+            while not stopped.wait(interval):
                 now = CpuTimes.read(cpus)
-                self._load.set_preempts(preempts=now.share_of_others(before, len(cpus)) > NEIGHBOUR_SHARE)
+                load.set_preempts(preempts=now.share_of_others(before, len(cpus)) > NEIGHBOUR_SHARE)
                 before = now
-        except (OSError, ValueError):
-            return
+
+    thread = threading.Thread(target=watch, name="neighbours", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()

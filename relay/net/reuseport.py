@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from relay.core.addresses import Family
-from relay.net.udp import AskedAddresses, UdpCounters, UdpSocket
+from relay.net.asked import AskedAddresses
+from relay.net.udp import UdpCounters, UdpSocket
 
 _SO_ATTACH_REUSEPORT_CBPF = 51
 

@@ -7,13 +7,14 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from typing import NamedTuple
 
-from relay.core.addresses import IPV4_LENGTH, Family, SocketAddress
+from relay.core.addresses import Family, SocketAddress
 from relay.core.commands import cut
 from relay.core.data import Datagram
+from relay.net.asked import IP_PKTINFO, AskedAddresses, ControlMessage
 from relay.net.threads import yield_cpu
 
 ADDRESS_FAMILIES = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
@@ -37,7 +38,6 @@ _MOST_WAITING = 65536
 _SOL_UDP = 17
 _UDP_SEGMENT = 103
 _UDP_GRO = 104
-_IP_PKTINFO = 8
 _SO_RCVBUFFORCE = 33
 _SO_MEMINFO = 55
 _SIOCGSTAMPNS = 0x8907
@@ -102,67 +102,44 @@ class UdpCounters:
         return self._most_drops
 
 
-_ControlMessage: TypeAlias = tuple[int, int, bytes]
-
-_SPARE_CLIENTS: Final = 4096
-"""Clients without an allocation whose requests are noted. More need a forger, or the time of a handshake."""
-
-
-class AskedAddresses(dict[SocketAddress, _ControlMessage]):
-    """The addresses of this machine asked by each client, as control messages for packets to the client.
-
-    Clients ignore packets from different addresses (RFC 8656 §3: the 5-tuple). A socket bound to all sends from the
-    address preferred by the route.
-
-    Args:
-        allocated: the clients with an allocation. Their entries stay, or a forged request could change or displace them.
-    """
-
-    def __init__(self, allocated: Container[SocketAddress] = (), *, is_needed: bool = False) -> None:
-        super().__init__()
-        self.is_needed = is_needed
-        """Whether this machine has several addresses: a control message costs 0.9 µs a packet."""
-        self._allocated = allocated
-        self._most = _SPARE_CLIENTS
-
-    def note(self, client: SocketAddress, kind: int, value: bytes) -> None:
-        """Note the destination of a request, from its control message."""
-        if not self.is_needed or client in self._allocated:
-            return
-        if len(self) >= self._most:
-            for each in list(self):
-                if each not in self._allocated:
-                    self.pop(each, None)
-            self._most = len(self) + _SPARE_CLIENTS
-        # Link-local addresses need no help.
-        if kind == _IP_PKTINFO or not value.startswith(b"\xfe\x80"):
-            self.put(client, value[_IPV4_IN_INFO if kind == _IP_PKTINFO else _IPV6_IN_INFO])
-
-    def put(self, client: SocketAddress, host: bytes) -> None:
-        """Send to a client from a host of 4 or 16 bytes. The route decides the interface."""
-        is_ipv4 = len(host) == IPV4_LENGTH
-        level, kind = (socket.IPPROTO_IP, _IP_PKTINFO) if is_ipv4 else (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO)
-        self[client] = (level, kind, bytes(4) + host + bytes(4) if is_ipv4 else host + bytes(4))
-
-    def host(self, client: SocketAddress) -> str | None:
-        """Return the address asked by a client, if noted."""
-        _, kind, value = self.get(client, (0, 0, b""))
-        if kind == _IP_PKTINFO:
-            return socket.inet_ntop(socket.AF_INET, value[_IPV4_IN_INFO])
-        return socket.inet_ntop(socket.AF_INET6, value[_IPV6_IN_INFO]) if kind else None
-
-
-# In in_pktinfo (interface, local address, destination) and in6_pktinfo (destination, interface).
-_IPV4_IN_INFO = slice(4, 8)
-_IPV6_IN_INFO = slice(16)
-
 _NOBODY = AskedAddresses()
+
+
+class _Options(NamedTuple):
+    """The socket options of a family."""
+
+    level: int
+    traffic_class: int
+    tell_class: int
+    tell_destination: int
+    plain: list[ControlMessage]
+    """The control messages of most datagrams: a traffic class of 0. Comparing them costs a fifth of parsing them."""
+
+
+_OPTIONS = {
+    Family.IPV4: _Options(
+        socket.IPPROTO_IP,
+        socket.IP_TOS,
+        socket.IP_RECVTOS,
+        IP_PKTINFO,
+        [(socket.IPPROTO_IP, socket.IP_TOS, b"\0")],
+    ),
+    Family.IPV6: _Options(
+        socket.IPPROTO_IPV6,
+        socket.IPV6_TCLASS,
+        socket.IPV6_RECVTCLASS,
+        socket.IPV6_RECVPKTINFO,
+        [(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, bytes(4))],
+    ),
+}
+_CLASS_KINDS = frozenset((socket.IP_TOS, socket.IPV6_TCLASS))
+_PKTINFO_KINDS = frozenset((IP_PKTINFO, socket.IPV6_PKTINFO))
 
 
 class UdpSocket(socket.socket):
     """One bound socket. One thread reads, and one thread at a time sends."""
 
-    __slots__ = ("_dropped_before", "_family", "_plain", "_sends_trains", "asked", "counters")
+    __slots__ = ("_dropped_before", "_options", "_plain", "_sends_trains", "asked", "counters")
 
     def __init__(
         self,
@@ -188,28 +165,26 @@ class UdpSocket(socket.socket):
             OSError: the socket can't be opened or bound; nothing is left open.
         """
         super().__init__(ADDRESS_FAMILIES[family], socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, 0, descriptor)
-        self._family = family
-        self._plain = _PLAIN[family]
+        self._options = _OPTIONS[family]
+        self._plain = self._options.plain
         self._sends_trains = True
         self._dropped_before = 0
         self.asked = _NOBODY
         """The addresses asked by clients, if the socket is bound to all addresses."""
         self.counters = UdpCounters() if counters is None else counters
-        if descriptor is not None:
-            self._dropped_before = self.drops()
+        try:
             # The other process may have shrunk it.
             self.set_receive_buffer(RECEIVE_BUFFER)
-            self.counters.open.add(self)
-            return
-        try:
-            if family is Family.IPV6:
-                self.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            if shares_port:
-                self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            self.set_receive_buffer(RECEIVE_BUFFER)
-            self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-            self._ask_for_trains()
-            self.bind((host, port))
+            if descriptor is not None:
+                self._dropped_before = self.drops()
+            else:
+                if family is Family.IPV6:
+                    self.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                if shares_port:
+                    self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+                self._ask_for_trains()
+                self.bind((host, port))
             self.counters.open.add(self)
         except BaseException:
             super().close()
@@ -303,7 +278,7 @@ class UdpSocket(socket.socket):
         """
         if segment_size == 0 or segment_size >= len(data):
             if traffic_class or (self.asked and address in self.asked):
-                return self._send_one(data, address, traffic_class)
+                return self._send_with_control(data, address, traffic_class)
             try:
                 self.sendto(data, socket.MSG_DONTWAIT, address)
             except OSError as error:
@@ -320,13 +295,9 @@ class UdpSocket(socket.socket):
             lost = self.transmit(train, address, segment_size, traffic_class) or lost
         return lost
 
-    def _send_one(self, data: bytes, address: SocketAddress, traffic_class: int) -> OSError | None:
-        control = self._control(address, traffic_class)
+    def _send_with_control(self, data: bytes, address: SocketAddress, traffic_class: int) -> OSError | None:
         try:
-            if control:
-                self.sendmsg((data,), control, socket.MSG_DONTWAIT, address)
-            else:
-                self.sendto(data, socket.MSG_DONTWAIT, address)
+            self.sendmsg((data,), self._control(address, traffic_class), socket.MSG_DONTWAIT, address)
         except OSError as error:
             self.counters.send_errors[name_of(error)] += 1
             return error
@@ -350,21 +321,20 @@ class UdpSocket(socket.socket):
     def _send_each(self, data: bytes, address: SocketAddress, segment_size: int, traffic_class: int) -> OSError | None:
         lost = None
         for datagram in cut(data, segment_size):
-            lost = self._send_one(datagram, address, traffic_class) or lost
+            lost = self.transmit(datagram, address, 0, traffic_class) or lost
         return lost
 
-    def _control(self, address: SocketAddress, traffic_class: int) -> list[_ControlMessage]:
+    def _control(self, address: SocketAddress, traffic_class: int) -> list[ControlMessage]:
         asked = self.asked.get(address) if self.asked else None
         control = [] if asked is None else [asked]
         if traffic_class:
-            control.append((*_CLASS_OPTIONS[self._family], _INT.pack(traffic_class)))
+            control.append((self._options.level, self._options.traffic_class, _INT.pack(traffic_class)))
         return control
 
     def note_asked(self) -> None:
         """Note in `asked` the destinations of datagrams from now on."""
-        level, option = _TELL_DESTINATION[self._family]
         with contextlib.suppress(OSError):
-            self.setsockopt(level, option, 1)
+            self.setsockopt(self._options.level, self._options.tell_destination, 1)
 
     def _ask_for_trains(self) -> None:
         """Let the kernel return whole trains, and the traffic class of each datagram."""
@@ -373,31 +343,8 @@ class UdpSocket(socket.socket):
         except OSError:
             # Linux before 5.0, or a sandbox: datagrams arrive one by one.
             self.counters.no_coalescing += 1
-        level, option = _TELL_CLASS[self._family]
         with contextlib.suppress(OSError):
-            self.setsockopt(level, option, 1)
-
-
-_CLASS_OPTIONS = {
-    Family.IPV4: (socket.IPPROTO_IP, socket.IP_TOS),
-    Family.IPV6: (socket.IPPROTO_IPV6, socket.IPV6_TCLASS),
-}
-_TELL_CLASS = {
-    Family.IPV4: (socket.IPPROTO_IP, socket.IP_RECVTOS),
-    Family.IPV6: (socket.IPPROTO_IPV6, socket.IPV6_RECVTCLASS),
-}
-_CLASS_KINDS = frozenset((socket.IP_TOS, socket.IPV6_TCLASS))
-_TELL_DESTINATION = {
-    Family.IPV4: (socket.IPPROTO_IP, _IP_PKTINFO),
-    Family.IPV6: (socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO),
-}
-_PKTINFO_KINDS = frozenset((_IP_PKTINFO, socket.IPV6_PKTINFO))
-
-# The control messages of most datagrams: a traffic class of 0. Comparing them costs a fifth of parsing them.
-_PLAIN = {
-    Family.IPV4: [(*_CLASS_OPTIONS[Family.IPV4], b"\0")],
-    Family.IPV6: [(*_CLASS_OPTIONS[Family.IPV6], bytes(4))],
-}
+            self.setsockopt(self._options.level, self._options.tell_class, 1)
 
 
 def discard_waiting(sockets: Sequence[UdpSocket]) -> int:

@@ -10,9 +10,10 @@ from relay.actors.messages import OwnAddresses
 from relay.config import Config
 from relay.core.addresses import Family
 from relay.core.server import Server
+from relay.net.asked import AskedAddresses
 from relay.net.handover import close_all
 from relay.net.reuseport import ReuseportGroup
-from relay.net.udp import AskedAddresses, UdpCounters
+from relay.net.udp import UdpCounters
 from relay.ops.clock import Clock
 from relay.ops.machine import UNSPECIFIED, open_service_sockets
 

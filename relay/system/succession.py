@@ -23,10 +23,11 @@ from relay.core.addresses import AllocationId, Family, RelayedPort, family_of
 from relay.core.handover import FORMAT
 from relay.core.server import Server
 from relay.logger import Logger
+from relay.net.asked import AskedAddresses
 from relay.net.handover import HandoverError, HandoverLink, Message, close_all, connect, network_of
 from relay.net.many import ManyReceiver
 from relay.net.reuseport import ReuseportGroup
-from relay.net.udp import ADDRESS_FAMILIES, AskedAddresses, UdpCounters, UdpSocket
+from relay.net.udp import ADDRESS_FAMILIES, UdpCounters, UdpSocket
 from relay.ops.systemd import Systemd
 from relay.ops.totals import Handovers
 

@@ -26,7 +26,7 @@ from relay.core.overload import SHARED_BATCH_DATAGRAMS, SHARED_LEAST_WAITING, ST
 from relay.core.portal.channel import PortalChannel
 from relay.core.server import Server
 from relay.logger import Logger
-from relay.net.neighbours import NeighbourWatch
+from relay.net.neighbours import watching_neighbours
 from relay.net.receiver import Receiver
 from relay.net.reuseport import ReuseportGroup
 from relay.net.routes import own_addresses
@@ -257,7 +257,7 @@ class System:
             self._follow_predecessor(inheritance, server)
         # The last usage error was raised above. A usage error must be the only line.
         self._warn()
-        self._stack.enter_context(NeighbourWatch(inbox.load, self.config.timeouts.look_at_neighbours))
+        self._stack.enter_context(watching_neighbours(inbox.load, self.config.timeouts.look_at_neighbours))
         self._follow_addresses(server, self.offload)
         if self._log is not None:
             self._observe(self._log)

@@ -12,8 +12,9 @@ import pytest
 from relay.core.addresses import Family
 from relay.core.data import Datagram
 from relay.core.overload import BATCH_DATAGRAMS
+from relay.net.asked import AskedAddresses
 from relay.net.receiver import Receiver
-from relay.net.udp import AskedAddresses, UdpCounters, UdpSocket, is_broken
+from relay.net.udp import UdpCounters, UdpSocket, is_broken
 from tests.support.requirements import needs_ipv6
 from tests.support.waiting import wait_until
 
