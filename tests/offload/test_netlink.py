@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from relay.net.netlink import BUFFER
 from relay.offload.bpf import XdpMode
 from relay.offload.layout import NextHop, Own, packed_address
-from relay.offload.netlink import BUFFER, Changes, Monitor, Network
+from relay.offload.netlink import Changes, Monitor, Network
 from relay.offload.network import (
     Link,
     LookUp,
