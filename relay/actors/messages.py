@@ -5,7 +5,6 @@ from typing import Any, Final, NamedTuple
 
 from relay.core.addresses import AllocationId, Family
 from relay.core.data import Datagram
-from relay.core.portal.commands import ConnectionId
 from relay.core.portal.events import ConnectionEvent
 
 
@@ -91,7 +90,8 @@ NO_LINKS: Final = OffloadedLinks({"wanted": True, "links": []}, [])
 class PortalEvent(NamedTuple):
     """An event of a connection to the portal."""
 
-    connection: ConnectionId
+    link: object
+    """The connection, which may have been abandoned meanwhile."""
     event: ConnectionEvent
 
 

@@ -14,7 +14,6 @@ from relay.actors.actor import FailureListener, TimedActor
 from relay.actors.messages import JoinPortal, LeavePortal, PortalEvent, Succeeded, Tick
 from relay.core.portal import commands, events
 from relay.core.portal.channel import PortalChannel, State
-from relay.core.portal.commands import ConnectionId
 from relay.core.portal.endpoint import PortalToken
 from relay.logger import Logger
 from relay.net.websocket import WebSocketLink
@@ -49,7 +48,8 @@ class PortalActor(TimedActor):
         self._clock = clock
         self._new_token = new_token
         self._make_link = make_link
-        self._links: dict[ConnectionId, WebSocketLink] = {}
+        self._link: WebSocketLink | None = None
+        """The connection or the attempt."""
         self._inputs: dict[type, Callable[[Any], None]] = {
             PortalEvent: self._handle_event,
             JoinPortal: lambda _: core.start(clock.now()),
@@ -59,9 +59,9 @@ class PortalActor(TimedActor):
         }
         self._outputs: dict[type, Callable[[Any], None]] = {
             commands.Connect: self._connect,
-            commands.SendText: lambda command: self._links[command.connection].send(command.text),
-            commands.Close: lambda command: self._links[command.connection].close(),
-            commands.Abandon: self._abandon,
+            commands.SendText: lambda command: self._open_link.send(command.text),
+            commands.Close: lambda _: self._open_link.close(),
+            commands.Abandon: lambda _: self._abandon(),
             commands.Note: _write_note,
             commands.Begin: news,
             commands.Left: news,
@@ -87,30 +87,28 @@ class PortalActor(TimedActor):
 
     def on_stop(self) -> None:
         """Abandon the connection."""
-        for link in self._links.values():
-            link.abandon()
-        self._links.clear()
+        self._abandon()
 
     def _handle_event(self, message: PortalEvent) -> None:
-        connection, event = message
+        link, event = message
+        if link is not self._link:
+            return
         try:
-            self.core.handle_event(connection, event, self._clock.now())
+            self.core.handle_event(event, self._clock.now())
         except Exception:  # noqa: BLE001 - see _note_fault
-            self._note_fault(connection)
-        if isinstance(event, events.TextReceived | events.OtherReceived):
-            link = self._links.get(connection)
-            if link is not None:
-                link.acknowledge()
-        elif isinstance(event, events.UpgradeRefused | events.ConnectionLost):
-            self._links.pop(connection, None)
+            self._note_fault()
+        if isinstance(event, events.UpgradeRefused | events.ConnectionLost):
+            self._link = None
+        elif self._link is not None:
+            self._link.acknowledge()
 
-    def _note_fault(self, connection: ConnectionId) -> None:
+    def _note_fault(self) -> None:
         """Count a bug in the core, and reconnect. A bug must not let a portal end the sessions of all clients."""
         self.core.faults += 1
         if self.core.faults == 1:
             _log.exception("the core failed on what the portal sent: please report this; further ones are only counted")
-        self._abandon(commands.Abandon(connection))
-        self.core.handle_event(connection, events.ConnectionLost("this relay failed on what it sent"), self._clock.now())
+        self._abandon()
+        self.core.handle_event(events.ConnectionLost("this relay failed on what it sent"), self._clock.now())
 
     def _carry_out(self) -> None:
         outputs = self._outputs
@@ -120,23 +118,27 @@ class PortalActor(TimedActor):
         self._inbox.wake_at(self.core.poll_timeout(), self._clock)
 
     def _connect(self, command: commands.Connect) -> None:
-        actor = self.actor_ref
-
-        def report(event: events.ConnectionEvent) -> None:
-            with contextlib.suppress(pykka.ActorDeadError):
-                actor.tell(PortalEvent(command.connection, event))
-
         try:
-            link = self._make_link(command.url, command.headers, command.timeout, report)
+            link = self._make_link(command.url, command.headers, command.timeout, self._report)
             link.start()
         except (OSError, RuntimeError) as error:
             # No descriptor or no thread is free. The channel retries later.
-            report(events.ConnectionLost(str(error)))
-            return
-        self._links[command.connection] = link
+            self.core.handle_event(events.ConnectionLost(str(error)), self._clock.now())
+        else:
+            self._link = link
 
-    def _abandon(self, command: commands.Abandon) -> None:
-        link = self._links.pop(command.connection, None)
+    def _report(self, link: WebSocketLink, event: events.ConnectionEvent) -> None:
+        """Pass an event from the thread of a connection on to this actor."""
+        with contextlib.suppress(pykka.ActorDeadError):
+            self.actor_ref.tell(PortalEvent(link, event))
+
+    @property
+    def _open_link(self) -> WebSocketLink:
+        assert self._link is not None  # noqa: S101 - the core sends on a connection only
+        return self._link
+
+    def _abandon(self) -> None:
+        link, self._link = self._link, None
         if link is not None:
             link.abandon()
 

@@ -31,8 +31,8 @@ class WebSocketLink:
         url: the URL of the upgrade request.
         headers: additional headers of the upgrade request.
         timeout: seconds for dialling, and for each read of the response to the upgrade.
-        report: receives every event, in the thread of the connection. `UpgradeRefused` and `ConnectionLost` are the last
-            event. No event follows `abandon`.
+        report: receives this link and every event, in the thread of the connection. `UpgradeRefused` and `ConnectionLost`
+            are the last event. No event follows `abandon`.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class WebSocketLink:
         url: str,
         headers: tuple[tuple[str, str], ...],
         timeout: float,
-        report: Callable[[ConnectionEvent], None],
+        report: "Callable[[WebSocketLink, ConnectionEvent], None]",
     ) -> None:
         self._dialer = dialer
         self._url = url
@@ -113,7 +113,7 @@ class WebSocketLink:
             opened.close()
         if abandoned:
             return
-        self._report(events.ConnectionLost(outcome) if isinstance(outcome, str) else outcome)
+        self._report(self, events.ConnectionLost(outcome) if isinstance(outcome, str) else outcome)
 
     def _serve(self) -> UpgradeRefused | str:
         """Connect, exchange messages, and return the refusal or the reason of the end."""
@@ -124,7 +124,7 @@ class WebSocketLink:
             return refusal
         if self._abandoned:
             return "abandoned"
-        self._report(events.Connected())
+        self._report(self, events.Connected())
         return self._exchange(connection, opened)
 
     def _watch(self, opened: socket.socket) -> None:
@@ -170,9 +170,9 @@ class WebSocketLink:
         if self._abandoned:
             return "abandoned"
         if opcode == ABNF.OPCODE_TEXT:
-            self._report(events.TextReceived(content.decode()))
+            self._report(self, events.TextReceived(content.decode()))
         else:
-            self._report(events.OtherReceived(is_binary=opcode == ABNF.OPCODE_BINARY))
+            self._report(self, events.OtherReceived(is_binary=opcode == ABNF.OPCODE_BINARY))
         return None
 
 

@@ -29,7 +29,7 @@ from relay.core.addresses import Family
 from relay.core.credentials import RelaySecret
 from relay.core.portal import limits
 from relay.core.portal.channel import PortalChannel, State
-from relay.core.portal.commands import ConnectionId, Fatal, PortalCommand
+from relay.core.portal.commands import Fatal, PortalCommand
 from relay.core.portal.endpoint import PortalConfig, PortalToken, PortalUrl
 from relay.core.portal.events import Connected, ConnectionEvent, ConnectionLost, OtherReceived, TextReceived, UpgradeRefused
 from relay.core.randomness import RandomSource
@@ -47,6 +47,7 @@ from relay.system.system import System
 from tests.support.connect_proxy import ConnectProxy
 from tests.support.descriptors import open_descriptors
 from tests.support.log_lines import KeptLog, capture_logs
+from tests.support.portal_channel import TOKEN_EXPIRED
 from tests.support.raw_server import (
     ENDLESS_EVENTS,
     INVALID_UTF8,
@@ -606,6 +607,31 @@ def test_closed_connections_are_released(start_in: Callable[..., Member], portal
     wait_until(lambda: len(links) == 1)
 
 
+@pytest.mark.parametrize(
+    "event", [TextReceived(TOKEN_EXPIRED), UpgradeRefused(401), ConnectionLost("late")], ids=["text", "refused", "lost"]
+)
+def test_late_events_of_a_former_connection_are_ignored(
+    start_in: Callable[..., Member], portal: ScriptedPortal, event: ConnectionEvent
+) -> None:
+    """A connection may report an event before it learns that it was abandoned."""
+    former: list[Callable[[], None]] = []
+
+    def make_link(*arguments: Any) -> WebSocketLink:  # noqa: ANN401
+        link = WebSocketLink(*arguments)
+        former.append(functools.partial(arguments[-1], link, event))
+        return link
+
+    member = start_in(portal, link=make_link)
+    portal.wait_until_joined().drop()
+    member.retry_until(lambda: member.channel.joins > 1)
+    portal.wait_until_joined(2)
+    former[0]()
+    member.look()
+    assert member.channel.state is State.JOINED
+    assert len(portal.connections) == 2
+    assert member.is_running
+
+
 def test_an_unanswered_join_closes_the_connection(start: MemberMaker, portal: ScriptedPortal) -> None:
     portal.script.answers_join = False
     member = start(portal.url)
@@ -954,11 +980,11 @@ class Fragile(PortalChannel):
         self.break_at("time")
         super().handle_timeout(now)
 
-    def handle_event(self, connection: ConnectionId, event: ConnectionEvent, now: Timestamp) -> None:
+    def handle_event(self, event: ConnectionEvent, now: Timestamp) -> None:
         self.break_once_at(PLACES.get(type(event), "text that is no poison"))
         if isinstance(event, TextReceived) and "poison" in event.text:
             raise ZeroDivisionError("text")
-        super().handle_event(connection, event, now)
+        super().handle_event(event, now)
 
     def break_once_at(self, place: str) -> None:
         if self.fails_at == place:

@@ -141,7 +141,8 @@ class Session:
 
     # Callbacks.
 
-    def hear(self, event: ConnectionEvent) -> None:
+    def hear(self, link: WebSocketLink, event: ConnectionEvent) -> None:
+        assert link is self.link
         match event:
             case Connected():
                 self._note("connected", None)
@@ -1025,8 +1026,8 @@ def test_abandoning_right_after_the_start_ends_the_connection(connect: Connect) 
 
 def test_abandoning_from_a_callback_ends_the_connection() -> None:
     class Fickle(Session):
-        def hear(self, event: ConnectionEvent) -> None:
-            super().hear(event)
+        def hear(self, link: WebSocketLink, event: ConnectionEvent) -> None:
+            super().hear(link, event)
             if isinstance(event, TextReceived):
                 self.link.abandon()
 

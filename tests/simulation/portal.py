@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from relay.core.addresses import Family
 from relay.core.portal.channel import PortalChannel
-from relay.core.portal.commands import Abandon, Begin, Close, Connect, ConnectionId, Fatal, Left, PortalCommand, SendText
+from relay.core.portal.commands import Abandon, Begin, Close, Connect, Fatal, Left, PortalCommand, SendText
 from relay.core.portal.endpoint import PortalConfig, PortalToken, PortalUrl
 from relay.core.portal.events import Connected, ConnectionEvent, ConnectionLost, TextReceived, UpgradeRefused
 from relay.core.timestamp import Timestamp
@@ -41,9 +41,8 @@ class Credential(NamedTuple):
 class Connection:
     """Both ends of a connection."""
 
-    def __init__(self, link: "PortalLink", number: int) -> None:
+    def __init__(self, link: "PortalLink") -> None:
         self.link = link
-        self.number = number
         self.is_open = False
         self.is_over = False
         self.has_joined = False
@@ -239,10 +238,12 @@ class PortalLink:
         self._scheduler.after(0.02, self._report, connection, event)
 
     def _report(self, connection: Connection, event: ConnectionEvent) -> None:
-        if connection.is_over and connection is self._current:
+        if connection is not self._current:
+            return
+        if connection.is_over:
             self._current = None
         if not self._machine.is_over:
-            self.channel.handle_event(ConnectionId(connection.number), event, self._now())
+            self.channel.handle_event(event, self._now())
             self._carry_out()
 
     # Commands.
@@ -261,17 +262,17 @@ class PortalLink:
 
     def _do(self, command: PortalCommand) -> None:
         match command:
-            case Connect(number):
+            case Connect():
                 if self._current is not None:
                     raise BrokenError("the relay connects a second time")
-                self._current = Connection(self, number)
+                self._current = Connection(self)
                 self._scheduler.after(0.03, self._portal.take_connection, self._current)
-            case SendText(number, text):
-                self._scheduler.after(0.02, self._portal.take_text, self._connection(number), text)
-            case Close(number):
-                self._scheduler.after(0.02, self._portal.take_close, self._connection(number))
-            case Abandon(number):
-                self._connection(number)
+            case SendText(text):
+                self._scheduler.after(0.02, self._portal.take_text, self._connection(), text)
+            case Close():
+                self._scheduler.after(0.02, self._portal.take_close, self._connection())
+            case Abandon():
+                self._connection()
                 self._current = None
             case Begin():
                 self._machine.is_serving = True
@@ -290,11 +291,10 @@ class PortalLink:
             raise BrokenError(f"the relay gave its portal up, which has been well for {well_for:.0f} s: {reason}")
         self.fatal = reason
 
-    def _connection(self, number: int) -> Connection:
-        current = self._current
-        if current is None or current.number != number:
-            raise BrokenError(f"a command for connection {number}, which is not open")
-        return current
+    def _connection(self) -> Connection:
+        if self._current is None:
+            raise BrokenError("a command for a connection, and none is open")
+        return self._current
 
     def _wake(self, at: float) -> None:
         if at == self._wake_at and not self._machine.is_over:

@@ -410,7 +410,7 @@ def test_the_portal_is_shown_with_its_state_and_last_failure(watched: Watched) -
     watched.portal.start(watched.relay.now)
     (connect,) = watched.portal.drain()
     assert isinstance(connect, Connect)
-    watched.portal.handle_event(connect.connection, ConnectionLost("no \x1b[31mroute"), watched.relay.now)
+    watched.portal.handle_event(ConnectionLost("no \x1b[31mroute"), watched.relay.now)
     watched.relay.pass_time(0.5)
     waiting = watched.status()["portal"]
     assert waiting == {

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 from relay.core.addresses import Family
 from relay.core.credentials import RelaySecret
 from relay.core.portal.channel import PortalChannel, State
-from relay.core.portal.commands import Close, Connect, ConnectionId, Fatal, Note, PortalCommand, SendText
+from relay.core.portal.commands import Close, Connect, Fatal, Note, PortalCommand, SendText
 from relay.core.portal.endpoint import PortalConfig, PortalToken, PortalUrl
 from relay.core.portal.events import (
     Connected,
@@ -91,8 +91,6 @@ class Driver:
         self.channel = PortalChannel(config, Random(seed))
         self.portal = portal or silent
         self.now = START
-        self.connection = ConnectionId(0)
-        """The last requested connection."""
         self.log: list[tuple[float, PortalCommand]] = []
         """All commands, with the seconds since the start."""
 
@@ -120,25 +118,23 @@ class Driver:
     def wake(self) -> list[PortalCommand]:
         return self._give(self.channel.handle_timeout)
 
-    def report_connected(self, connection: int | None = None) -> list[PortalCommand]:
-        return self._report(connection, Connected())
+    def report_connected(self) -> list[PortalCommand]:
+        return self._report(Connected())
 
-    def report_refused(
-        self, status: int, retry_after: str | None = None, body: bytes = b"", *, connection: int | None = None
-    ) -> list[PortalCommand]:
-        return self._report(connection, UpgradeRefused(status, retry_after, body))
+    def report_refused(self, status: int, retry_after: str | None = None, body: bytes = b"") -> list[PortalCommand]:
+        return self._report(UpgradeRefused(status, retry_after, body))
 
-    def report_lost(self, reason: str = "connection reset", *, connection: int | None = None) -> list[PortalCommand]:
-        return self._report(connection, ConnectionLost(reason))
+    def report_lost(self, reason: str = "connection reset") -> list[PortalCommand]:
+        return self._report(ConnectionLost(reason))
 
-    def receive(self, text: str, *, connection: int | None = None) -> list[PortalCommand]:
-        return self._report(connection, TextReceived(text))
+    def receive(self, text: str) -> list[PortalCommand]:
+        return self._report(TextReceived(text))
 
-    def receive_other(self, kind: str, *, connection: int | None = None) -> list[PortalCommand]:
-        return self._report(connection, OtherReceived(is_binary=kind == "binary"))
+    def receive_other(self, kind: str) -> list[PortalCommand]:
+        return self._report(OtherReceived(is_binary=kind == "binary"))
 
-    def _report(self, connection: int | None, event: ConnectionEvent) -> list[PortalCommand]:
-        return self._give(lambda now: self.channel.handle_event(self._id(connection), event, now))
+    def _report(self, event: ConnectionEvent) -> list[PortalCommand]:
+        return self._give(lambda now: self.channel.handle_event(event, now))
 
     # Time.
 
@@ -206,9 +202,6 @@ class Driver:
         (end,) = [(at, command.reason) for at, command in self.log if isinstance(command, Fatal)]
         return end
 
-    def _id(self, connection: int | None) -> ConnectionId:
-        return self.connection if connection is None else ConnectionId(connection)
-
     def _move_to(self, monotonic: float) -> None:
         self.now = Timestamp(monotonic, START.unix + monotonic - START.monotonic)
 
@@ -220,8 +213,6 @@ class Driver:
         input_(self.now)
         for command in self.channel.drain():
             self.log.append((self.elapsed, command))
-            if isinstance(command, Connect):
-                self.connection = command.connection
             self.portal(self, command)
         return self._since(mark)
 

@@ -3,8 +3,8 @@
 How it works
 ============
 
-There is at most one connection or attempt at a time. Each has a number; events of earlier numbers are ignored. After each
-input, drain the commands and call `poll_timeout` for the time of the next input.
+There is at most one connection or attempt at a time. Its events end with `ConnectionLost`, `UpgradeRefused` or the command
+`Abandon`. After each input, drain the commands and call `poll_timeout` for the time of the next input.
 
 =========================  =================================  ==========================================================
 state                      input                              what follows
@@ -48,11 +48,11 @@ from enum import Enum
 from typing import Any
 
 from relay.core.portal import commands, events, frames, limits, reasons
-from relay.core.portal.commands import ConnectionId, PortalCommand
+from relay.core.portal.commands import PortalCommand
 from relay.core.portal.connection import ConnectionState
 from relay.core.portal.endpoint import PortalConfig, PortalToken
 from relay.core.portal.events import ConnectionEvent
-from relay.core.portal.frames import PHOENIX, RELAY, Frame, Ref, UnreadableFrameError
+from relay.core.portal.frames import EXPIRY, PHOENIX, RELAY, Frame, Ref, UnreadableFrameError
 from relay.core.portal.retry import Retry
 from relay.core.randomness import RandomSource
 from relay.core.timestamp import Timestamp
@@ -71,11 +71,11 @@ class State(Enum):
     OVER = "over"
 
 
-_EXPIRED = "token_expired"
-"""The reason of an error or a disconnect that is final."""
-
 _OPEN = frozenset((State.JOINING, State.JOINED, State.LEAVING))
 """The states in which frames are exchanged."""
+
+_CONNECTED = _OPEN | {State.CONNECTING, State.CLOSING}
+"""The states with a connection or an attempt."""
 
 
 class PortalChannel:
@@ -99,7 +99,7 @@ class PortalChannel:
         self._retry = Retry(random)
         self._commands: list[PortalCommand] = []
         self._redact = reasons.redactor(config.token, config.secret)
-        self.connection = ConnectionState(ConnectionId(0))
+        self.connection = ConnectionState()
         """The current or last connection."""
         self._deadline = math.inf
         self._heartbeat_at = math.inf
@@ -110,6 +110,7 @@ class PortalChannel:
             events.UpgradeRefused: self._handle_refusal,
             events.TextReceived: self._handle_text,
             events.OtherReceived: self._handle_other,
+            events.ConnectionLost: lambda event, now: self._retry_later(self._redact(event.reason), now),
         }
         self._frame_handlers: dict[tuple[str, str], Callable[[Frame, Timestamp], None]] = {
             (RELAY, "phx_reply"): self._handle_relay_reply,
@@ -144,8 +145,7 @@ class PortalChannel:
     def start(self, now: Timestamp) -> None:
         """Start to connect, the first time or after the end, unless another process joins."""
         if self.state in {State.IDLE, State.OVER} and not self._is_succeeded:
-            self._retry.restart()
-            self._retry.note_outage(now.monotonic)
+            self._retry.note_outage(now.monotonic, restarts=True)
             self._connect(now)
 
     def leave(self, now: Timestamp) -> None:
@@ -156,16 +156,14 @@ class PortalChannel:
             self._enter(State.LEAVING, now, limits.LEAVE_TIMEOUT)
             self._awaited = self._send(RELAY, "phx_leave")
         elif self.state not in {State.LEAVING, State.CLOSING, State.OVER}:
-            self._abandon()
-            self._end(commands.Left())
+            self._end_now(commands.Left())
 
     def be_succeeded(self) -> None:
         """Stay until the portal ends the connection, and never join again: another process joins with the same secret."""
         self._is_succeeded = True
         self._retry.cease()
         if self.state not in _OPEN:
-            self._abandon()
-            self._end(commands.Left())
+            self._end_now(commands.Left())
 
     def handle_timeout(self, now: Timestamp) -> None:
         """Handle all deadlines that have passed."""
@@ -173,23 +171,25 @@ class PortalChannel:
             # Before giving up: the fatal error reports the last failure.
             self._handle_deadline(now)
         if now.monotonic >= self._retry.give_up_at:
-            self._fail(reasons.retries_spent(self._config.url.host, self._retry.patience, self.last_failure))
+            reason = reasons.retries_spent(self._config.url.host, self._retry.patience, self.last_failure)
+            self._end_now(commands.Fatal(reason))
         if now.monotonic >= self._heartbeat_at:
             self._send_heartbeat(now)
         if now.monotonic >= self._deadline and self.state is State.WAITING:
             self._connect(now)
 
-    def handle_event(self, connection: ConnectionId, event: ConnectionEvent, now: Timestamp) -> None:
-        """Handle an event of a connection. Ignore events of earlier connections."""
-        if isinstance(event, events.ConnectionLost):
-            # Before the timeouts: nothing can be sent or closed on a lost connection.
-            if self._is_current(connection):
-                self._handle_lost(event.reason, now)
+    def handle_event(self, event: ConnectionEvent, now: Timestamp) -> None:
+        """Handle an event of the connection. Ignore an event without a connection."""
+        # Before the timers: an event does not concern a connection that begins now.
+        is_expected = self.state in _CONNECTED
+        # Nothing can be sent or closed on a lost connection.
+        is_lost = isinstance(event, events.ConnectionLost)
+        if not is_lost:
             self.handle_timeout(now)
-            return
-        self.handle_timeout(now)
-        if self._is_current(connection):
+        if is_expected and self.state in _CONNECTED:
             self._event_handlers[type(event)](event, now)
+        if is_lost:
+            self.handle_timeout(now)
 
     def _handle_connected(self, _: events.Connected, now: Timestamp) -> None:
         if self.state is State.CONNECTING:
@@ -208,12 +208,6 @@ class PortalChannel:
         if wait is not None:
             wait = self._retry.grant_wait(max(wait, limits.FIRST_RETRY_INTERVAL), now.monotonic)
         self._retry_later(reasons.shown(refusal, self._redact), now, wait)
-
-    def _handle_lost(self, reason: str, now: Timestamp) -> None:
-        if self.state in {State.LEAVING, State.CLOSING}:
-            self._end(commands.Left())
-        else:
-            self._retry_later(self._redact(reason), now)
 
     def _handle_other(self, event: events.OtherReceived, now: Timestamp) -> None:
         # A ping or a pong only counts as a frame.
@@ -242,11 +236,9 @@ class PortalChannel:
         if frame.ref is not None and frame.ref == self._awaited:
             if self.state is State.LEAVING:
                 self._close(now)
-                return
-            if self.state is State.JOINING:
+            else:
                 self._handle_join_reply(frame, now)
-                return
-        if frame.status == "error" and frame.reason == "unmatched topic" and self.state is State.JOINED:
+        elif frame.status == "error" and frame.reason == "unmatched topic" and self.state is State.JOINED:
             self._join_again(now)
         elif frame.status != "ok":
             self._log_protocol_error("the portal sent an error", reason=self._redact(frame.reason))
@@ -258,13 +250,13 @@ class PortalChannel:
             self.joins += 1
             self._commands.append(commands.Note("joined the portal", {"url": self._config.url.text}, is_warning=False))
         elif frame.status == "error":
-            if frame.reason == _EXPIRED:
-                self._fail(reasons.EXPIRED)
+            if frame.reason == EXPIRY:
+                self._end_now(commands.Fatal(reasons.EXPIRED))
             elif self.joins:
                 # The portal has accepted this relay before, so the fault may be the portal's ("join crashed").
                 self._drop(f"it refused the join ({self._redact(frame.reason)})", now)
             else:
-                self._fail(reasons.join_refused(self._redact(frame.reason)))
+                self._end_now(commands.Fatal(reasons.join_refused(self._redact(frame.reason))))
         else:
             self._log_protocol_error("the portal sent a reply that is neither ok nor error")
 
@@ -282,8 +274,8 @@ class PortalChannel:
             self._drop(f"it sent {frame.event}", now)
 
     def _handle_disconnect(self, frame: Frame, _: Timestamp) -> None:
-        if frame.reason == _EXPIRED and self.state is not State.LEAVING:
-            self._fail(reasons.EXPIRED)
+        if frame.reason == EXPIRY and self.state is not State.LEAVING:
+            self._end_now(commands.Fatal(reasons.EXPIRED))
         else:
             self._log_protocol_error("the portal asked to disconnect", reason=self._redact(frame.reason))
 
@@ -294,11 +286,10 @@ class PortalChannel:
             self._log_protocol_error("the portal answered a heartbeat that was not sent")
 
     def _connect(self, now: Timestamp) -> None:
-        connection = ConnectionId(self.connection.id + 1)
-        self.connection = ConnectionState(connection)
+        self.connection = ConnectionState()
         self._enter(State.CONNECTING, now, limits.ATTEMPT_TIMEOUT)
         self._commands.append(
-            commands.Connect(connection, self._config.request_url, self._config.request_headers, limits.ATTEMPT_TIMEOUT)
+            commands.Connect(self._config.request_url, self._config.request_headers, limits.ATTEMPT_TIMEOUT)
         )
 
     def _join(self, now: Timestamp) -> None:
@@ -307,40 +298,37 @@ class PortalChannel:
         self._awaited = self._send(RELAY, "phx_join", stamp_secret=self._config.secret.expose())
 
     def _join_again(self, now: Timestamp) -> None:
-        if not self._join_lasted(now):
+        if self._join_lasted(now):
+            self._warn("the portal has lost the channel: joining again")
+            self._retry.note_outage(now.monotonic, restarts=True)
+            self._join(now)
+        else:
             # Otherwise joins would repeat endlessly, at the speed of the network.
             self._drop("it lost the channel right after the join", now)
-            return
-        self._warn("the portal has lost the channel: joining again")
-        self._retry.restart()
-        self._retry.note_outage(now.monotonic)
-        self._join(now)
 
     def _send_heartbeat(self, now: Timestamp) -> None:
         following = self.connection.next_heartbeat(now.monotonic)
         if following is None:
             self._drop(f"it answered nothing for {limits.SILENCE_LIMIT} s", now)
-            return
-        self.connection.heartbeat_sent(self._send(PHOENIX, "heartbeat"), now.monotonic)
-        self._heartbeat_at = following
+        else:
+            self.connection.heartbeat_sent(self._send(PHOENIX, "heartbeat"), now.monotonic)
+            self._heartbeat_at = following
 
     def _handle_deadline(self, now: Timestamp) -> None:
         if self.state is State.LEAVING:
             self._close(now)
         elif self.state is State.CLOSING:
-            self._abandon()
-            self._end(commands.Left())
+            self._end_now(commands.Left())
         elif self.state is State.JOINED:
             self._deadline = math.inf
             self._warn("joined, but the portal does not say init: clients are not answered until it does")
+        elif self.state is State.JOINING:
+            self._drop(f"the join was not answered within {limits.JOIN_TIMEOUT} s", now)
         else:
-            what, limit = (
-                ("join", limits.JOIN_TIMEOUT) if self.state is State.JOINING else ("attempt", limits.ATTEMPT_TIMEOUT)
-            )
-            self._drop(f"the {what} was not answered within {limit} s", now)
+            self._drop(f"the attempt was not answered within {limits.ATTEMPT_TIMEOUT} s", now)
 
     def _close(self, now: Timestamp) -> None:
-        self._commands.append(commands.Close(self.connection.id))
+        self._commands.append(commands.Close())
         self._enter(State.CLOSING, now, limits.CLOSE_TIMEOUT)
 
     def _drop(self, reason: str, now: Timestamp) -> None:
@@ -349,14 +337,12 @@ class PortalChannel:
         self._retry_later(reason, now)
 
     def _retry_later(self, reason: str, now: Timestamp, wait: float | None = None) -> None:
-        """Wait before the next attempt."""
-        self.last_failure = reason
-        if self._is_succeeded:
+        """Wait before the next attempt. Without a next attempt, the relay has left."""
+        if self._is_succeeded or self.state in {State.LEAVING, State.CLOSING}:
             self._end(commands.Left())
             return
-        self._retry.note_outage(now.monotonic)
-        if self._join_lasted(now):
-            self._retry.restart()
+        self.last_failure = reason
+        self._retry.note_outage(now.monotonic, restarts=self._join_lasted(now))
         seconds = self._retry.next_wait() if wait is None else wait
         self._warn("no connection to the portal", reason=reason, retry_in=round(seconds, 2))
         self._heartbeat_at = math.inf
@@ -373,35 +359,28 @@ class PortalChannel:
             return False
         if self.connection.count_frame():
             return True
-        if self.state is State.LEAVING:
-            self._abandon()
-            self._end(commands.Left())
-        else:
-            self._drop(f"it sent more than {limits.FRAMES_PER_HEARTBEAT} frames in {limits.HEARTBEAT_INTERVAL} s", now)
+        self._drop(f"it sent more than {limits.FRAMES_PER_HEARTBEAT} frames in {limits.HEARTBEAT_INTERVAL} s", now)
         return False
 
     def _send(self, topic: str, event: str, **payload: str) -> Ref:
         ref = self.connection.take_ref()
-        self._commands.append(commands.SendText(self.connection.id, frames.encode(topic, event, payload, ref)))
+        self._commands.append(commands.SendText(frames.encode(topic, event, payload, ref)))
         return ref
 
-    def _is_current(self, connection: ConnectionId) -> bool:
-        return connection == self.connection.id and self.state not in {State.IDLE, State.WAITING, State.OVER}
-
-    def _enter(self, state: State, now: Timestamp, seconds: float = math.inf) -> None:
+    def _enter(self, state: State, now: Timestamp, seconds: float) -> None:
         self.state = state
         self.entered_at = now.monotonic
         self._awaited = None
         self._deadline = now.monotonic + seconds
 
     def _abandon(self) -> None:
-        if self.state not in {State.IDLE, State.WAITING, State.OVER}:
-            self._commands.append(commands.Abandon(self.connection.id))
+        if self.state in _CONNECTED:
+            self._commands.append(commands.Abandon())
 
-    def _fail(self, reason: str) -> None:
-        """End for good."""
+    def _end_now(self, command: commands.Fatal | commands.Left) -> None:
+        """Abandon the connection or the attempt, and end."""
         self._abandon()
-        self._end(commands.Fatal(reason))
+        self._end(command)
 
     def _end(self, command: commands.Fatal | commands.Left) -> None:
         self.state = State.OVER

@@ -2,17 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NewType, TypeAlias
-
-ConnectionId = NewType("ConnectionId", int)
-"""The number of an attempt to connect. Late events of an earlier attempt are recognised by the number."""
+from typing import TypeAlias
 
 
 @dataclass(frozen=True, slots=True)
 class Connect:
     """Open a WebSocket, and report `Connected`, `UpgradeRefused` or `ConnectionLost`."""
 
-    connection: ConnectionId
     url: str
     headers: tuple[tuple[str, str], ...] = field(repr=False)
     timeout: float
@@ -23,7 +19,6 @@ class Connect:
 class SendText:
     """Send a text frame."""
 
-    connection: ConnectionId
     text: str = field(repr=False)
 
 
@@ -31,14 +26,10 @@ class SendText:
 class Close:
     """Send a close frame, and report `ConnectionLost` when the portal has closed too."""
 
-    connection: ConnectionId
-
 
 @dataclass(frozen=True, slots=True)
 class Abandon:
-    """End a connection or an attempt at once, in any state, without further events."""
-
-    connection: ConnectionId
+    """End the connection or the attempt at once, in any state, without further events."""
 
 
 @dataclass(frozen=True, slots=True)

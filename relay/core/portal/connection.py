@@ -1,6 +1,5 @@
 """State that belongs to one connection and ends with the connection."""
 
-from relay.core.portal.commands import ConnectionId
 from relay.core.portal.frames import Ref
 from relay.core.portal.limits import FRAMES_PER_HEARTBEAT, HEARTBEAT_INTERVAL, LOGS_PER_CONNECTION, SILENCE_LIMIT
 
@@ -8,8 +7,7 @@ from relay.core.portal.limits import FRAMES_PER_HEARTBEAT, HEARTBEAT_INTERVAL, L
 class ConnectionState:
     """The refs, heartbeats and frames of one connection."""
 
-    def __init__(self, connection: ConnectionId) -> None:
-        self.id = connection
+    def __init__(self) -> None:
         self.answered_at = 0.0
         """Monotonic time of the upgrade, then of the sending of the last answered heartbeat."""
         self._next_ref = 0

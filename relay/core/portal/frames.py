@@ -10,6 +10,9 @@ RELAY = "relay"
 PHOENIX = "phoenix"
 """The topic of heartbeats."""
 
+EXPIRY = "token_expired"
+"""The reason of an error or a disconnect that is final."""
+
 Ref: TypeAlias = int
 
 _LONGEST_REF = 18

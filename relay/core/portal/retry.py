@@ -26,8 +26,10 @@ class Retry:
                 return f"{seconds / length:.0f} {unit}"
         return f"{seconds:.0f} s"
 
-    def note_outage(self, now: float) -> None:
-        """Begin an outage. Repeated calls during an outage change nothing."""
+    def note_outage(self, now: float, *, restarts: bool) -> None:
+        """Begin an outage, or go on with it. After a join that lasted, the intervals start again."""
+        if restarts:
+            self._interval = limits.BACKOFF_START
         if self.give_up_at == math.inf:
             self._outage_since = now
             self.give_up_at = now + (limits.RETRY_LIMIT if self._has_joined else limits.FIRST_RETRY_LIMIT)
@@ -36,10 +38,6 @@ class Retry:
         """End the outage."""
         self._has_joined = True
         self.give_up_at = math.inf
-
-    def restart(self) -> None:
-        """Reset the interval after a join that lasted."""
-        self._interval = limits.BACKOFF_START
 
     def cease(self) -> None:
         """Stop retrying."""

@@ -13,7 +13,6 @@ INPUTS: dict[str, Callable[[Driver], list[PortalCommand]]] = {
     "joined": lambda driver: driver.receive(reply(0)),
     "refused": lambda driver: driver.report_refused(503, "3"),
     "lost": lambda driver: driver.report_lost(),
-    "lost late": lambda driver: driver.report_lost(connection=driver.connection - 1),
     "init": lambda driver: driver.receive(INIT),
     "unmatched": lambda driver: driver.receive(UNMATCHED_TOPIC),
     "close": lambda driver: driver.receive(write("relay", "phx_close")),

@@ -1,10 +1,8 @@
 import pytest
 
 from relay.core.portal.channel import State
-from relay.core.portal.commands import Abandon, ConnectionId, Note, SendText
+from relay.core.portal.commands import Abandon, Note, SendText
 from tests.support.portal_channel import HOUR, TICK, UNMATCHED_TOPIC, Driver, deeds, of_kind, reply, said, the, well
-
-FIRST = ConnectionId(1)
 
 
 def heartbeat(ref: int) -> dict[str, object]:
@@ -35,7 +33,6 @@ def test_a_channel_with_answered_heartbeats_stays_open(driver: Driver) -> None:
     driver.portal = well
     driver.start()
     driver.pass_time(24 * HOUR)
-    assert driver.connection == FIRST
     assert driver.channel.is_joined
     assert driver.channel.protocol_errors == 0
 
@@ -50,7 +47,7 @@ def test_a_connection_without_replies_ends_when_the_fourth_heartbeat_is_due(join
     assert of_kind(Abandon, sent) == []
     assert joined.channel.is_joined
     over = joined.pass_time(TICK)
-    assert deeds(over) == [Abandon(FIRST)]
+    assert deeds(over) == [Abandon()]
     assert the(Note, over).fields["reason"] == "it answered nothing for 40 s"
     assert joined.is_in(State.WAITING)
 
@@ -88,7 +85,7 @@ def test_a_reply_also_answers_earlier_heartbeats(
     assert len(joined.channel.connection.unanswered) == 3 - answered
     # The answered heartbeat was sent at 10 s times its number.
     assert of_kind(Abandon, joined.pass_time_to(10 * answered + 40 - TICK)) == []
-    assert deeds(joined.pass_time(TICK)) == [Abandon(FIRST)]
+    assert deeds(joined.pass_time(TICK)) == [Abandon()]
 
 
 def test_a_second_reply_to_a_heartbeat_is_ignored(joined: Driver) -> None:
@@ -104,7 +101,7 @@ def test_a_reply_with_an_unknown_ref_answers_no_heartbeat(joined: Driver, ref: o
     joined.pass_time(35)
     answer(joined, ref)
     assert joined.channel.protocol_errors == 1
-    assert deeds(joined.pass_time(5)) == [Abandon(FIRST)]
+    assert deeds(joined.pass_time(5)) == [Abandon()]
 
 
 @pytest.mark.parametrize("status", ["error", "", None, 1])
@@ -112,13 +109,13 @@ def test_a_reply_with_a_status_other_than_ok_answers_no_heartbeat(joined: Driver
     joined.pass_time(35)
     joined.receive(reply(3, status, topic="phoenix"))
     assert joined.channel.protocol_errors == 1
-    assert deeds(joined.pass_time(5)) == [Abandon(FIRST)]
+    assert deeds(joined.pass_time(5)) == [Abandon()]
 
 
 def test_a_reply_on_the_topic_of_the_channel_answers_no_heartbeat(joined: Driver) -> None:
     joined.pass_time(35)
     joined.receive(reply(3))
-    assert deeds(joined.pass_time(5)) == [Abandon(FIRST)]
+    assert deeds(joined.pass_time(5)) == [Abandon()]
 
 
 def test_a_late_wake_up_sends_one_heartbeat_and_the_next_10_s_later(joined: Driver) -> None:
@@ -132,7 +129,7 @@ def test_a_late_heartbeat_does_not_delay_the_end_of_a_silent_connection(joined: 
     joined.oversleep(35)
     assert said(joined.wake()) == [heartbeat(1)]
     assert joined.pass_time(5 - TICK) == []
-    assert deeds(joined.pass_time(TICK)) == [Abandon(FIRST)]
+    assert deeds(joined.pass_time(TICK)) == [Abandon()]
 
 
 def test_the_reply_to_a_late_heartbeat_keeps_the_connection(joined: Driver) -> None:
@@ -140,7 +137,7 @@ def test_the_reply_to_a_late_heartbeat_keeps_the_connection(joined: Driver) -> N
     joined.answer_heartbeat(joined.wake())
     assert said(joined.pass_time(5)) == [heartbeat(2)]
     assert of_kind(Abandon, joined.pass_time_to(75 - TICK)) == []
-    assert deeds(joined.pass_time(TICK)) == [Abandon(FIRST)]
+    assert deeds(joined.pass_time(TICK)) == [Abandon()]
 
 
 def test_a_frame_does_not_delay_a_due_heartbeat(joined: Driver) -> None:
@@ -163,7 +160,7 @@ def test_unanswered_heartbeats_of_a_lost_connection_do_not_count(joined: Driver)
     joined.join_again()
     sent = joined.pass_time(40 - TICK)
     assert said(sent) == [heartbeat(1), heartbeat(2), heartbeat(3)]
-    assert deeds(joined.pass_time(TICK)) == [Abandon(ConnectionId(2))]
+    assert deeds(joined.pass_time(TICK)) == [Abandon()]
 
 
 def test_no_heartbeat_is_sent_without_a_connection(joined: Driver) -> None:

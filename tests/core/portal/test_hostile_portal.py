@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from relay.core.credentials import RelaySecret
 from relay.core.portal.channel import State
-from relay.core.portal.commands import Abandon, Begin, ConnectionId, Fatal, Note, PortalCommand
+from relay.core.portal.commands import Abandon, Begin, Fatal, Note, PortalCommand
 from tests.support.examples import examples
 from tests.support.portal_channel import (
     INIT,
@@ -29,8 +29,6 @@ from tests.support.portal_channel import (
     the,
     write,
 )
-
-FIRST = ConnectionId(1)
 
 
 def leaving() -> Driver:
@@ -217,7 +215,7 @@ def test_a_flood_closes_the_connection(make: Callable[[], Driver], flood: Callab
     out: list[PortalCommand] = []
     for _ in range(101):
         out += flood(driver)
-    assert the(Abandon, out) == Abandon(FIRST)
+    assert the(Abandon, out) == Abandon()
     assert len(out) < 20
     assert driver.is_in(State.WAITING, State.OVER)
     assert flood(driver) == []
@@ -228,7 +226,7 @@ def test_a_hundred_frames_in_10_s_are_accepted(joined: Driver) -> None:
     for _ in range(98):
         assert joined.receive_other("ping") == []
     joined.pass_time(10 - TICK)
-    assert deeds(joined.receive_other("ping")) == [Abandon(FIRST)]
+    assert deeds(joined.receive_other("ping")) == [Abandon()]
     assert joined.is_in(State.WAITING)
 
 
@@ -237,7 +235,7 @@ def test_the_frame_over_the_limit_is_not_processed(driver: Driver, text: str) ->
     driver.open()
     for _ in range(100):
         driver.receive_other("ping")
-    assert deeds(driver.receive(text)) == [Abandon(FIRST)]
+    assert deeds(driver.receive(text)) == [Abandon()]
     assert driver.is_in(State.WAITING)
     assert not driver.channel.has_begun
 
@@ -249,7 +247,7 @@ def test_each_heartbeat_resets_the_count_of_frames(joined: Driver) -> None:
         joined.pass_time(10)
         for _ in range(100):
             assert joined.receive_other("ping") == []
-    assert deeds(joined.receive(INIT)) == [Abandon(FIRST)]
+    assert deeds(joined.receive(INIT)) == [Abandon()]
 
 
 def test_frames_are_counted_per_connection(joined: Driver) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from relay.core.portal.channel import State
-from relay.core.portal.commands import Abandon, Begin, Connect, ConnectionId, Fatal, Left, Note
+from relay.core.portal.commands import Abandon, Begin, Connect, Fatal, Left, Note, PortalCommand
 from tests.support.portal_channel import (
     CONFIG,
     HOUR,
@@ -25,9 +25,6 @@ from tests.support.portal_channel import (
     write,
 )
 
-FIRST, SECOND = ConnectionId(1), ConnectionId(2)
-
-
 # Connecting.
 
 
@@ -39,7 +36,7 @@ def test_no_command_is_returned_before_the_start(driver: Driver) -> None:
 
 
 def test_the_start_opens_a_connection(driver: Driver) -> None:
-    assert driver.start() == [Connect(FIRST, CONFIG.request_url, CONFIG.request_headers, 15)]
+    assert driver.start() == [Connect(CONFIG.request_url, CONFIG.request_headers, 15)]
     assert driver.is_in(State.CONNECTING)
 
 
@@ -49,7 +46,7 @@ def test_an_attempt_times_out_after_15_s(joined: Driver) -> None:
     assert connect.timeout == 15
     assert joined.pass_time(15 - TICK) == []
     over = joined.pass_time(TICK)
-    assert deeds(over) == [Abandon(SECOND)]
+    assert deeds(over) == [Abandon()]
     assert the(Note, over).fields["reason"] == "the attempt was not answered within 15 s"
     assert joined.is_in(State.WAITING)
 
@@ -105,7 +102,7 @@ def test_a_join_times_out_after_5_s(driver: Driver) -> None:
     driver.open()
     assert driver.pass_time(5 - TICK) == []
     over = driver.pass_time(TICK)
-    assert deeds(over) == [Abandon(FIRST)]
+    assert deeds(over) == [Abandon()]
     assert the(Note, over).fields["reason"] == "the join was not answered within 5 s"
     assert driver.is_in(State.WAITING)
 
@@ -121,7 +118,7 @@ def test_a_join_reply_just_before_5_s_is_accepted(driver: Driver) -> None:
 def test_a_join_reply_after_5_s_is_late_even_without_a_wake_up(driver: Driver) -> None:
     driver.open()
     driver.oversleep(5)
-    assert deeds(driver.receive(reply(0))) == [Abandon(FIRST)]
+    assert deeds(driver.receive(reply(0))) == [Abandon()]
     assert driver.is_in(State.WAITING)
 
 
@@ -138,7 +135,7 @@ def test_a_join_reply_after_5_s_is_late_even_without_a_wake_up(driver: Driver) -
 def test_a_rejected_join_is_fatal_and_shows_the_reason(driver: Driver, response: object, shown: str) -> None:
     driver.open()
     abandon, fatal = driver.receive(reply(0, "error", response))
-    assert abandon == Abandon(FIRST)
+    assert abandon == Abandon()
     assert isinstance(fatal, Fatal)
     assert shown in fatal.reason
     assert driver.is_in(State.OVER)
@@ -178,7 +175,7 @@ def test_an_init_does_not_replace_the_join_reply(driver: Driver) -> None:
     driver.pass_time(2)
     driver.receive(INIT)
     assert driver.pass_time(3 - TICK) == []
-    assert deeds(driver.pass_time(TICK)) == [Abandon(FIRST)]
+    assert deeds(driver.pass_time(TICK)) == [Abandon()]
 
 
 def test_a_join_reply_alone_does_not_start_relaying(driver: Driver) -> None:
@@ -240,7 +237,7 @@ open_in_each_state = pytest.mark.parametrize("make", OPEN.values(), ids=OPEN.key
 @pytest.mark.parametrize("event", ["phx_close", "phx_error"])
 def test_the_end_of_the_channel_closes_the_connection(make: Callable[[], Driver], event: str) -> None:
     driver = make()
-    assert deeds(driver.receive(write("relay", event))) == [Abandon(FIRST)]
+    assert deeds(driver.receive(write("relay", event))) == [Abandon()]
     assert driver.is_in(State.WAITING)
 
 
@@ -259,7 +256,7 @@ def test_a_lost_connection_is_reopened(make: Callable[[], Driver]) -> None:
     assert the(Note, lost).fields["reason"] == "close frame 1001"
     assert driver.is_in(State.WAITING)
     assert not driver.channel.is_joined
-    assert of_kind(Connect, driver.pass_time(1)) == [Connect(SECOND, CONFIG.request_url, CONFIG.request_headers, 15)]
+    assert of_kind(Connect, driver.pass_time(1)) == [Connect(CONFIG.request_url, CONFIG.request_headers, 15)]
 
 
 def test_each_connection_counts_refs_from_0_and_keeps_the_secret(joined: Driver) -> None:
@@ -276,7 +273,7 @@ def test_each_connection_counts_refs_from_0_and_keeps_the_secret(joined: Driver)
 def test_an_expired_token_is_fatal(make: Callable[[], Driver], topic: str) -> None:
     driver = make()
     abandon, fatal = driver.receive(write(topic, "disconnect", {"reason": "token_expired"}))
-    assert abandon == Abandon(FIRST)
+    assert abandon == Abandon()
     assert isinstance(fatal, Fatal)
     assert "expired" in fatal.reason
     assert driver.is_in(State.OVER)
@@ -317,7 +314,7 @@ def test_a_second_join_times_out_after_5_s(joined: Driver) -> None:
     joined.pass_time(11)
     joined.receive(UNMATCHED_TOPIC)
     assert joined.pass_time(5 - TICK) == []
-    assert deeds(joined.pass_time(TICK)) == [Abandon(FIRST)]
+    assert deeds(joined.pass_time(TICK)) == [Abandon()]
 
 
 @pytest.mark.parametrize("reason", ["join crashed", "no", "unmatched topic"])
@@ -326,7 +323,7 @@ def test_a_rejected_later_join_is_retried(joined: Driver, reason: str) -> None:
     joined.pass_time(10)
     joined.receive(UNMATCHED_TOPIC)
     told = joined.receive(reply(2, "error", {"reason": reason}))
-    assert deeds(told) == [Abandon(FIRST)]
+    assert deeds(told) == [Abandon()]
     assert the(Note, told).fields["reason"] == f"it refused the join ({reason})"
     joined.pass_time(1)
     joined.report_connected()
@@ -361,7 +358,7 @@ def test_a_channel_lost_within_half_a_second_of_its_join_closes_the_connection(d
     driver.pass_time(3)
     driver.receive(reply(0))
     driver.pass_time(0.5 - TICK)
-    assert deeds(driver.receive(UNMATCHED_TOPIC)) == [Abandon(FIRST)]
+    assert deeds(driver.receive(UNMATCHED_TOPIC)) == [Abandon()]
     assert driver.is_in(State.WAITING)
 
 
@@ -378,7 +375,7 @@ def test_the_half_second_counts_from_the_latest_join(joined: Driver) -> None:
     joined.receive(UNMATCHED_TOPIC)
     joined.receive(reply(2))
     joined.pass_time(0.5 - TICK)
-    assert deeds(joined.receive(UNMATCHED_TOPIC)) == [Abandon(FIRST)]
+    assert deeds(joined.receive(UNMATCHED_TOPIC)) == [Abandon()]
 
 
 @pytest.mark.parametrize(
@@ -397,21 +394,17 @@ def test_no_other_reply_means_a_lost_channel(joined: Driver, text: str) -> None:
     assert joined.channel.is_joined
 
 
-# Reports about other connections.
+# Reports without an open connection.
 
 
-def reports(driver: Driver, connection: int) -> dict[str, Callable[[], object]]:
-    return {
-        "connected": lambda: driver.report_connected(connection),
-        "refused": lambda: driver.report_refused(401, connection=connection),
-        "lost": lambda: driver.report_lost(connection=connection),
-        "text": lambda: driver.receive(TOKEN_EXPIRED, connection=connection),
-        "nonsense": lambda: driver.receive("{", connection=connection),
-        "binary": lambda: driver.receive_other("binary", connection=connection),
-    }
-
-
-REPORTS = list(reports(Driver(), 0))
+REPORTS: dict[str, Callable[[Driver], list[PortalCommand]]] = {
+    "connected": Driver.report_connected,
+    "refused": lambda driver: driver.report_refused(401),
+    "lost": Driver.report_lost,
+    "text": lambda driver: driver.receive(TOKEN_EXPIRED),
+    "nonsense": lambda driver: driver.receive("{"),
+    "binary": lambda driver: driver.receive_other("binary"),
+}
 
 
 def second_attempt() -> Driver:
@@ -435,42 +428,17 @@ def second_channel() -> Driver:
     return driver
 
 
-def leaving() -> Driver:
-    driver = second_channel()
-    driver.leave()
-    return driver
-
-
-def closing() -> Driver:
-    driver = leaving()
-    driver.pass_time(1)
-    return driver
-
-
-SECONDS = [second_attempt, second_connection, second_channel, leaving, closing]
-
-
-@pytest.mark.parametrize("report", REPORTS)
-@pytest.mark.parametrize("make", SECONDS)
-def test_reports_on_another_connection_are_ignored(make: Callable[[], Driver], report: str) -> None:
-    driver = make()
-    state, timeout = driver.channel.state, driver.channel.poll_timeout()
-    for connection in (0, 1, 3, -1, 10**9):
-        assert reports(driver, connection)[report]() == []
-        assert (driver.channel.state, driver.channel.poll_timeout()) == (state, timeout)
-
-
-@pytest.mark.parametrize("report", REPORTS)
-def test_any_report_also_runs_due_timers(joined: Driver, report: str) -> None:
+@pytest.mark.parametrize("report", [report for report in REPORTS if report != "lost"])
+def test_a_report_also_runs_due_timers(joined: Driver, report: str) -> None:
     joined.oversleep(10)
-    reports(joined, 0)[report]()
+    REPORTS[report](joined)
     assert [frame["event"] for frame in said(command for _, command in joined.log)] == ["phx_join", "heartbeat"]
     assert joined.wake() == []
 
 
 @pytest.mark.parametrize("report", REPORTS)
 def test_reports_before_the_start_are_ignored(driver: Driver, report: str) -> None:
-    assert reports(driver, 0)[report]() == []
+    assert REPORTS[report](driver) == []
     assert driver.is_in(State.IDLE)
     assert driver.channel.poll_timeout() is None
 
@@ -485,7 +453,7 @@ def test_reports_on_a_closed_connection_are_ignored(driver: Driver, report: str,
         driver.report_lost()
     assert driver.is_in(State.WAITING)
     timeout = driver.channel.poll_timeout()
-    assert reports(driver, 1)[report]() == []
+    assert REPORTS[report](driver) == []
     assert driver.is_in(State.WAITING)
     assert driver.channel.poll_timeout() == timeout
 
@@ -495,7 +463,7 @@ def test_reports_on_a_closed_connection_are_ignored(driver: Driver, report: str,
 def test_no_command_follows_a_fatal_error(driver: Driver, end: str, report: str) -> None:
     driver.open()
     assert of_kind(Fatal, driver.receive(end))
-    assert reports(driver, 1)[report]() == []
+    assert REPORTS[report](driver) == []
     assert driver.leave() == []
     assert driver.channel.poll_timeout() is None
     assert driver.pass_time(48 * HOUR) == []

@@ -1,7 +1,7 @@
 import pytest
 
 from relay.core.portal.channel import State
-from relay.core.portal.commands import Abandon, Begin, Close, Connect, ConnectionId, Left, PortalCommand
+from relay.core.portal.commands import Abandon, Begin, Close, Connect, Left, PortalCommand
 from tests.support.portal_channel import (
     INIT,
     TICK,
@@ -16,7 +16,6 @@ from tests.support.portal_channel import (
     write,
 )
 
-FIRST, SECOND = ConnectionId(1), ConnectionId(2)
 LEAVE_REF = 1
 
 
@@ -37,7 +36,7 @@ def test_a_joined_relay_leaves_at_once(joined: Driver) -> None:
     joined.portal = well
     leave, close, left = joined.leave()
     assert said([leave]) == [{"topic": "relay", "event": "phx_leave", "payload": {}, "ref": LEAVE_REF}]
-    assert [close, left] == [Close(FIRST), Left()]
+    assert [close, left] == [Close(), Left()]
     assert joined.is_in(State.OVER)
 
 
@@ -52,7 +51,7 @@ def test_a_leave_is_sent_before_the_join_reply(driver: Driver) -> None:
     assert [frame["event"] for frame in said(driver.leave())] == ["phx_leave"]
     assert driver.receive(reply(0)) == []
     assert driver.is_in(State.LEAVING)
-    assert driver.receive(reply(LEAVE_REF)) == [Close(FIRST)]
+    assert driver.receive(reply(LEAVE_REF)) == [Close()]
 
 
 def test_a_rejected_join_while_leaving_is_not_fatal(driver: Driver) -> None:
@@ -74,7 +73,7 @@ def test_a_rejected_join_while_leaving_is_not_fatal(driver: Driver) -> None:
 )
 def test_the_leave_reply_closes_the_connection(leaving: Driver, text: str) -> None:
     leaving.pass_time(1 - TICK)
-    assert leaving.receive(text) == [Close(FIRST)]
+    assert leaving.receive(text) == [Close()]
     assert leaving.is_in(State.CLOSING)
 
 
@@ -88,13 +87,13 @@ def test_no_other_frame_is_a_leave_reply(leaving: Driver, text: str) -> None:
 
 def test_a_leave_times_out_after_1_s(leaving: Driver) -> None:
     assert leaving.pass_time(1 - TICK) == []
-    assert leaving.pass_time(TICK) == [Close(FIRST)]
+    assert leaving.pass_time(TICK) == [Close()]
     assert leaving.is_in(State.CLOSING)
 
 
 def test_the_close_of_the_portal_times_out_after_1_s(closing: Driver) -> None:
     assert closing.pass_time(1 - TICK) == []
-    assert closing.pass_time(TICK) == [Abandon(FIRST), Left()]
+    assert closing.pass_time(TICK) == [Abandon(), Left()]
     assert closing.is_in(State.OVER)
 
 
@@ -102,7 +101,7 @@ def test_the_close_timeout_counts_from_the_leave_reply(leaving: Driver) -> None:
     leaving.pass_time(0.5)
     leaving.receive(reply(LEAVE_REF))
     assert leaving.pass_time(1 - TICK) == []
-    assert leaving.pass_time(TICK) == [Abandon(FIRST), Left()]
+    assert leaving.pass_time(TICK) == [Abandon(), Left()]
 
 
 def test_a_connection_lost_while_leaving_ends_the_leave(leaving: Driver) -> None:
@@ -135,13 +134,13 @@ def test_a_flood_while_leaving_ends_the_leave_at_once(leaving: Driver) -> None:
     out: list[PortalCommand] = []
     for _ in range(101):
         out += leaving.receive_other("ping")
-    assert out == [Abandon(FIRST), Left()]
+    assert out == [Abandon(), Left()]
 
 
 def test_no_heartbeat_is_sent_while_leaving(joined: Driver) -> None:
     joined.pass_time(9.5)
     joined.leave()
-    assert joined.pass_time(10) == [Close(FIRST), Abandon(FIRST), Left()]
+    assert joined.pass_time(10) == [Close(), Abandon(), Left()]
 
 
 def test_the_startup_timeout_is_not_fatal_while_leaving(driver: Driver) -> None:
@@ -150,7 +149,7 @@ def test_the_startup_timeout_is_not_fatal_while_leaving(driver: Driver) -> None:
     driver.report_connected()
     driver.leave()
     driver.oversleep(1)
-    assert driver.wake() == [Close(FIRST)]
+    assert driver.wake() == [Close()]
 
 
 @pytest.mark.parametrize("again", [1, 5])
@@ -158,9 +157,9 @@ def test_a_leave_is_sent_once(joined: Driver, again: int) -> None:
     joined.leave()
     for _ in range(again):
         assert joined.leave() == []
-    assert joined.pass_time(1) == [Close(FIRST)]
+    assert joined.pass_time(1) == [Close()]
     assert joined.leave() == []
-    assert joined.pass_time(1) == [Abandon(FIRST), Left()]
+    assert joined.pass_time(1) == [Abandon(), Left()]
     assert joined.leave() == []
 
 
@@ -171,7 +170,7 @@ def test_leaving_before_the_start_ends_at_once(driver: Driver) -> None:
 
 def test_leaving_abandons_an_attempt(driver: Driver) -> None:
     driver.start()
-    assert driver.leave() == [Abandon(FIRST), Left()]
+    assert driver.leave() == [Abandon(), Left()]
     assert driver.report_connected() == []
     assert driver.channel.poll_timeout() is None
 
@@ -195,7 +194,6 @@ def test_a_relay_that_has_left_joins_again_on_request(closing: Driver) -> None:
     closing.report_lost()
     (connect,) = closing.start()
     assert isinstance(connect, Connect)
-    assert connect.connection == SECOND
     closing.report_connected()
     assert closing.receive(reply(0)) != []
     assert closing.channel.is_joined

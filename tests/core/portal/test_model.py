@@ -60,8 +60,6 @@ NONSENSE = [
     reply(10**30, "ok", topic="phoenix"),
     write(TOKEN, SECRET),
 ]
-# Mostly the current connection.
-whose = st.sampled_from(["current", "current", "current", "former", "none"])
 
 
 class ChannelMachine(RuleBasedStateMachine):
@@ -86,8 +84,9 @@ class ChannelMachine(RuleBasedStateMachine):
         self.failures = 0
         """Failed attempts since a join that lasted."""
         # State of the current connection.
-        self.last = 0
+        self.attempts = 0
         self.current: int | None = None
+        """The number of the connection or the attempt."""
         self.since = 0.0
         self.connected = False
         self.closed_at: float | None = None
@@ -189,16 +188,16 @@ class ChannelMachine(RuleBasedStateMachine):
         assert self.started
         assert self.current is None, "one connection at a time"
         assert not self.is_leaving
-        assert command.connection == self.last + 1
         assert (command.url, command.headers) == (CONFIG.request_url, CONFIG.request_headers)
         assert at >= self.next_attempt[0] - SOON
         assert at <= self.next_attempt[1] + SOON or self.late
-        self.last = self.current = command.connection
+        self.attempts += 1
+        self.current = self.attempts
         self.since, self.connected, self.closed_at = at, False, None
         self.sent, self.beats, self.frames = [], {}, 0
 
     def follow_send(self, at: float, command: SendText) -> None:
-        assert command.connection == self.current != self.told_over
+        assert self.current not in {None, self.told_over}
         assert self.is_open
         frame = json.loads(command.text)
         assert sorted(frame) == ["event", "payload", "ref", "topic"]
@@ -229,14 +228,14 @@ class ChannelMachine(RuleBasedStateMachine):
             self.join = self.joined_at = None
         self.sent.append(frame)
 
-    def follow_close(self, at: float, command: Close) -> None:
-        assert command.connection == self.current != self.told_over
+    def follow_close(self, at: float, _: Close) -> None:
+        assert self.current not in {None, self.told_over}
         assert self.is_open
         assert self.is_leaving
         self.closed_at = at
 
-    def follow_abandon(self, at: float, command: Abandon) -> None:
-        assert command.connection == self.current
+    def follow_abandon(self, at: float, _: Abandon) -> None:
+        assert self.current is not None
         reasons = [
             not self.connected and at >= self.since + ATTEMPT - SOON,
             self.join is not None and at >= self.join[0] + JOIN - SOON,
@@ -274,39 +273,35 @@ class ChannelMachine(RuleBasedStateMachine):
 
     # Inputs.
 
-    def id_of(self, whose: str) -> int:
-        """Choose a connection; the current connection may be closed."""
-        return {"current": self.last, "former": self.last - 1, "none": 10**9}[whose]
-
-    def give(self, input_: Callable[..., object], *arguments: Any, whose: str, **may: bool) -> bool:  # noqa: ANN401
-        """Apply an input and check its commands; return whether the input was about the current connection."""
-        id_ = self.id_of(whose)
-        meant = id_ == self.current
+    def give(self, input_: Callable[..., object], *arguments: Any, **may: bool) -> bool:  # noqa: ANN401
+        """Apply an input and check its commands; return whether there was a connection and still is."""
+        before = self.current
+        meant = before is not None
         for name, value in may.items():
             setattr(self, name, value and meant)
-        input_(*arguments, connection=id_)
+        input_(*arguments)
         was_late, commands = self.late, self.settle()
         self.late = False
         self.may_begin = self.may_join_again = self.may_end = self.may_abandon = False
         if not meant and not was_late:
             assert commands == []
         # Otherwise the input was too late.
-        return meant and (id_ == self.current or (not was_late and self.told_over is None))
+        return meant and (before == self.current or (not was_late and self.told_over is None))
 
-    def give_frame(self, text: str | None, whose: str, **may: bool) -> bool:
+    def give_frame(self, text: str | None, **may: bool) -> bool:
         """Deliver a frame, or a ping without a text; return whether the channel processed the frame."""
         was_open = self.is_open
         may["may_abandon"] = may.get("may_abandon", False) or self.frames >= FLOOD
-        if self.id_of(whose) == self.current and was_open:
+        if was_open:
             # A due heartbeat comes first and resets the count to 0.
             self.frames += 1
         else:
             may = {}
         before = len(self.beats)
         if text is None:
-            meant = self.give(self.driver.receive_other, "ping", whose=whose, **may)
+            meant = self.give(self.driver.receive_other, "ping", **may)
         else:
-            meant = self.give(self.driver.receive, text, whose=whose, **may)
+            meant = self.give(self.driver.receive, text, **may)
         if meant and was_open and len(self.beats) > before:
             self.frames = 1
         assert self.frames <= FLOOD or self.current is None or not was_open
@@ -323,33 +318,27 @@ class ChannelMachine(RuleBasedStateMachine):
         assert self.current == 1
 
     @precondition(lambda self: self.started)
-    @rule(whose=whose)
-    def upgrade_is_accepted(self, whose: str) -> None:
-        id_ = self.id_of(whose)
-        is_attempt = id_ == self.current and not self.connected
+    @rule()
+    def upgrade_is_accepted(self) -> None:
+        before = self.current
+        is_attempt = before is not None and not self.connected
         # Due timers run first.
         is_too_late = is_attempt and self.now >= min(self.due()) - SOON
         if is_attempt and not is_too_late:
             self.connected, self.answered_at = True, self.now
             self.schedule_beat(self.now)
-        self.give(self.driver.report_connected, whose=whose)
-        assert not is_too_late or self.current != id_
+        self.give(self.driver.report_connected)
+        assert not is_too_late or self.current != before
         assert not is_attempt or is_too_late or [frame["event"] for frame in self.sent] == ["phx_join"]
 
     @precondition(lambda self: self.started)
-    @rule(
-        whose=whose, status=st.sampled_from([401, 403, 429, 500, 503, 503]), seconds=st.sampled_from([None, 0, 1, 7, 9999])
-    )
-    def upgrade_is_refused(self, whose: str, status: int, seconds: int | None) -> None:
+    @rule(status=st.sampled_from([401, 403, 429, 500, 503, 503]), seconds=st.sampled_from([None, 0, 1, 7, 9999]))
+    def upgrade_is_refused(self, status: int, seconds: int | None) -> None:
         was_connected, was_late = self.connected, self.late
-        id_ = self.id_of(whose)
-        self.told_over = id_ if id_ == self.current and not was_connected else None
+        self.told_over = None if was_connected else self.current
         retry_after = None if seconds is None else str(seconds)
 
-        def refuse(*, connection: int) -> None:
-            self.driver.report_refused(status, retry_after, connection=connection)
-
-        self.give(refuse, whose=whose, may_end=status == 401 and not was_connected)
+        self.give(self.driver.report_refused, status, retry_after, may_end=status == 401 and not was_connected)
         if self.told_over is not None and self.current == self.told_over:
             assert status != 401 or was_late
             self.the_connection_is_over(self.now)
@@ -367,12 +356,11 @@ class ChannelMachine(RuleBasedStateMachine):
         self.told_over = None
 
     @precondition(lambda self: self.started)
-    @rule(whose=whose)
-    def connection_is_lost(self, whose: str) -> None:
-        id_ = self.id_of(whose)
-        self.told_over = id_ if id_ == self.current else None
+    @rule()
+    def connection_is_lost(self) -> None:
+        self.told_over = self.current
         was_leaving = self.is_leaving
-        self.give(lambda *, connection: self.driver.report_lost(f"reset by {TOKEN}", connection=connection), whose=whose)
+        self.give(self.driver.report_lost, f"reset by {TOKEN}")
         if self.told_over is not None and self.current == self.told_over:
             self.the_connection_is_over(self.now)
         assert self.end is Left or not was_leaving or self.told_over is None
@@ -380,19 +368,18 @@ class ChannelMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.is_open)
     @rule(
-        whose=whose,
         right=st.sampled_from([True, True, True, False]),
         status=st.sampled_from(["ok", "ok", "ok", "error", "?"]),
         reason=st.sampled_from(["no", "join crashed", "token_expired"]),
         as_text=st.booleans(),
     )
-    def join_is_answered(self, whose: str, right: bool, status: str, reason: str, as_text: bool) -> None:  # noqa: FBT001
+    def join_is_answered(self, right: bool, status: str, reason: str, as_text: bool) -> None:  # noqa: FBT001
         ref = self.join[1] if self.join is not None and right else 77
         was_late, awaited = self.late, self.join
         refused = awaited is not None and ref == awaited[1] and status == "error"
         is_final = not self.has_joined or reason == "token_expired"
         answer = reply(str(ref) if as_text else ref, status, {"reason": reason})
-        if not self.give_frame(answer, whose, may_end=refused and is_final, may_abandon=refused and not is_final):
+        if not self.give_frame(answer, may_end=refused and is_final, may_abandon=refused and not is_final):
             return
         if refused:
             assert was_late or (self.end is Fatal if is_final else self.current is None)
@@ -401,64 +388,64 @@ class ChannelMachine(RuleBasedStateMachine):
             self.outage_since, self.give_up_at = None, math.inf
 
     @precondition(lambda self: self.is_open)
-    @rule(whose=whose)
-    def portal_says_init(self, whose: str) -> None:
+    @rule()
+    def portal_says_init(self) -> None:
         leaving, was_late = self.is_leaving, self.late
-        if self.give_frame(INIT, whose, may_begin=not self.begun) and not leaving and not was_late and self.frames:
+        if self.give_frame(INIT, may_begin=not self.begun) and not leaving and not was_late and self.frames:
             assert self.begun or self.current is None
 
     @precondition(lambda self: self.is_open and self.sent)
-    @rule(whose=whose, data=st.data())
-    def portal_answers_a_heartbeat(self, whose: str, data: st.DataObject) -> None:
+    @rule(data=st.data())
+    def portal_answers_a_heartbeat(self, data: st.DataObject) -> None:
         ref = data.draw(st.sampled_from([*self.beats, *self.beats, *self.beats, 0, 99]))
-        self.answer_heartbeat(ref, whose)
+        self.answer_heartbeat(ref)
 
-    def answer_heartbeat(self, ref: int, whose: str) -> None:
+    def answer_heartbeat(self, ref: int) -> None:
         # An overdue close comes first. The channel ignores a later reply.
-        if self.give_frame(reply(ref, topic="phoenix"), whose) and self.is_open and ref in self.beats:
+        if self.give_frame(reply(ref, topic="phoenix")) and self.is_open and ref in self.beats:
             self.answered_at = self.beats[ref]
             self.beats = {later: at for later, at in self.beats.items() if later > ref}
 
     @precondition(lambda self: self.is_open)
-    @rule(whose=whose, event=st.sampled_from(["phx_close", "phx_error"]))
-    def channel_ends(self, whose: str, event: str) -> None:
+    @rule(event=st.sampled_from(["phx_close", "phx_error"]))
+    def channel_ends(self, event: str) -> None:
         leaving, was_late = self.is_leaving, self.late
-        if self.give_frame(write("relay", event), whose, may_abandon=not leaving):
+        if self.give_frame(write("relay", event), may_abandon=not leaving):
             assert (self.closed_at is not None if leaving else self.current is None) or was_late
 
     @precondition(lambda self: self.is_open)
-    @rule(whose=whose)
-    def token_expires(self, whose: str) -> None:
+    @rule()
+    def token_expires(self) -> None:
         leaving, was_late = self.is_leaving, self.late
-        if self.give_frame(TOKEN_EXPIRED, whose, may_end=not leaving) and not leaving and not was_late:
+        if self.give_frame(TOKEN_EXPIRED, may_end=not leaving) and not leaving and not was_late:
             assert self.end is Fatal or self.frames > FLOOD
 
     @precondition(lambda self: self.is_open)
-    @rule(whose=whose)
-    def portal_has_lost_the_channel(self, whose: str) -> None:
+    @rule()
+    def portal_has_lost_the_channel(self) -> None:
         joined_at, was_late = self.joined_at, self.late
         soon = joined_at is not None and self.now < joined_at + LASTING - SOON
         unmatched = reply(77, "error", {"reason": "unmatched topic"})
-        if self.give_frame(unmatched, whose, may_join_again=True, may_abandon=soon) and joined_at is not None:
+        if self.give_frame(unmatched, may_join_again=True, may_abandon=soon) and joined_at is not None:
             assert self.joined_at is None or was_late
 
     @precondition(lambda self: self.leaving_since is not None and self.is_open)
-    @rule(whose=whose, status=st.sampled_from(["ok", "error"]))
-    def leave_is_answered(self, whose: str, status: str) -> None:
+    @rule(status=st.sampled_from(["ok", "error"]))
+    def leave_is_answered(self, status: str) -> None:
         was_late = self.late
-        if self.give_frame(reply(len(self.sent) - 1, status), whose):
+        if self.give_frame(reply(len(self.sent) - 1, status)):
             assert self.closed_at is not None or was_late or self.frames > FLOOD
 
     @precondition(lambda self: self.started)
-    @rule(whose=whose, text=st.sampled_from(NONSENSE))
-    def portal_says_nonsense(self, whose: str, text: str) -> None:
-        self.give_frame(text, whose)
+    @rule(text=st.sampled_from(NONSENSE))
+    def portal_says_nonsense(self, text: str) -> None:
+        self.give_frame(text)
 
     @precondition(lambda self: self.started)
-    @rule(whose=whose, count=st.sampled_from([1, 1, 40, 101]))
-    def portal_sends_pings(self, whose: str, count: int) -> None:
+    @rule(count=st.sampled_from([1, 1, 40, 101]))
+    def portal_sends_pings(self, count: int) -> None:
         for _ in range(count):
-            self.give_frame(None, whose)
+            self.give_frame(None)
 
     @rule(
         seconds=st.sampled_from([TICK, 0.25, 1, 1, 4.5, 5, 10, 10, 15, 40, 3600]),
@@ -514,11 +501,11 @@ class ChannelMachine(RuleBasedStateMachine):
             self.driver.pass_time(self.driver.seconds_left)
             self.settle()
         if not self.connected:
-            self.upgrade_is_accepted("current")
+            self.upgrade_is_accepted()
         if self.is_open and self.join is not None:
-            self.join_is_answered("current", right=True, status="ok", reason="", as_text=False)
+            self.join_is_answered(right=True, status="ok", reason="", as_text=False)
         if self.is_open:
-            self.portal_says_init("current")
+            self.portal_says_init()
 
     @precondition(lambda self: self.is_open and not self.is_leaving)
     @rule(count=st.integers(1, 6))
@@ -529,7 +516,7 @@ class ChannelMachine(RuleBasedStateMachine):
             self.settle()
             if not self.is_open or self.join is not None:
                 return
-            self.answer_heartbeat(max(self.beats), "current")
+            self.answer_heartbeat(max(self.beats))
             assert not self.beats
 
     @precondition(lambda self: self.driver.elapsed > 30)
@@ -558,7 +545,7 @@ class ChannelMachine(RuleBasedStateMachine):
         self.next_attempt = (self.now, self.now)
         self.outage_since = None
         self.there_is_an_outage(self.now)
-        attempts = self.last
+        attempts = self.attempts
         self.driver.start()
         self.settle()
         assert self.current == attempts + 1
@@ -619,7 +606,7 @@ def replay(*steps: Callable[[ChannelMachine], object]) -> None:
 def test_a_heartbeat_reply_after_an_overdue_leave_is_ignored() -> None:
     def answer(machine: ChannelMachine) -> None:
         (ref,) = machine.beats
-        machine.answer_heartbeat(ref, "current")
+        machine.answer_heartbeat(ref)
         assert machine.closed_at == machine.now
         assert list(machine.beats) == [ref]
 
@@ -636,8 +623,8 @@ def test_a_heartbeat_reply_after_an_overdue_leave_is_ignored() -> None:
 @pytest.mark.parametrize("seconds_left", [LONGEST_WAIT + FIRST_WAIT, 59, 60, 61, 90, 3599, 3600])
 def test_a_retry_after_at_the_end_of_an_outage_allows_a_last_attempt(seconds_left: int) -> None:
     def refuse(machine: ChannelMachine) -> None:
-        attempts = machine.last
-        machine.upgrade_is_refused("current", 503, 9999)
+        attempts = machine.attempts
+        machine.upgrade_is_refused(503, 9999)
         end = machine.give_up_at
         assert end - machine.now == seconds_left
         assert machine.now < machine.next_attempt[0] == machine.next_attempt[1] < end
@@ -646,7 +633,7 @@ def test_a_retry_after_at_the_end_of_an_outage_allows_a_last_attempt(seconds_lef
 
     replay(
         lambda machine: machine.something_is_there_already(well=True),
-        lambda machine: machine.connection_is_lost("current"),
+        lambda machine: machine.connection_is_lost(),
         lambda machine: machine.an_outage_is_almost_over(seconds_left),
         refuse,
     )

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from relay.core.portal.channel import PortalChannel, State
-from relay.core.portal.commands import Abandon, Connect, ConnectionId, Fatal, Left, Note
+from relay.core.portal.commands import Abandon, Connect, Fatal, Left, Note
 from tests.support.portal_channel import (
     CONFIG,
     DAY,
@@ -33,8 +33,6 @@ from tests.support.portal_channel import (
     well,
     write,
 )
-
-FIRST, SECOND = ConnectionId(1), ConnectionId(2)
 
 PORTALS_THAT_ARE_AWAY = pytest.mark.parametrize("away", [silent, unreachable, broken, mute, slow_and_mute])
 """Each outage differs, and each ends within a minute."""
@@ -108,9 +106,9 @@ def test_a_portal_unreachable_for_15_s_at_startup_is_fatal(away: Portal) -> None
 def test_the_startup_timeout_interrupts_an_attempt(driver: Driver) -> None:
     driver.start()
     driver.report_lost()
-    assert driver.pass_time_to(15 - TICK) == [Connect(SECOND, CONFIG.request_url, CONFIG.request_headers, 15)]
+    assert driver.pass_time_to(15 - TICK) == [Connect(CONFIG.request_url, CONFIG.request_headers, 15)]
     abandon, fatal = driver.pass_time(TICK)
-    assert abandon == Abandon(SECOND)
+    assert abandon == Abandon()
     assert isinstance(fatal, Fatal)
 
 
@@ -119,7 +117,7 @@ def test_the_startup_timeout_interrupts_a_join(driver: Driver) -> None:
     driver.pass_time(12)
     driver.report_connected()
     abandon, fatal = driver.pass_time(3)
-    assert abandon == Abandon(FIRST)
+    assert abandon == Abandon()
     assert isinstance(fatal, Fatal)
 
 

@@ -71,12 +71,10 @@ class _Session:
         self.reader = Reader(data)
         self.channel = PortalChannel(CONFIG, Random(1))
         self.now = Timestamp(1000.0, 1_700_000_000.0)
-        self.current = 0
-        """The current connection; 0 without a connection."""
-        self.gone = 0
-        """The connection lost by the last report: commands due before the report may still concern this connection."""
+        self.has_connection = False
+        self.has_lost = False
+        """Whether the last report was the end of a connection: commands due before the report may still concern it."""
         self.is_connected = False
-        self.numbers = [0]
         self.frames = 0
         self.notes = 0
         self.begun = 0
@@ -89,6 +87,7 @@ class _Session:
 
     def run(self) -> None:
         self._start()
+        self._carry_out()
         deeds = 0
         while self.reader and deeds < 300:
             deeds += 1
@@ -120,34 +119,25 @@ class _Session:
             again = self.channel.poll_timeout()
             assert again is None or again > self.now.monotonic, "it would be woken without end"
 
-    def _connection(self) -> int:
-        """Choose the connection of a report, mostly the current connection."""
-        return self.current if self.reader.byte() & 7 else self.reader.choose(self.numbers)
-
     def _report_connected(self) -> None:
-        number = self._connection()
-        if number != self.current or not self.is_connected:
-            self.is_connected = self.is_connected or number == self.current
-            self.channel.handle_event(number, Connected(), self.now)  # type: ignore[arg-type] # a number as any
+        if not self.is_connected:
+            self.is_connected = self.has_connection
+            self.channel.handle_event(Connected(), self.now)
 
     def _report_refused(self) -> None:
         reader = self.reader
         body = reader.choose(BODIES) if reader.flag() else reader.blob()
         wait = reader.choose(WAITS) if reader.flag() else reader.text()
-        number = self._connection()
-        if number == self.current and self.is_connected:
-            return
-        refusal = UpgradeRefused(reader.choose(STATUSES), wait, body)
-        self.channel.handle_event(number, refusal, self.now)  # type: ignore[arg-type] # as above
-        self._forget(number)
+        if not self.is_connected:
+            self.channel.handle_event(UpgradeRefused(reader.choose(STATUSES), wait, body), self.now)
+            self._forget()
 
     def _report_lost(self) -> None:
-        number = self._connection()
-        self.channel.handle_event(number, ConnectionLost(self.reader.text()), self.now)  # type: ignore[arg-type] # as above
-        self._forget(number)
+        self.channel.handle_event(ConnectionLost(self.reader.text()), self.now)
+        self._forget()
 
     def _report_other(self) -> None:
-        self.channel.handle_event(self._connection(), OtherReceived(self.reader.choose((True, False, False))), self.now)  # type: ignore[arg-type] # as above
+        self.channel.handle_event(OtherReceived(self.reader.choose((True, False, False))), self.now)
 
     def _say(self) -> None:
         reader = self.reader
@@ -174,11 +164,10 @@ class _Session:
         self._hear(self.reader.text())
 
     def _hear(self, text: str) -> None:
-        self.channel.handle_event(self._connection(), TextReceived(text), self.now)  # type: ignore[arg-type] # as above
+        self.channel.handle_event(TextReceived(text), self.now)
 
-    def _forget(self, number: int) -> None:
-        if number == self.current:
-            self.current, self.gone = 0, number
+    def _forget(self) -> None:
+        self.has_lost, self.has_connection, self.is_connected = self.has_connection, False, False
 
     # Invariants.
 
@@ -199,22 +188,21 @@ class _Session:
 
     def _check(self, command: PortalCommand) -> None:
         match command:
-            case Connect(number, _, _, timeout):
-                assert self.current == 0
+            case Connect(_, _, timeout):
+                assert not self.has_connection
                 assert timeout == limits.ATTEMPT_TIMEOUT
-                self.current = number
+                self.has_connection = True
                 self.is_connected = False
-                self.numbers.append(number)
                 self.notes = 0
-            case SendText(number, text):
-                assert number == self.current
+            case SendText(text):
+                assert self.has_connection
                 frame = json.loads(text)
                 assert frame["event"] in ("phx_join", "heartbeat", "phx_leave")
-            case Close(number):
-                assert number == self.current
-            case Abandon(number):
-                assert number in (self.current, self.gone)
-                self.current = 0
+            case Close():
+                assert self.has_connection
+            case Abandon():
+                assert self.has_connection or self.has_lost
+                self.has_connection = self.is_connected = False
             case Begin():
                 self.begun += 1
                 assert self.begun == 1
