@@ -12,14 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
+import h11
+
+from relay.net.http import Exchange
 from relay.net.names import HostAddress, LookUp, look_up
-from relay.net.proxy import Proxy, open_tunnel
+from relay.net.proxy import Proxy
 
 LOOK_UP_TIMEOUT = 5
 """Seconds for a name look-up. Resolvers try a second server after 5 s by default. The rest of the time is for connecting."""
 
 ATTEMPT_DELAY = 0.25
 """Seconds of an unanswered connect before the next address is tried too (RFC 8305 §5)."""
+
+_LONGEST_ANSWER = 16 * 1024
+"""Bytes of a proxy's response."""
 
 LEAST_TIMEOUT = 0.1
 """Seconds for connecting that remain even after a slow look-up."""
@@ -79,7 +85,7 @@ class Dialer:
             # A heartbeat is one small frame. Nagle's algorithm would delay the frame.
             opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.proxy is not None:
-                open_tunnel(opened, self.host, self.port, self.proxy)
+                _open_tunnel(opened, self.host, self.port, self.proxy, time.monotonic() + timeout)
             if self.tls is not None:
                 try:
                     wrapped = self.tls.wrap_socket(opened, server_hostname=self.host, do_handshake_on_connect=False)
@@ -92,6 +98,25 @@ class Dialer:
                 opened.do_handshake()
             on_failure.pop_all()
         return opened
+
+
+def _open_tunnel(through: socket.socket, host: str, port: int, proxy: Proxy, until: float) -> None:
+    """Open a tunnel to a host through a proxy connection (RFC 9110 §9.3.6).
+
+    Raises:
+        OSError: the proxy refused or failed.
+    """
+    authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    headers = [("Host", authority)]
+    if proxy.credentials is not None:
+        headers.append(("Proxy-Authorization", proxy.credentials.expose()))
+    request = h11.Request(method="CONNECT", target=authority, headers=headers)
+    try:
+        status = str(Exchange(through, _LONGEST_ANSWER, "the proxy").head(request, until).status_code)
+    except h11.RemoteProtocolError as error:
+        raise ConnectionError("the proxy's answer is no HTTP") from error
+    if not status.startswith("2"):
+        raise ConnectionError(f"the proxy answered {status}")
 
 
 def interleaved(addresses: list[HostAddress]) -> list[HostAddress]:

@@ -4,10 +4,11 @@ h11 parses the response to the upgrade, and websocket-client the frames. Neither
 """
 
 import base64
+import contextlib
 import hashlib
 import os
 import socket
-from http import HTTPStatus
+import time
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -15,23 +16,20 @@ import h11
 from websocket import ABNF, WebSocketException, WebSocketProtocolException, continuous_frame, frame_buffer
 
 from relay.core.portal.events import UpgradeRefused
+from relay.net.http import Exchange, LimitError
 
 MESSAGE_LIMIT = 64 * 1024
-"""Bytes of a message or of an upgrade response, including headers. A portal's messages have some hundred bytes."""
+"""Bytes of a message, and of the head and the body of an upgrade response. A portal's messages have some hundred bytes."""
 
 SEND_TIMEOUT = 5.0
 """Seconds for a send while the send buffer is full because the server has stopped reading."""
 
 BODY_TIMEOUT = 1.0
-"""Seconds for each read of a refusal's body."""
+"""Seconds for a refusal's body."""
 
 _CONTROL_LIMIT = 125
 _ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 """The constant of RFC 6455 §1.3."""
-
-
-class LimitError(Exception):
-    """The server has sent too many bytes."""
 
 
 class LimitedWebSocket:
@@ -50,65 +48,40 @@ class LimitedWebSocket:
     def upgrade(self, url: str, headers: tuple[tuple[str, str], ...], timeout: float) -> UpgradeRefused | None:
         """Request the upgrade. Return the refusal, or None after the upgrade.
 
-        Each read of the head of the response may take ``timeout`` seconds.
-
         Raises:
             h11.RemoteProtocolError: the response is not HTTP.
             WebSocketException: the response is not a valid upgrade.
-            OSError: no response arrived.
-            LimitError: the head of the response is too long.
+            OSError: no response arrived in ``timeout`` seconds, or its head is too long.
         """
         parts = urlsplit(url)
-        target = parts._replace(scheme="", netloc="").geturl() or "/"
         key = base64.b64encode(os.urandom(16)).decode()
         required = [
             ("Host", parts.netloc),
             ("Upgrade", "websocket"),
             ("Connection", "Upgrade"),
             ("Sec-WebSocket-Version", "13"),
+            ("Sec-WebSocket-Key", key),
         ]
-        request = h11.Request(method="GET", target=target, headers=[*required, ("Sec-WebSocket-Key", key), *headers])
-        client = h11.Connection(h11.CLIENT, max_incomplete_event_size=MESSAGE_LIMIT)
-        self._opened.settimeout(timeout)
-        self._opened.sendall(client.send(request) or b"")
-        client.send(h11.EndOfMessage())
-        answer = self._receive_answer(client)
-        if isinstance(answer, UpgradeRefused):
-            return answer
-        found = dict(answer.headers)
+        target = parts._replace(scheme="", netloc="").geturl() or "/"
+        exchange = Exchange(self._opened, MESSAGE_LIMIT)
+        request = h11.Request(method="GET", target=target, headers=[*required, *headers])
+        head = exchange.head(request, time.monotonic() + timeout)
+        found = {name: value.decode("latin-1") for name, value in head.headers}
+        if isinstance(head, h11.Response):
+            # A redirect too: to follow it would send the token to another host.
+            with contextlib.suppress(OSError, h11.RemoteProtocolError):
+                # A refusal counts without the rest of its body, too.
+                exchange.read_body(time.monotonic() + BODY_TIMEOUT)
+            return UpgradeRefused(head.status_code, found.get(b"retry-after"), bytes(exchange.body))
         accept = base64.b64encode(hashlib.sha1(key.encode() + _ACCEPT_GUID, usedforsecurity=False).digest())
         if (
-            found.get(b"upgrade", b"").lower() != b"websocket"
-            or b"upgrade" not in found.get(b"connection", b"").lower()
-            or found.get(b"sec-websocket-accept") != accept
+            found.get(b"upgrade", "").lower() != "websocket"
+            or "upgrade" not in found.get(b"connection", "").lower()
+            or found.get(b"sec-websocket-accept") != accept.decode()
         ):
             raise WebSocketException("Invalid WebSocket Header")
-        self._left = MESSAGE_LIMIT
         self._opened.settimeout(0)
         return None
-
-    def _receive_answer(self, client: h11.Connection) -> h11.InformationalResponse | UpgradeRefused:
-        """Return the 101, or any other response as a refusal. A redirect would send the token to another host."""
-        response, body = None, b""
-        try:
-            while not isinstance(event := client.next_event(), h11.EndOfMessage):
-                if event is h11.NEED_DATA:
-                    # Byte by byte up to the body: the bytes after a 101 are frames.
-                    client.receive_data(self._read(1 if response is None else MESSAGE_LIMIT))
-                elif isinstance(event, h11.Response):
-                    response = event
-                    self._opened.settimeout(BODY_TIMEOUT)
-                elif isinstance(event, h11.Data):
-                    body += event.data
-                elif isinstance(event, h11.InformationalResponse) and event.status_code == HTTPStatus.SWITCHING_PROTOCOLS:
-                    return event
-        except (OSError, LimitError, h11.RemoteProtocolError):
-            # A refusal counts without the rest of its body, too.
-            if response is None:
-                raise
-        assert response is not None  # noqa: S101 - it precedes the end of the message
-        found = {name: value.decode("latin-1") for name, value in response.headers}
-        return UpgradeRefused(response.status_code, found.get(b"retry-after"), body)
 
     def send(self, data: str | bytes, opcode: int = ABNF.OPCODE_TEXT) -> None:
         """Send a message or a control frame.
@@ -134,8 +107,7 @@ class LimitedWebSocket:
         Raises:
             BlockingIOError: the rest of a frame has not arrived. The next call continues.
             ssl.SSLWantReadError: the same with TLS.
-            OSError: the connection has ended.
-            LimitError: a message exceeds MESSAGE_LIMIT.
+            OSError: the connection has ended, or a message exceeds MESSAGE_LIMIT.
             WebSocketException: a frame is invalid.
         """
         while True:

@@ -17,7 +17,7 @@ from websocket import ABNF
 from relay.core.portal import events
 from relay.core.portal.events import ConnectionEvent, UpgradeRefused
 from relay.net.dial import Dialer
-from relay.net.limited import LimitedWebSocket, LimitError
+from relay.net.limited import LimitedWebSocket
 
 UNREAD_MESSAGES = 16
 """Unacknowledged messages before the thread stops reading. TCP then slows the server down."""
@@ -187,6 +187,6 @@ def _describe(error: Exception) -> str:
             return f"TLS failed ({error.reason or error})"
         case socket.gaierror():
             return f"its name can't be looked up ({error.strerror})"
-        case OSError() | LimitError():
+        case OSError():
             return getattr(error, "strerror", None) or str(error) or "it does not answer"
     return f"{type(error).__name__}: {error}"
