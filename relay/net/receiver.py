@@ -52,7 +52,6 @@ class Receiver:
         "_filled_at",
         "_least",
         "_most",
-        "_notes_arrivals",
         "_poll",
         "_sockets",
         "_stale_after",
@@ -82,8 +81,9 @@ class Receiver:
         self._most = most
         self._stale_after = stale_after
         self._filled_at = -math.inf
-        # Without a limit, arrival times are not needed.
-        self._notes_arrivals = stale_after == math.inf
+        for each in self._sockets if stale_after != math.inf else ():
+            # From now on the kernel notes arrival times.
+            each.waited()
         self._stopped = False
         self._wakes = 0
         self._expected = 1
@@ -162,8 +162,6 @@ class Receiver:
         size, extra = len(batch[0][0]), 0
         receive = sock.receive
         self.is_behind = False
-        if not self._notes_arrivals:
-            self._note_arrivals()
         while len(batch) < most and size < BATCH_BYTES:
             try:
                 datagram = receive(socket.MSG_DONTWAIT)
@@ -185,12 +183,6 @@ class Receiver:
         self._expected = len(batch)
         if self.is_behind or self._backlogs is not None:
             self._note_backlog(sock, size - extra, len(batch))
-
-    def _note_arrivals(self) -> None:
-        """Let the kernel note arrival times. Most sockets are read too seldom to need them."""
-        self._notes_arrivals = True
-        for each in self._sockets:
-            each.waited()
 
     def _is_stale(self, sock: UdpSocket) -> bool:
         """Check whether a full batch has waited for too long. The kernel is asked only if no batch was read in that time."""
