@@ -119,13 +119,10 @@ class PortalActor(TimedActor):
 
     def _connect(self, command: commands.Connect) -> None:
         try:
-            link = self._make_link(command.url, command.headers, command.timeout, self._report)
-            link.start()
+            self._link = self._make_link(command.url, command.headers, command.timeout, self._report)
         except (OSError, RuntimeError) as error:
             # No descriptor or no thread is free. The channel retries later.
             self.core.handle_event(events.ConnectionLost(str(error)), self._clock.now())
-        else:
-            self._link = link
 
     def _report(self, link: WebSocketLink, event: events.ConnectionEvent) -> None:
         """Pass an event from the thread of a connection on to this actor."""

@@ -24,7 +24,7 @@ UNREAD_MESSAGES = 16
 
 
 class WebSocketLink:
-    """A connection, from dialling to its end.
+    """A connection, from dialling to its end, in a thread that starts at once.
 
     Args:
         dialer: connects.
@@ -33,6 +33,10 @@ class WebSocketLink:
         timeout: seconds for dialling, and for each read of the response to the upgrade.
         report: receives this link and every event, in the thread of the connection. `UpgradeRefused` and `ConnectionLost`
             are the last event. No event follows `abandon`.
+
+    Raises:
+        OSError: no descriptor is free.
+        RuntimeError: the thread can't be started.
     """
 
     def __init__(
@@ -54,17 +58,9 @@ class WebSocketLink:
         self._socket: socket.socket | None = None
         self._abandoned = False
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._is_over = False
-        self._thread = threading.Thread(target=self._run, name="portal-connection", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread, which dials.
-
-        Raises:
-            RuntimeError: the thread can't be started.
-        """
+        """Wakes the thread to send; -1 after the end."""
         try:
-            self._thread.start()
+            threading.Thread(target=self._run, name="portal-connection", daemon=True).start()
         except RuntimeError:
             os.close(self._wake)
             raise
@@ -95,37 +91,38 @@ class WebSocketLink:
     def _enqueue(self, text: str | None) -> None:
         self._outgoing.append(text)
         with self._lock:
-            if not self._is_over:
+            if self._wake >= 0:
                 os.eventfd_write(self._wake, 1)
 
     def _run(self) -> None:
-        outcome: UpgradeRefused | str
+        end: ConnectionEvent | None
         try:
-            outcome = self._serve()
+            end = self._serve()
         except Exception as error:  # noqa: BLE001 - hostile bytes may raise anything in a library; only this connection ends
-            outcome = _describe(error)
+            end = events.ConnectionLost(_describe(error))
         with self._lock:
-            self._is_over = True
             os.close(self._wake)
+            self._wake = -1
             opened, self._socket = self._socket, None
             abandoned = self._abandoned
         if opened is not None:
             opened.close()
-        if abandoned:
-            return
-        self._report(self, events.ConnectionLost(outcome) if isinstance(outcome, str) else outcome)
+        if end is not None and not abandoned:
+            self._report(self, end)
 
-    def _serve(self) -> UpgradeRefused | str:
-        """Connect, exchange messages, and return the refusal or the reason of the end."""
+    def _serve(self) -> UpgradeRefused | None:
+        """Connect, and exchange messages until the link is abandoned. Return the refusal of the upgrade.
+
+        Raises:
+            Exception: the connection failed or has ended.
+        """
         opened = self._dialer.dial(self._timeout, self._watch)
         connection = LimitedWebSocket(opened)
         refusal = connection.upgrade(self._url, self._headers, self._timeout)
-        if refusal is not None:
-            return refusal
-        if self._abandoned:
-            return "abandoned"
-        self._report(self, events.Connected())
-        return self._exchange(connection, opened)
+        if refusal is None and not self._abandoned:
+            self._report(self, events.Connected())
+            self._exchange(connection, opened)
+        return refusal
 
     def _watch(self, opened: socket.socket) -> None:
         """Remember the socket for `abandon`."""
@@ -134,7 +131,7 @@ class WebSocketLink:
                 raise ConnectionAbortedError
             self._socket = opened
 
-    def _exchange(self, connection: LimitedWebSocket, opened: socket.socket) -> str:
+    def _exchange(self, connection: LimitedWebSocket, opened: socket.socket) -> None:
         poller = select.poll()
         poller.register(opened, select.POLLIN)
         poller.register(self._wake, select.POLLIN)
@@ -151,29 +148,25 @@ class WebSocketLink:
             if self._wake in ready:
                 os.eventfd_read(self._wake)
             if opened.fileno() in ready:
-                end = self._receive(connection)
-                if end is not None:
-                    return end
-        return "abandoned"
+                self._receive(connection)
 
-    def _receive(self, connection: LimitedWebSocket) -> str | None:
-        """Read one message and report it. Return the reason if the connection has ended."""
+    def _receive(self, connection: LimitedWebSocket) -> None:
+        """Read one message and report it."""
         try:
             opcode, content = connection.receive()
         except (BlockingIOError, ssl.SSLWantReadError):
             # Messages can be sent in the middle of a frame, too.
-            return None
+            return
         if opcode == ABNF.OPCODE_CLOSE:
             code = int.from_bytes(content[:2], "big") if len(content) > 1 else "none"
-            return f"it closed the connection (code {code})"
+            raise ConnectionError(f"it closed the connection (code {code})")
         self._credit.acquire()
         if self._abandoned:
-            return "abandoned"
+            return
         if opcode == ABNF.OPCODE_TEXT:
             self._report(self, events.TextReceived(content.decode()))
         else:
             self._report(self, events.OtherReceived(is_binary=opcode == ABNF.OPCODE_BINARY))
-        return None
 
 
 def _describe(error: Exception) -> str:

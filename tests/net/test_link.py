@@ -132,9 +132,8 @@ class Session:
         timeout: float = LONG,
     ) -> Self:
         """Start to connect."""
-        self.link = WebSocketLink(dialer, url, headers, timeout, self.hear)
         before = connection_threads()
-        self.link.start()
+        self.link = WebSocketLink(dialer, url, headers, timeout, self.hear)
         # None if the thread has already ended.
         self._thread = next((each for each in connection_threads() if each not in before), None)
         return self
@@ -142,7 +141,6 @@ class Session:
     # Callbacks.
 
     def hear(self, link: WebSocketLink, event: ConnectionEvent) -> None:
-        assert link is self.link
         match event:
             case Connected():
                 self._note("connected", None)
@@ -150,10 +148,10 @@ class Session:
                 self._note("refused", event)
             case TextReceived(text):
                 self._note("text", text)
-                self._take()
+                self._take(link)
             case OtherReceived(is_binary):
                 self._note("other", "binary" if is_binary else "control")
-                self._take()
+                self._take(link)
             case ConnectionLost(reason):
                 self._note("lost", reason)
 
@@ -226,9 +224,9 @@ class Session:
             self.threads.add(threading.current_thread())
             self._changed.notify_all()
 
-    def _take(self) -> None:
+    def _take(self, link: WebSocketLink) -> None:
         if self._takes:
-            self.link.acknowledge()
+            link.acknowledge()
 
 
 Connect: TypeAlias = Callable[..., Session]
@@ -1029,7 +1027,7 @@ def test_abandoning_from_a_callback_ends_the_connection() -> None:
         def hear(self, link: WebSocketLink, event: ConnectionEvent) -> None:
             super().hear(link, event)
             if isinstance(event, TextReceived):
-                self.link.abandon()
+                link.abandon()
 
     with RawServer(upgraded(ENDLESS_EVENTS)) as server:
         session = Fickle().open(Dialer("localhost", server.port, None), server.url)
