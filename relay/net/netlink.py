@@ -3,13 +3,12 @@
 Queries need no privilege. They refer to the process's network namespace when the socket is opened.
 """
 
-import contextlib
 import errno
 import socket
 import struct
 from collections.abc import Iterator
 from enum import IntEnum
-from typing import Final, NamedTuple, Self
+from typing import Final, NamedTuple
 
 LARGEST: Final = 1 << 16
 """Upper bound of a part of a dump, or of a notification: the kernel sends 32 KB."""
@@ -93,32 +92,24 @@ def parse_attributes(data: bytes, offset: int = 0) -> dict[int, bytes]:
     return found
 
 
-class NetlinkSocket:
+class NetlinkSocket(socket.socket):
     """An open rtnetlink socket, for queries by one thread at a time and for notifications of some groups."""
 
     def __init__(self, groups: int = 0, buffer: int = BUFFER) -> None:
-        with contextlib.ExitStack() as stack:
-            self._socket = stack.enter_context(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE))
-            self._socket.bind((0, groups))
-            # A connected socket receives nothing from other processes, which could be privileged.
-            self._socket.connect((0, 0))
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _PATIENCE)
-            try:
-                self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, buffer)
-            except PermissionError:
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-            stack.pop_all()
+        super().__init__(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
         self._sequence = 0
-
-    def close(self) -> None:
-        """Close the socket. A second call does nothing."""
-        self._socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        try:
+            self.bind((0, groups))
+            # A connected socket receives nothing from other processes, which could be privileged.
+            self.connect((0, 0))
+            self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _PATIENCE)
+            try:
+                self.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, buffer)
+            except PermissionError:
+                self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        except BaseException:
+            super().close()
+            raise
 
     def dump(self, asked: Kind, kind: Kind, body: bytes) -> list[bytes]:
         """Return the bodies of all messages of a kind.
@@ -135,11 +126,11 @@ class NetlinkSocket:
     def _dump_once(self, asked: Kind, kind: Kind, body: bytes) -> list[bytes] | None:
         """Return the bodies, or None if the kernel's state changed meanwhile."""
         ours = self._next_sequence()
-        self._socket.send(request(asked, ours, body, _DUMP))
+        self.send(request(asked, ours, body, _DUMP))
         found: list[bytes] = []
         whole = True
         while True:
-            for number, flags, sequence, content in split(self._socket.recv(LARGEST)):
+            for number, flags, sequence, content in split(self.recv(LARGEST)):
                 if sequence != ours:
                     continue
                 whole = whole and not flags & _INTERRUPTED

@@ -62,7 +62,7 @@ class Network(NetlinkSocket):
     def _look_up(self, look_ups: Sequence[network.LookUp]) -> list[network.Route | None]:
         first = self._next_sequence(len(look_ups))
         # The kernel responds during the call: a response missing afterwards will not arrive.
-        self._socket.send(b"".join(network.route_request(each, first + place) for place, each in enumerate(look_ups)))
+        self.send(b"".join(network.route_request(each, first + place) for place, each in enumerate(look_ups)))
         routes: list[network.Route | None] = [None] * len(look_ups)
         for message in self._answers():
             if message.kind == Kind.NEW_ROUTE and 0 <= message.sequence - first < len(look_ups):
@@ -71,7 +71,7 @@ class Network(NetlinkSocket):
 
     def _answers(self) -> Iterator[Message]:
         """Return all available responses, including late responses to earlier requests."""
-        descriptor, buffer, view = self._socket.fileno(), ctypes.addressof(self._answer), memoryview(self._answer)
+        descriptor, buffer, view = self.fileno(), ctypes.addressof(self._answer), memoryview(self._answer)
         while True:
             size = _receive(descriptor, buffer, LARGEST, socket.MSG_DONTWAIT)
             if size >= 0:
@@ -107,7 +107,7 @@ class Monitor(NetlinkSocket):
         # Closing a netlink socket does not wake up a waiting thread.
         self._stopping = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll = select.poll()
-        for each in (self._socket.fileno(), self._stopping):
+        for each in (self.fileno(), self._stopping):
             self._poll.register(each, select.POLLIN)
 
     def stop(self) -> None:
@@ -144,7 +144,7 @@ class Monitor(NetlinkSocket):
     def _pieces(self) -> Iterator[Message]:
         with contextlib.suppress(BlockingIOError):
             for _ in range(_PIECES):
-                yield from split(self._socket.recv(LARGEST, socket.MSG_DONTWAIT))
+                yield from split(self.recv(LARGEST, socket.MSG_DONTWAIT))
 
     def _discard(self) -> None:
         """Discard notifications before an overrun, which would otherwise look newer than the next dump.
@@ -153,7 +153,7 @@ class Monitor(NetlinkSocket):
         """
         while True:
             try:
-                self._socket.recv(LARGEST, socket.MSG_DONTWAIT)
+                self.recv(LARGEST, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return
             except OSError as error:
