@@ -3,7 +3,6 @@
 import queue
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, TypeAlias, cast
 
 import pykka
@@ -39,14 +38,9 @@ class Actor(pykka.ThreadingActor):
     def _start_actor_loop(self) -> None:
         threading.Thread(target=self._actor_loop, name=self.name, daemon=self.use_daemon_thread).start()
 
-    def on_failure(
-        self,
-        _exception_type: type[BaseException] | None,
-        exception_value: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    def on_failure(self, *failure: Any) -> None:  # noqa: ANN401 - the values of sys.exc_info()
         """Report the failure to the supervisor."""
-        self._failed(self.name, exception_value or RuntimeError("failed without an exception"))
+        self._failed(self.name, failure[1])
 
 
 class TimedActor(Actor):
