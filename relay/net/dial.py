@@ -1,6 +1,5 @@
 """Connections by TCP and TLS, through a proxy if configured: to any address of a host, within a bounded time."""
 
-import contextlib
 import errno
 import itertools
 import os
@@ -78,8 +77,7 @@ class Dialer:
 
     def _complete(self, opened: socket.socket, timeout: float, watch: Watch) -> socket.socket:
         """Return a connection after the proxy and TLS."""
-        with contextlib.ExitStack() as on_failure:
-            on_failure.enter_context(opened)
+        try:
             opened.settimeout(timeout)
             watch(opened)
             # A heartbeat is one small frame. Nagle's algorithm would delay the frame.
@@ -88,15 +86,16 @@ class Dialer:
                 _open_tunnel(opened, self.host, self.port, self.proxy, time.monotonic() + timeout)
             if self.tls is not None:
                 try:
-                    wrapped = self.tls.wrap_socket(opened, server_hostname=self.host, do_handshake_on_connect=False)
+                    opened = self.tls.wrap_socket(opened, server_hostname=self.host, do_handshake_on_connect=False)
                 except ValueError as error:
                     # A proxy looks names up itself, so that this is the first look at the name.
                     raise OSError(f"{self.host} can't be a name") from error
-                opened = on_failure.enter_context(wrapped)
                 # Before the handshake, so that another thread can end a handshake that hangs.
                 watch(opened)
                 opened.do_handshake()
-            on_failure.pop_all()
+        except BaseException:
+            opened.close()
+            raise
         return opened
 
 
