@@ -17,7 +17,7 @@ from websocket import ABNF
 from relay.core.portal import events
 from relay.core.portal.events import ConnectionEvent, UpgradeRefused
 from relay.net.dial import Dialer
-from relay.net.limited import LimitedWebSocket
+from relay.net.limited import LimitedWebSocket, upgrade
 
 UNREAD_MESSAGES = 16
 """Unacknowledged messages before the thread stops reading. TCP then slows the server down."""
@@ -117,11 +117,10 @@ class WebSocketLink:
             Exception: the connection failed or has ended.
         """
         opened = self._dialer.dial(self._timeout, self._watch)
-        connection = LimitedWebSocket(opened)
-        refusal = connection.upgrade(self._url, self._headers, self._timeout)
+        refusal = upgrade(opened, self._url, self._headers, self._timeout)
         if refusal is None and not self._abandoned:
             self._report(self, events.Connected())
-            self._exchange(connection, opened)
+            self._exchange(LimitedWebSocket(opened), opened)
         return refusal
 
     def _watch(self, opened: socket.socket) -> None:
@@ -139,7 +138,7 @@ class WebSocketLink:
             while self._outgoing:
                 text = self._outgoing.popleft()
                 if text is None:
-                    connection.close()
+                    connection.send_close()
                 else:
                     connection.send(text)
             # TLS may hold decrypted bytes; the kernel then reports the socket as not readable.
