@@ -13,7 +13,7 @@ IP_PKTINFO: Final = 8
 """Has no name in the socket module (linux/in.h)."""
 
 _SPARE_CLIENTS: Final = 4096
-"""Clients without an allocation whose requests are noted. More need a forger, or the time of a handshake."""
+"""Clients without an allocation that have an entry. More need a forger, or the time of a handshake."""
 
 
 class AskedAddresses(dict[SocketAddress, ControlMessage]):

@@ -33,7 +33,7 @@ class Exchange:
     ``until`` is the limit of a whole head or body, on the monotonic clock.
 
     Args:
-        connection: a connected socket, whose timeout changes.
+        connection: a connected socket. Each read sets its timeout.
         limit: bytes of the head, and of the body.
         peer: the subject of error messages.
     """
