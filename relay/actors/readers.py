@@ -1,8 +1,9 @@
 """Actors that read sockets: of the port for clients, and of the relayed addresses of an allocation."""
 
+import contextlib
 import threading
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import pykka
 
@@ -85,12 +86,11 @@ class RequestListenerActor(ListenerActor):
     is_urgent = True
 
 
-class RelayedSockets:
+class RelayedSockets(NamedTuple):
     """The sockets of an allocation: one for each family, all on one port."""
 
-    def __init__(self, port: RelayedPort, by_family: dict[Family, UdpSocket]) -> None:
-        self.port = port
-        self.by_family = by_family
+    port: RelayedPort
+    by_family: dict[Family, UdpSocket]
 
     @classmethod
     def open(cls, hosts: dict[Family, str], port: RelayedPort, counters: UdpCounters) -> Self:
@@ -99,14 +99,10 @@ class RelayedSockets:
         Raises:
             OSError: a socket can't be opened or bound.
         """
-        sockets = cls(port, {})
-        try:
-            for family, host in hosts.items():
-                sockets.by_family[family] = UdpSocket(family, host, port, counters)
-        except BaseException:
-            sockets.close()
-            raise
-        return sockets
+        with contextlib.ExitStack() as stack:
+            opened = {each: stack.enter_context(UdpSocket(each, host, port, counters)) for each, host in hosts.items()}
+            stack.pop_all()
+        return cls(port, opened)
 
     def close(self) -> None:
         """Close all sockets."""
