@@ -96,7 +96,8 @@ class ServerActor(Actor):
         self.core = core
         self.counters = counters
         self._mailbox = cast(Mailbox, self.actor_inbox)
-        self._sockets = AllocationSockets(self.actor_ref, self._mailbox.load, paths.inherited)
+        self.load = self._mailbox.load
+        self._sockets = AllocationSockets(self.actor_ref, self.load, paths.inherited)
         self.allocations = self._sockets.by_id
         if paths.inherited:
             self._mailbox.patience = HANDOVER_WAIT

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from relay.core.data import Datagram
 from relay.core.overload import BATCH_BYTES, BATCH_DATAGRAMS, DATAGRAM_BYTES, LEAST_WAITING
 from relay.net.backlog import Backlog
-from relay.net.udp import UdpSocket, discard_waiting, is_broken, name_of
+from relay.net.udp import RECEIVE_BUFFER, UdpSocket, discard_waiting, is_broken, name_of
 
 _PROBE_EVERY = 16
 _FEW = 4
@@ -59,6 +59,7 @@ class Receiver:
         "_wakes",
         "is_behind",
         "is_flooded",
+        "keeps_buffers",
         "thread",
     )
 
@@ -93,6 +94,8 @@ class Receiver:
         """Whether the last batch was full: more datagrams probably wait."""
         self.is_flooded = False
         """Whether batches have been full for longer than a burst."""
+        self.keeps_buffers = False
+        """Whether receive buffers stay large even in an overload: in a handover, nobody may read for a moment."""
         self.thread = 0
         """The native id of the thread that reads; 0 if none does."""
 
@@ -193,6 +196,13 @@ class Receiver:
         return False
 
     def _note_backlog(self, sock: UdpSocket, size: int, datagrams: int) -> None:
+        if self.keeps_buffers:
+            if self._backlogs is not None:
+                self._backlogs = None
+                self.is_flooded = False
+                for each in self._sockets:
+                    each.set_receive_buffer(RECEIVE_BUFFER)
+            return
         if self._backlogs is None:
             # Most sockets never need a backlog.
             self._backlogs = {each: Backlog(each, self._least) for each in self._sockets}

@@ -246,12 +246,22 @@ class _Predecessor:
         if system.offload is not None:
             with _links_of(system.offload) as (self._offloaded, descriptors):
                 self._link.send("links", self._offloaded, descriptors)
-        ids = self._in_actor(lambda _: self._handover.begin())
+        ids = self._in_actor(self._begin)
         for start in range(0, len(ids), PORTION):
             self._send_some(self._in_actor(functools.partial(self._write, ids=ids[start : start + PORTION])))
         while rows := self._in_actor(lambda _: self._handover.replays()):
             self._link.send("replays", rows)
         self._link.send("ready?")
+
+    def _begin(self, actor: ServerActor) -> list[AllocationId]:
+        # The start of the successor must not delay packets, or fill buffers that an overload has shrunk.
+        actor.load.set_preempts(preempts=True)
+        self._keep_buffers(actor, large=True)
+        return self._handover.begin()
+
+    def _keep_buffers(self, actor: ServerActor, *, large: bool) -> None:
+        for each in (*self._system.readers, *(handle.receiver for handle in actor.allocations.values())):
+            each.keeps_buffers = large
 
     def _write(self, actor: ServerActor, ids: Iterable[AllocationId]) -> tuple[list[Any], list[_WrittenAllocation]]:
         rows = self._handover.allocations(ids)
@@ -301,6 +311,7 @@ class _Predecessor:
 
     def _go_on(self, actor: ServerActor) -> None:
         self._handover.end()
+        self._keep_buffers(actor, large=False)
         actor.thaw()
 
     def _decide(self, token: int) -> None:
