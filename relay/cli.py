@@ -309,16 +309,21 @@ class _Commands(click.Group):
 )
 @_advanced("--rng-seed", INT, "Tests only: make all random numbers predictable, including the relay's secret.")
 @click.pass_context
-def cli(context: click.Context, /, **settings: Any) -> None:  # noqa: ANN401 - the values of all options
+def cli(context: click.Context, /, *, take_over: bool, detach: bool, **settings: Any) -> None:  # noqa: ANN401 - the values of all options
     """Relay packets between two peers that can't reach each other: STUN and TURN for Firezone networks.
 
     With FIREZONE_TOKEN and FIREZONE_API_URL, the relay joins the portal and responds to clients on UDP port 3478. Each
     allocation has a UDP port of its own.
     """
     if context.invoked_subcommand is None:
+        from relay.system.announcement import announce, socket_path  # noqa: PLC0415 - other commands don't need it
+
+        settings["handover_socket"] = path = socket_path(settings["handover_socket"])
+        announcement = announce(path, detach=detach) if take_over and not settings["check"] else None
+
         from relay.system import process  # noqa: PLC0415 - the whole relay, which other commands don't need
 
-        context.exit(process.run(context, **settings))
+        context.exit(process.run(context, announcement=announcement, **settings))
     signals.unblock()
 
 

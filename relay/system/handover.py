@@ -172,8 +172,9 @@ class _Predecessor:
         """
         token = os.eventfd(1, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            self._offer(token)
             try:
+                self._in_actor(self._prepare)
+                self._offer(token)
                 self._send_all()
                 self._link.receive("ready", timeout=self._left())
                 with self._system.deciding:
@@ -246,18 +247,17 @@ class _Predecessor:
         if system.offload is not None:
             with _links_of(system.offload) as (self._offloaded, descriptors):
                 self._link.send("links", self._offloaded, descriptors)
-        ids = self._in_actor(self._begin)
+        ids = self._in_actor(lambda _: self._handover.begin())
         for start in range(0, len(ids), PORTION):
             self._send_some(self._in_actor(functools.partial(self._write, ids=ids[start : start + PORTION])))
         while rows := self._in_actor(lambda _: self._handover.replays()):
             self._link.send("replays", rows)
         self._link.send("ready?")
 
-    def _begin(self, actor: ServerActor) -> list[AllocationId]:
-        # The start of the successor must not delay packets, or fill buffers that an overload has shrunk.
+    def _prepare(self, actor: ServerActor) -> None:
+        """Let the start of the successor neither delay packets nor cause an overload in which buffers are shrunk."""
         actor.load.set_preempts(preempts=True)
         self._keep_buffers(actor, large=True)
-        return self._handover.begin()
 
     def _keep_buffers(self, actor: ServerActor, *, large: bool) -> None:
         for each in (*self._system.readers, *(handle.receiver for handle in actor.allocations.values())):

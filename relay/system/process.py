@@ -37,6 +37,7 @@ from relay.system.system import System
 if TYPE_CHECKING:
     # Imported only if the kernel relays channels: see run.
     from relay.offload.datapath import Datapath
+    from relay.system.announcement import Announcement
     from relay.system.succession import Inheritance
 
 _DAY = 86400
@@ -58,22 +59,16 @@ def run(  # noqa: PLR0913 - the options that are not settings
     log_format: str,
     log_filter: LogFilter,
     relay_secret_file: Path | None,
-    take_over: bool,
-    detach: bool,
-    handover_socket: Path | None,
+    announcement: "Announcement | None",
     **options: Any,  # noqa: ANN401
 ) -> int:
     """Run the relay until it stops, or print its settings. Return the exit code. Arguments are the values of all options."""
     if sys.platform != "linux":
         raise UsageError(f"the relay runs only on Linux, not on {sys.platform}: use a Linux container")
     typos = tuple(settings.typos(context.command, os.environ))
-    if handover_socket is None and (directory := os.environ.get("RUNTIME_DIRECTORY")):
-        handover_socket = Path(directory) / "handover.sock"
-    inheritance = _inheritance(handover_socket, detach=detach) if take_over and not check else None
+    inheritance = None if announcement is None else _take_over(announcement)
     try:
-        config = make_config(
-            relay_secret_file=relay_secret_file, handover_socket=handover_socket, inheritance=inheritance, **options
-        )
+        config = make_config(relay_secret_file=relay_secret_file, inheritance=inheritance, **options)
     except UsageError as error:
         raise UsageError("; ".join((str(error), *typos))) from error
     problems = (*typos, *settings.weaknesses(config, relay_secret_file))
@@ -120,22 +115,10 @@ def _explain(received: str) -> None:
     )
 
 
-def _inheritance(path: Path | None, *, detach: bool) -> "Inheritance | None":
-    """Return the running relay to take over; None if no relay runs.
+def _take_over(announcement: "Announcement") -> "Inheritance | None":
+    from relay.system.succession import take_over  # noqa: PLC0415 - for few starts only
 
-    Raises:
-        UsageError: there is no path, or the running relay can't be taken over.
-    """
-    from relay.system.succession import in_background, take_over  # noqa: PLC0415 - for few starts only
-
-    if path is None:
-        raise UsageError("--take-over needs --handover-socket, or RUNTIME_DIRECTORY in the environment")
-    # The running relay tells systemd the id of the process that connects.
-    relays = in_background() if detach else None
-    inheritance = take_over(path, relays)
-    if inheritance is None and detach:
-        raise UsageError(f"no relay listens at {path}: start one without --detach")
-    return inheritance
+    return take_over(announcement)
 
 
 def serve(

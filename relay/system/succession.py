@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Final
 
 import pykka
@@ -24,12 +23,13 @@ from relay.core.handover import FORMAT
 from relay.core.server import Server
 from relay.logger import Logger
 from relay.net.asked import AskedAddresses
-from relay.net.handover import HandoverError, HandoverLink, Message, close_all, connect, network_of
+from relay.net.handover import HandoverError, HandoverLink, Message, close_all, network_of
 from relay.net.many import ManyReceiver
 from relay.net.reuseport import ReuseportGroup
 from relay.net.udp import ADDRESS_FAMILIES, UdpCounters, UdpSocket
 from relay.ops.systemd import Systemd
 from relay.ops.totals import Handovers
+from relay.system.announcement import Announcement
 
 READABLE: Final = frozenset((FORMAT,))
 """Readable formats of the state."""
@@ -39,8 +39,6 @@ PREPARATION: Final = 30.0
 
 SUCCESSION: Final = 30.0
 """Seconds for which the relay stays in the portal's presence until the successor has joined."""
-
-EXIT_FAILED: Final = 2
 
 _log = Logger("relay.system.handover")
 
@@ -246,36 +244,18 @@ def _add_counts(actor: ServerActor, rows: list[Any]) -> None:
     actor.core.handover.add_counts(rows)
 
 
-def in_background() -> int:
-    """Continue in a child process. The parent exits with 0 when the child relays, and with 2 if the child fails.
-
-    Returns:
-        A descriptor. The child relays once it writes there.
-    """
-    reading, writing = os.pipe()
-    if os.fork():
-        os.close(writing)
-        os._exit(0 if os.read(reading, 1) else EXIT_FAILED)
-    os.close(reading)
-    return writing
-
-
-def take_over(path: Path, relays: int | None = None) -> Inheritance | None:
-    """Connect to the running relay, and return its offer; None if no relay runs.
-
-    Args:
-        path: the Unix socket of the running relay.
-        relays: a descriptor to write to when this process relays.
+def take_over(announcement: Announcement) -> Inheritance | None:
+    """Return the offer of the running relay; None if no relay runs.
 
     Raises:
         UsageError: the running relay can't be taken over.
     """
+    link = announcement.link
+    if link is None:
+        return None
     try:
-        link = connect(path)
-        if link is None:
-            return None
         _, offer, (token,) = link.receive("offer")
-        inheritance = Inheritance(link, offer, token, relays)
+        inheritance = Inheritance(link, offer, token, announcement.relays)
     except (HandoverError, TimeoutError, LookupError, TypeError, ValueError) as error:
         raise UsageError(f"can't take over the running relay: {str(error) or 'it does not answer'}") from error
     if not link.is_of_same_user():
