@@ -90,6 +90,12 @@ class Allocations:
         for binding in allocation.live.values() if self._offload is not None else ():
             self._install(allocation, binding)
 
+    def replace_port(self, allocation: Allocation, port: RelayedPort) -> None:
+        """Replace the port of an allocation that is not established, because the machine refused it."""
+        allocation.refused_ports.append(allocation.port)
+        allocation.port = port
+        self._note(allocation)
+
     def extend(self, allocation: Allocation, ends: float) -> None:
         """Extend an established allocation."""
         self.by_port[allocation.port] = allocation.id

@@ -177,8 +177,7 @@ class Lifecycle:
         if port is None:
             self.free(allocation, FreeReason.REFUSED)
             return
-        allocation.refused_ports.append(allocation.port)
-        allocation.port = port
+        self._tables.replace_port(allocation, port)
         self._commands.append(BindPort(allocation.id, port, allocation.families))
 
     def free(self, allocation: Allocation, reason: FreeReason) -> None:

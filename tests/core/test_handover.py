@@ -105,6 +105,17 @@ def test_changes_during_the_handover_are_part_of_it() -> None:
     assert comes.bind_channel(peer=PEER6).code is None
 
 
+def test_a_port_refused_during_the_handover_is_known_to_the_successor() -> None:
+    relay = relay_with(ports=range(50000, 50004))
+    bind = Client(relay).begin_allocate()
+    written = relay.begin_handover()
+    again = the(BindPort, relay.report_refused(bind.allocation))
+    relay.hand_over(written)
+    used = relay.server.allocations.by_id[bind.allocation]
+    assert (used.port, used.refused_ports) == (again.port, [bind.port])
+    assert sorted([*relay.server.free_ports, used.port, *used.refused_ports]) == list(range(50000, 50004))
+
+
 def test_early_data_waits_for_its_channel_bind_in_the_successor() -> None:
     relay = relay_with()
     client = Client(relay)
