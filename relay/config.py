@@ -3,10 +3,10 @@
 import itertools
 from dataclasses import dataclass
 from enum import StrEnum
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
 from pathlib import Path
 
-from relay.core.addresses import Family
+from relay.core.addresses import Endpoint, Family
 from relay.core.config import MAX_CHANNELS, MAX_CHANNELS_IN_ALL, UNAUTHENTICATED_BURST, UNAUTHENTICATED_RATE
 from relay.core.credentials import RelaySecret
 from relay.core.peers import Network
@@ -24,6 +24,9 @@ UNPRIVILEGED = 1024
 
 HTTP_OPTIONS = {"health": "--health-check-addr", "control": "--control-endpoint", "metrics": "--metrics-addr"}
 """The option of each HTTP address."""
+
+HEALTH = Endpoint("0.0.0.0", 8080)  # noqa: S104 - orchestrators probe from other machines
+CONTROL = Endpoint("127.0.0.1", 9999)
 
 ANY_CPU = -1
 """The CPU on which the process starts."""
@@ -52,28 +55,6 @@ class DiscoveryMethod(StrEnum):
     GCE_METADATA = "gce_metadata"
     AWS_EC2_METADATA = "aws_ec2_metadata"
     AZURE_IMDS = "azure_imds"
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """An address of this machine to listen on."""
-
-    host: str
-    port: int
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only programs on this machine can connect."""
-        return ip_address(self.host).is_loopback
-
-    def overlaps(self, other: "Endpoint") -> bool:
-        """Check whether one process can't listen on both endpoints. Port 0 means any free port."""
-        hosts = (ip_address(self.host), ip_address(other.host))
-        same_host = hosts[0] == hosts[1] or any(host.is_unspecified for host in hosts)
-        return self.port == other.port != 0 and hosts[0].version == hosts[1].version and same_host
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +144,8 @@ class Config:
     """Unset: the public address if this machine has it, else all addresses."""
     lowest_port: int = LOWEST_PORT
     highest_port: int = HIGHEST_PORT
-    health: Endpoint = Endpoint("0.0.0.0", 8080)  # noqa: S104 - orchestrators probe from other machines
-    control: Endpoint = Endpoint("127.0.0.1", 9999)
+    health: Endpoint = HEALTH
+    control: Endpoint = CONTROL
     metrics: Endpoint | None = None
     """None: only the control address serves metrics."""
     control_hostnames: tuple[str, ...] = ()

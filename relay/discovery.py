@@ -12,8 +12,8 @@ from http import HTTPStatus
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any, NamedTuple, TypeAlias
 
-from relay.config import DiscoveryMethod, Endpoint, UsageError
-from relay.core.addresses import Family
+from relay.config import DiscoveryMethod, UsageError
+from relay.core.addresses import Endpoint, Family
 from relay.net.http import Response, request
 from relay.net.routes import own_addresses
 

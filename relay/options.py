@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
-from relay.config import ANY_CPU, SERVICE_PORT, Endpoint
+from relay.config import ANY_CPU, SERVICE_PORT
+from relay.core.addresses import Endpoint
 from relay.core.credentials import RelaySecret
 from relay.core.peers import Network
 from relay.core.portal.endpoint import PortalToken, PortalUrl

@@ -8,18 +8,13 @@ relaying threads do not preempt each other (SCHED_BATCH), each thread finds the 
 import _thread
 import contextlib
 import ctypes
-import errno
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from relay.config import ANY_CPU, Config, UsageError
 from relay.core.overload import GIVE_WAY, LOAD_BATCH_SECONDS, LOAD_WAITING
-from relay.logger import Logger
-
-_log = Logger("relay.ops.threads")
 
 STACK_SIZE = 256 * 1024
 """Bytes of address space for the stack of a thread; untouched pages take no memory. Python itself uses little of the stack:
@@ -48,37 +43,6 @@ def current_cpu() -> int:
     """Return the CPU on which this thread runs: as good as any that the kernel would choose now."""
     cpu: int = ctypes.CDLL(None).sched_getcpu()
     return cpu
-
-
-@contextlib.contextmanager
-def sharing_a_cpu(config: Config) -> Iterator[None]:
-    """Let this thread, and threads that start meanwhile, share a CPU and the interpreter according to the config.
-
-    Raises:
-        UsageError: this process may not use the CPU.
-    """
-    with contextlib.ExitStack() as stack:
-        stack.callback(sys.setswitchinterval, sys.getswitchinterval())
-        sys.setswitchinterval(config.switch_interval)
-        stack.callback(threading.stack_size, threading.stack_size(STACK_SIZE))
-        before = os.sched_getaffinity(0)
-        try:
-            if config.cpu is not None:
-                os.sched_setaffinity(0, {current_cpu() if config.cpu == ANY_CPU else config.cpu})
-                stack.callback(os.sched_setaffinity, 0, before)
-        except OSError as error:
-            if config.cpu != ANY_CPU:
-                raise UsageError(_why_not(config.cpu, error)) from error
-            # A sandbox forbids the affinity. Relaying works without, but slower.
-            _log.warning("threads can't be put on one CPU: relaying costs more", error=error.strerror)
-        yield
-
-
-def _why_not(cpu: int | None, error: OSError) -> str:
-    if error.errno == errno.EINVAL:
-        usable = ",".join(str(each) for each in sorted(os.sched_getaffinity(0)))
-        return f"can't run on CPU {cpu}: --cpu-affinity takes one of {usable}, auto, or off"
-    return f"can't choose a CPU ({error.strerror}): allow sched_setaffinity, or give --cpu-affinity off"
 
 
 class Load:

@@ -6,8 +6,8 @@ import os
 import resource
 from pathlib import Path
 
-from relay.config import Config, Endpoint, UsageError
-from relay.core.addresses import Family
+from relay.config import Config, UsageError
+from relay.core.addresses import Endpoint, Family
 from relay.core.data import CHANNEL_DATA_FIRST_BYTES
 from relay.net.reuseport import ReuseportGroup, open_group
 from relay.net.udp import UdpCounters, UdpSocket

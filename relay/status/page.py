@@ -15,8 +15,8 @@ from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING
 
 from relay import __version__
-from relay.config import ANY_CPU, Config, Endpoint
-from relay.core.addresses import AllocationId, Family, show, socket_address
+from relay.config import ANY_CPU, Config
+from relay.core.addresses import AllocationId, Endpoint, Family, show, socket_address
 from relay.core.allocation import CHANNEL_GRACE_PERIOD, Allocation, ChannelBinding
 from relay.core.counters import Counters
 from relay.core.credentials import parse_username

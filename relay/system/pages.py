@@ -10,8 +10,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from relay import __version__
-from relay.config import LIVE_TIMEOUT, Config, Endpoint
-from relay.core.addresses import AllocationId, Family
+from relay.config import LIVE_TIMEOUT, Config
+from relay.core.addresses import AllocationId, Endpoint, Family
 from relay.core.timestamp import Timestamp
 from relay.logger import Level, Logger
 from relay.ops.http.endpoint import HttpEndpoint, Limits, Page, Pages, Query, error

@@ -17,8 +17,8 @@ from relay.actors.mailbox import Mailbox, TimedMailbox
 from relay.actors.messages import Execute, Kick, OwnAddresses
 from relay.actors.readers import ListenerActor, RequestListenerActor
 from relay.actors.server import DataPaths, ServerActor
-from relay.config import Config, Endpoint, PortalAccess, UsageError
-from relay.core.addresses import AllocationId, Family
+from relay.config import Config, PortalAccess, UsageError
+from relay.core.addresses import AllocationId, Endpoint, Family
 from relay.core.commands import Drained
 from relay.core.credentials import SECRET_LENGTH, RelaySecret
 from relay.core.events import CoreEvent
@@ -30,7 +30,6 @@ from relay.net.neighbours import watching_neighbours
 from relay.net.receiver import Receiver
 from relay.net.reuseport import ReuseportGroup
 from relay.net.routes import own_addresses
-from relay.net.threads import sharing_a_cpu
 from relay.net.udp import UdpSocket, discard_waiting
 from relay.ops.addresses import (
     relay_addresses,
@@ -49,6 +48,7 @@ from relay.ops.metrics.push import pushing
 from relay.ops.systemd import Systemd
 from relay.ops.totals import Handovers, NotReady, RelayState, RelayTotals, ServerCounters
 from relay.system.core import random_source, server_config
+from relay.system.cpu import sharing_a_cpu
 from relay.system.data_paths import OwnNetwork, open_data_paths
 from relay.system.events import DrainRequest, EventQueue, Failure, SystemRequest
 from relay.system.liveness import Liveness

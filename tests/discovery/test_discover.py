@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from relay.config import DiscoveryMethod, Endpoint, UsageError
+from relay.config import DiscoveryMethod, UsageError
+from relay.core.addresses import Endpoint
 from relay.discovery import MAX_RESPONSE, PublicAddresses, discover
 from tests.support.clouds import Asked, Cloud, Said, aws, azure, gce, standing_in
 

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from relay.config import Endpoint
-from relay.core.addresses import Family
+from relay.core.addresses import Endpoint, Family
 from relay.core.attributes import ERROR_CODE, LIFETIME, NONCE, REALM, XOR_RELAYED_ADDRESS, ErrorValue
 from relay.core.commands import Command, SendToClient, SendToPeer
 from relay.core.credentials import Credential, integrity_key, mint

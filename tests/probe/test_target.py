@@ -4,7 +4,7 @@ import threading
 import click
 import pytest
 
-from relay.config import Endpoint
+from relay.core.addresses import Endpoint
 from relay.core.attributes import ErrorValue
 from relay.core.stun import Method
 from relay.tools.probe.client import RefusedError

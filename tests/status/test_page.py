@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from relay.config import HTTP_OPTIONS, AttachMode, Config, Endpoint, OffloadConfig, OtlpConfig, PortalAccess
-from relay.core.addresses import AllocationId, ChannelNumber, ClientAddress, PeerAddress
+from relay.config import HTTP_OPTIONS, AttachMode, Config, OffloadConfig, OtlpConfig, PortalAccess
+from relay.core.addresses import AllocationId, ChannelNumber, ClientAddress, Endpoint, PeerAddress
 from relay.core.attributes import ADDITIONAL_ADDRESS_FAMILY
 from relay.core.portal.channel import PortalChannel
 from relay.core.portal.commands import Connect

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import pytest
 from click.testing import CliRunner, Result
 
-from relay.config import Endpoint
-from relay.core.addresses import Family
+from relay.core.addresses import Endpoint, Family
 from relay.core.credentials import Credential, mint
 from relay.core.stun import Method
 from relay.tools.probe import steps

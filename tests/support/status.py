@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import pytest
 
-from relay.config import Config, Endpoint
-from relay.core.addresses import Family
+from relay.config import Config
+from relay.core.addresses import Endpoint, Family
 from relay.core.portal.channel import PortalChannel
 from relay.offload.datapath import ChannelUsage, Datapath
 from relay.offload.layout import Totals

@@ -12,8 +12,8 @@ import pytest
 
 from relay.actors.mailbox import Mailbox
 from relay.actors.messages import Tick
-from relay.config import Config, Endpoint
-from relay.core.addresses import Family, SocketAddress
+from relay.config import Config
+from relay.core.addresses import Endpoint, Family, SocketAddress
 from relay.core.credentials import Credential, RelaySecret, mint
 from relay.core.timestamp import Timestamp
 from relay.ops.clock import SystemClock

@@ -15,7 +15,8 @@ import threading
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 
-from relay.config import HTTP_OPTIONS, Endpoint, UsageError
+from relay.config import HTTP_OPTIONS, UsageError
+from relay.core.addresses import Endpoint
 from relay.logger import Logger
 from relay.ops.http.connections import Limits, Listener
 from relay.ops.http.host_check import check_host

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from relay.config import HIGHEST_PORT, SERVICE_PORT, Endpoint
-from relay.core.addresses import SocketAddress
+from relay.config import HIGHEST_PORT, SERVICE_PORT
+from relay.core.addresses import Endpoint, SocketAddress
 from relay.core.attributes import USERNAME_LIMIT
 from relay.core.credentials import SALT_BYTES, Credential, mint
 from relay.net.names import look_up
