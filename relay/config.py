@@ -6,11 +6,12 @@ from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address
 from pathlib import Path
 
-from relay.core.addresses import Endpoint, Family
+from relay.core.addresses import Family
 from relay.core.config import MAX_CHANNELS, MAX_CHANNELS_IN_ALL, UNAUTHENTICATED_BURST, UNAUTHENTICATED_RATE
 from relay.core.credentials import RelaySecret
 from relay.core.peers import Network
 from relay.core.portal.endpoint import PortalToken, PortalUrl
+from relay.net.endpoint import Endpoint
 from relay.net.proxy import Proxy
 
 SERVICE_PORT = 3478

@@ -13,7 +13,8 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any, NamedTuple, TypeAlias
 
 from relay.config import DiscoveryMethod, UsageError
-from relay.core.addresses import Endpoint, Family
+from relay.core.addresses import Family
+from relay.net.endpoint import Endpoint
 from relay.net.http import Response, request
 from relay.net.routes import own_addresses
 

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import click
 
 from relay.config import ANY_CPU, SERVICE_PORT
-from relay.core.addresses import Endpoint
 from relay.core.credentials import RelaySecret
 from relay.core.peers import Network
 from relay.core.portal.endpoint import PortalToken, PortalUrl
+from relay.net.endpoint import Endpoint
 from relay.ops.logs.filter import LogFilter
 
 T = TypeVar("T")

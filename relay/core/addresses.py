@@ -5,7 +5,6 @@ an address, so the address of a packet is a table key without conversion.
 """
 
 import ipaddress
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import NewType, TypeAlias
 
@@ -103,25 +102,3 @@ def show(address: SocketAddress) -> str:
     """Return an address as text: ``192.0.2.1:3478`` or ``[2001:db8::1]:3478``."""
     host, port = address[0], address[1]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """An address of this machine to listen on."""
-
-    host: str
-    port: int
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only programs on this machine can connect."""
-        return ipaddress.ip_address(self.host).is_loopback
-
-    def overlaps(self, other: "Endpoint") -> bool:
-        """Check whether one process can't listen on both endpoints. Port 0 means any free port."""
-        hosts = (ipaddress.ip_address(self.host), ipaddress.ip_address(other.host))
-        same_host = hosts[0] == hosts[1] or any(host.is_unspecified for host in hosts)
-        return self.port == other.port != 0 and hosts[0].version == hosts[1].version and same_host
-
-    def __str__(self) -> str:
-        return show((self.host, self.port))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import h11
 
-from relay.core.addresses import Endpoint
+from relay.net.endpoint import Endpoint
 
 _READ_BYTES = 65536
 

@@ -7,8 +7,9 @@ import resource
 from pathlib import Path
 
 from relay.config import Config, UsageError
-from relay.core.addresses import Endpoint, Family
+from relay.core.addresses import Family
 from relay.core.data import CHANNEL_DATA_FIRST_BYTES
+from relay.net.endpoint import Endpoint
 from relay.net.reuseport import ReuseportGroup, open_group
 from relay.net.udp import UdpCounters, UdpSocket
 

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 
 from relay import __version__
 from relay.config import ANY_CPU, Config
-from relay.core.addresses import AllocationId, Endpoint, Family, show, socket_address
+from relay.core.addresses import AllocationId, Family, show, socket_address
 from relay.core.allocation import CHANNEL_GRACE_PERIOD, Allocation, ChannelBinding
 from relay.core.counters import Counters
 from relay.core.credentials import parse_username
 from relay.core.history import RequestRecord
 from relay.core.portal.channel import PortalChannel
 from relay.core.timestamp import Timestamp
+from relay.net.endpoint import Endpoint
 from relay.ops.http.messages import Page, Query
 from relay.ops.totals import RelayState, RelayTotals, TrafficCounts, counts_in
 from relay.ops.yielder import Yielder

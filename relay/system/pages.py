@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from relay import __version__
 from relay.config import LIVE_TIMEOUT, Config
-from relay.core.addresses import AllocationId, Endpoint, Family
+from relay.core.addresses import AllocationId, Family
 from relay.core.timestamp import Timestamp
 from relay.logger import Level, Logger
+from relay.net.endpoint import Endpoint
 from relay.ops.http.endpoint import HttpEndpoint, Limits, Page, Pages, Query, error
 from relay.ops.logs.filter import LogFilter
 from relay.ops.logs.log import Log

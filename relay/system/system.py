@@ -18,7 +18,7 @@ from relay.actors.messages import Execute, Kick, OwnAddresses
 from relay.actors.readers import ListenerActor, RequestListenerActor
 from relay.actors.server import DataPaths, ServerActor
 from relay.config import Config, PortalAccess, UsageError
-from relay.core.addresses import AllocationId, Endpoint, Family
+from relay.core.addresses import AllocationId, Family
 from relay.core.commands import Drained
 from relay.core.credentials import SECRET_LENGTH, RelaySecret
 from relay.core.events import CoreEvent
@@ -26,6 +26,7 @@ from relay.core.overload import SHARED_BATCH_DATAGRAMS, SHARED_LEAST_WAITING, ST
 from relay.core.portal.channel import PortalChannel
 from relay.core.server import Server
 from relay.logger import Logger
+from relay.net.endpoint import Endpoint
 from relay.net.neighbours import watching_neighbours
 from relay.net.receiver import Receiver
 from relay.net.reuseport import ReuseportGroup

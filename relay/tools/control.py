@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 
 import click
 
-from relay.core.addresses import Endpoint
+from relay.net.endpoint import Endpoint
 from relay.net.http import request
 from relay.options import LOCAL_ENDPOINT
 from relay.status.model import Status

@@ -5,7 +5,7 @@ from typing import TypedDict
 
 import click
 
-from relay.core.addresses import Endpoint
+from relay.net.endpoint import Endpoint
 from relay.options import DURATION
 from relay.status.model import DrainStatus
 from relay.tools.control import NoAnswerError, RejectedError, ask, control_option

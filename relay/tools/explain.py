@@ -4,7 +4,7 @@ import datetime as dt
 
 import click
 
-from relay.core.addresses import Endpoint
+from relay.net.endpoint import Endpoint
 from relay.options import NETWORK
 from relay.status.model import AllocationStatus, RecordedRequest
 from relay.tools.control import StatusQuery, control_option, fetch

@@ -5,7 +5,7 @@ from http import HTTPStatus
 
 import click
 
-from relay.core.addresses import Endpoint
+from relay.net.endpoint import Endpoint
 from relay.net.http import request
 from relay.options import LOCAL_ENDPOINT
 

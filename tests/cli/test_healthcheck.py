@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from relay.core.addresses import Endpoint
+from relay.net.endpoint import Endpoint
 from relay.tools.healthcheck import healthcheck
 from tests.support.process import run
 from tests.support.program import Program

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from relay.config import DiscoveryMethod, UsageError
-from relay.core.addresses import Endpoint
 from relay.discovery import MAX_RESPONSE, PublicAddresses, discover
+from relay.net.endpoint import Endpoint
 from tests.support.clouds import Asked, Cloud, Said, aws, azure, gce, standing_in
 
 GCE, AWS, AZURE = DiscoveryMethod

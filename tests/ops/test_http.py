@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from relay.core.addresses import Endpoint
+from relay.net.endpoint import Endpoint
 from relay.ops.http.endpoint import HttpEndpoint, Page, Query
 from relay.ops.totals import NotReady
 from relay.system.pages import health_pages, offload_pages

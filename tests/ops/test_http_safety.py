@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from relay.core.addresses import Endpoint
+from relay.net.endpoint import Endpoint
 from relay.ops.http.endpoint import HttpEndpoint, Limits, Page, Pages, Query
 from relay.system.pages import health_pages
 from tests.support.http_client import HOST, ask, connect, read, receive_all, say, serving

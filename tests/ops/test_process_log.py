@@ -10,7 +10,7 @@ from typing import NoReturn
 import pytest
 
 from relay.config import Config, LogFormat, UsageError
-from relay.core.addresses import Endpoint
+from relay.net.endpoint import Endpoint
 from relay.ops.logs.filter import LogFilter
 from relay.ops.logs.log import writing
 from relay.system.events import Event

@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 
 from relay.config import PortalAccess, Timeouts, UsageError
-from relay.core.addresses import Endpoint
 from relay.core.credentials import RelaySecret, mint
 from relay.core.portal.endpoint import PortalToken, PortalUrl
+from relay.net.endpoint import Endpoint
 from relay.net.threads import STACK_SIZE, current_cpu, names, yield_cpu
 from relay.system.system import System
 from tests.support.program import Program

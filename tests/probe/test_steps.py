@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from relay.core.addresses import Endpoint, Family
+from relay.core.addresses import Family
 from relay.core.attributes import ERROR_CODE, LIFETIME, NONCE, REALM, XOR_RELAYED_ADDRESS, ErrorValue
 from relay.core.commands import Command, SendToClient, SendToPeer
 from relay.core.credentials import Credential, integrity_key, mint
 from relay.core.stun import Malformed, Message, MessageClass, Method, decode, encode
 from relay.core.timestamp import Timestamp
+from relay.net.endpoint import Endpoint
 from relay.tools.probe.report import Outcome, Report, Step, StepName
 from relay.tools.probe.steps import probe
 from tests.support.probe import IMPATIENT, LOSSY, PATIENT, QUICK, SILENT, unwatched

@@ -4,9 +4,9 @@ import threading
 import click
 import pytest
 
-from relay.core.addresses import Endpoint
 from relay.core.attributes import ErrorValue
 from relay.core.stun import Method
+from relay.net.endpoint import Endpoint
 from relay.tools.probe.client import RefusedError
 from relay.tools.probe.command import parse_target, resolve
 

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from relay.config import HTTP_OPTIONS, AttachMode, Config, OffloadConfig, OtlpConfig, PortalAccess
-from relay.core.addresses import AllocationId, ChannelNumber, ClientAddress, Endpoint, PeerAddress
+from relay.core.addresses import AllocationId, ChannelNumber, ClientAddress, PeerAddress
 from relay.core.attributes import ADDITIONAL_ADDRESS_FAMILY
 from relay.core.portal.channel import PortalChannel
 from relay.core.portal.commands import Connect
 from relay.core.portal.endpoint import PortalToken, PortalUrl
 from relay.core.portal.events import ConnectionLost
+from relay.net.endpoint import Endpoint
 from relay.net.proxy import Proxy, ProxyCredentials
 from relay.offload.datapath import ChannelUsage
 from relay.offload.program import Usage

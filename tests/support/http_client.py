@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from relay.core.addresses import Endpoint
+from relay.net.endpoint import Endpoint
 from relay.ops.http.endpoint import HttpEndpoint, Limits, Pages
 
 HOST = "127.0.0.1"

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import pytest
 from click.testing import CliRunner, Result
 
-from relay.core.addresses import Endpoint, Family
+from relay.core.addresses import Family
 from relay.core.credentials import Credential, mint
 from relay.core.stun import Method
+from relay.net.endpoint import Endpoint
 from relay.tools.probe import steps
 from relay.tools.probe.client import ProbeError, TurnClient
 from relay.tools.probe.command import probe

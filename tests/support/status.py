@@ -10,8 +10,9 @@ from typing import Any, cast
 import pytest
 
 from relay.config import Config
-from relay.core.addresses import Endpoint, Family
+from relay.core.addresses import Family
 from relay.core.portal.channel import PortalChannel
+from relay.net.endpoint import Endpoint
 from relay.offload.datapath import ChannelUsage, Datapath
 from relay.offload.layout import Totals
 from relay.ops.http.messages import Page

@@ -13,9 +13,10 @@ import pytest
 from relay.actors.mailbox import Mailbox
 from relay.actors.messages import Tick
 from relay.config import Config
-from relay.core.addresses import Endpoint, Family, SocketAddress
+from relay.core.addresses import Family, SocketAddress
 from relay.core.credentials import Credential, RelaySecret, mint
 from relay.core.timestamp import Timestamp
+from relay.net.endpoint import Endpoint
 from relay.ops.clock import SystemClock
 from relay.system.system import System
 from tests.support.requirements import HAS_IPV6

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import pyte
 import pytest
 
-from relay.core.addresses import Endpoint
+from relay.net.endpoint import Endpoint
 from relay.ops.http.endpoint import HttpEndpoint, Page, Query
 from tests.support import hasty_top
 from tests.support.core import Client

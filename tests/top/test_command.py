@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from relay.cli import cli
-from relay.core.addresses import Endpoint
+from relay.net.endpoint import Endpoint
 from relay.status.model import Status
 from relay.tools.control import NoAnswerError, StatusQuery, fetch, read
 from relay.tools.top.command import write_once

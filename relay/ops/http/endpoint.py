@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from http import HTTPStatus
 
 from relay.config import HTTP_OPTIONS, UsageError
-from relay.core.addresses import Endpoint
 from relay.logger import Logger
+from relay.net.endpoint import Endpoint
 from relay.ops.http.connections import Limits, Listener
 from relay.ops.http.host_check import check_host
 from relay.ops.http.messages import (

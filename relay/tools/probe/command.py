@@ -9,9 +9,10 @@ import click
 from click.core import ParameterSource
 
 from relay.config import HIGHEST_PORT, SERVICE_PORT
-from relay.core.addresses import Endpoint, SocketAddress
+from relay.core.addresses import SocketAddress
 from relay.core.attributes import USERNAME_LIMIT
 from relay.core.credentials import SALT_BYTES, Credential, mint
+from relay.net.endpoint import Endpoint
 from relay.net.names import look_up
 from relay.options import FILE, Parsed, read_secret
 from relay.tools.probe import steps

@@ -5,11 +5,12 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from relay.core.addresses import Endpoint, Family, SocketAddress, family_of, show, socket_address
+from relay.core.addresses import Family, SocketAddress, family_of, show, socket_address
 from relay.core.attributes import CHANNEL_NUMBER, XOR_MAPPED_ADDRESS, XOR_PEER_ADDRESS
 from relay.core.credentials import Credential
 from relay.core.errors import ErrorCode
 from relay.core.stun import Method
+from relay.net.endpoint import Endpoint
 from relay.tools.probe.allocation import TRANSPORT, ProbeAllocations
 from relay.tools.probe.client import (
     NoRouteError,

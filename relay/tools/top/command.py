@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from relay.config import UsageError
-from relay.core.addresses import Endpoint
+from relay.net.endpoint import Endpoint
 from relay.options import NETWORK
 from relay.tools.control import StatusQuery, control_option, fetch
 from relay.tools.top import view

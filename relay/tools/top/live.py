@@ -8,7 +8,7 @@ import threading
 import time
 from typing import TypeAlias
 
-from relay.core.addresses import Endpoint
+from relay.net.endpoint import Endpoint
 from relay.status.model import Status
 from relay.tools.control import NoAnswerError, StatusQuery, fetch
 from relay.tools.top.scene import QUIT, Scene, keys_in, press

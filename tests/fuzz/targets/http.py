@@ -6,7 +6,7 @@ from http import HTTPStatus
 
 import h11
 
-from relay.core.addresses import Endpoint
+from relay.net.endpoint import Endpoint
 from relay.ops.http.endpoint import HttpEndpoint, Limits, Page, Pages, Query
 from relay.ops.http.messages import HttpRequest, parse_request, render, response
 from relay.ops.logs.filter import LogFilter
