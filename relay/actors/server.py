@@ -96,8 +96,7 @@ class ServerActor(Actor):
         self.core = core
         self.counters = counters
         self._mailbox = cast(Mailbox, self.actor_inbox)
-        self.load = self._mailbox.load
-        self._sockets = AllocationSockets(self.actor_ref, self.load, paths.inherited)
+        self._sockets = AllocationSockets(self.actor_ref, self._mailbox.load, paths.inherited)
         self.allocations = self._sockets.by_id
         if paths.inherited:
             self._mailbox.patience = HANDOVER_WAIT
@@ -163,20 +162,24 @@ class ServerActor(Actor):
             yield_cpu()
         return result
 
+    def brace(self) -> None:
+        """Let packets survive the start of a successor, which takes CPU. Call this in an `Execute`."""
+        self._mailbox.patience = HANDOVER_WAIT
+        self._mailbox.load.set_preempts(preempts=True)
+
     def freeze(self) -> None:
         """Relay packets of established channels only, and hold all other input. Call this in an `Execute`."""
         self._carry_out()
-        self._mailbox.patience = HANDOVER_WAIT
         self._frozen = FrozenRelay(self.core, self._monotonic, self._send)
         self._mailbox.handle_by(self._frozen.handlers)
         self._mailbox.wake_at(None, self._clock)
 
     def thaw(self) -> None:
-        """Go on after `freeze`, with all that was held. Call this in an `Execute`."""
+        """Go on after `brace` or `freeze`, with all that was held. Call this in an `Execute`."""
+        self._mailbox.patience = CORE_WAIT
         frozen, self._frozen = self._frozen, None
         if frozen is None:
             return
-        self._mailbox.patience = CORE_WAIT
         self._mailbox.handle_by(self._packets)
         if self._offload is not None:
             self._offload(frozen.commands)

@@ -256,7 +256,7 @@ class _Predecessor:
 
     def _prepare(self, actor: ServerActor) -> None:
         """Let the start of the successor neither delay packets nor cause an overload in which buffers are shrunk."""
-        actor.load.set_preempts(preempts=True)
+        actor.brace()
         self._keep_buffers(actor, large=True)
 
     def _keep_buffers(self, actor: ServerActor, *, large: bool) -> None:
