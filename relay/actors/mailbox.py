@@ -4,9 +4,11 @@ import math
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
+
+import pykka
 
 from relay.actors.messages import ClientDatagrams, Failed, PeerDatagrams, Tick
 from relay.core.commands import cut
@@ -193,3 +195,12 @@ class Mailbox(TimedMailbox):
         kept = requests_only(message.batch) if isinstance(message, ClientDatagrams) else []
         self.dropped += sum(len(cut(data, segment_size)) for data, _, segment_size, _ in message.batch) - len(kept)
         return message._replace(batch=kept)
+
+
+def depths() -> dict[str, int]:
+    """Return the number of messages in the mailboxes of all actors but allocations, by the name of the class."""
+    found: Counter[str] = Counter()
+    for ref in pykka.ActorRegistry.get_all():
+        inbox: Any = ref.actor_inbox
+        found[ref.actor_class.__name__] += len(inbox) if isinstance(inbox, TimedMailbox) else inbox.qsize()
+    return found

@@ -4,10 +4,13 @@ import queue
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from relay.core.commands import Drained
 from relay.core.portal.commands import Begin, Fatal, Left
+
+REQUEST_TIMEOUT: Final = 3.0
+"""Seconds for the main thread to handle a request of an operator. It handles most events at once; a dump takes longer."""
 
 
 class SystemRequest(Enum):
@@ -50,3 +53,13 @@ Event: TypeAlias = SystemRequest | DrainRequest | Failure | Begin | Left | Fatal
 
 EventQueue: TypeAlias = queue.SimpleQueue[Event]
 """Any thread may put events. The main thread gets them."""
+
+
+def request_drain(events: EventQueue, seconds: float | None) -> str | None:
+    """Ask the supervisor to drain, or to stop draining (None). Return the reason of a refusal, or None."""
+    response: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    events.put(DrainRequest(seconds, response.put))
+    try:
+        return response.get(timeout=REQUEST_TIMEOUT)
+    except queue.Empty:
+        return f"the relay did not answer within {REQUEST_TIMEOUT:g} s: see its log"

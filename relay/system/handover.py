@@ -32,12 +32,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
 import pykka
 
 from relay import __version__
-from relay.actors.messages import ClientDatagrams, Execute, OffloadedLinks, PeerDatagrams, Succeeded
+from relay.actors.messages import ClientDatagrams, Execute, PeerDatagrams, Succeeded
 from relay.actors.server import ServerActor
 from relay.config import UsageError
 from relay.core.addresses import AllocationId, Family, RelayedPort, family_of
@@ -57,9 +57,6 @@ from relay.ops.machine import OTHER_DESCRIPTORS
 from relay.system.events import HandedOver
 from relay.system.succession import PREPARATION, SUCCESSION, settings_of
 from relay.system.system import System
-
-if TYPE_CHECKING:
-    from relay.system.offload import Offloading
 
 PORTION: Final = 64
 """Allocations in a message: 0.8 ms of the server actor."""
@@ -245,7 +242,7 @@ class _Predecessor:
         pages = {name: [each.listening.fileno() for each in server.listeners] for name, server in system.pages.items()}
         self._link.send("pages", [[name, len(each)] for name, each in pages.items()], list(itertools.chain(*pages.values())))
         if system.offload is not None:
-            with _links_of(system.offload) as (self._offloaded, descriptors):
+            with system.offload.links() as (self._offloaded, descriptors):
                 self._link.send("links", self._offloaded, descriptors)
         ids = self._in_actor(lambda _: self._handover.begin())
         for start in range(0, len(ids), PORTION):
@@ -288,7 +285,7 @@ class _Predecessor:
 
     def _send_rest(self) -> None:
         if self._system.offload is not None:
-            with _links_of(self._system.offload) as (now, _):
+            with self._system.offload.links() as (now, _):
                 if now != self._offloaded:
                     raise HandoverError("an interface with the XDP program has changed: try again")
         self._frozen_at = time.monotonic()
@@ -392,12 +389,3 @@ class _Predecessor:
 
     def _left(self) -> float:
         return max(0.1, self._until - time.monotonic())
-
-
-@contextlib.contextmanager
-def _links_of(offload: "Offloading") -> Iterator[OffloadedLinks]:
-    links = offload.links()
-    try:
-        yield links
-    finally:
-        close_all(links.descriptors)

@@ -1,7 +1,7 @@
 """Offload as a part of the system: starts and stops its actors, and passes the server actor's commands to the kernel."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import pykka
@@ -19,6 +19,7 @@ from relay.actors.offload import (
 from relay.core.addresses import ClientAddress, Family, family_of, show
 from relay.core.commands import OFFLOAD_COMMANDS, Command, InstallChannel
 from relay.logger import Logger
+from relay.net.handover import close_all
 from relay.net.routes import source_toward
 from relay.net.threads import yield_cpu
 from relay.net.udp import UdpSocket
@@ -99,10 +100,14 @@ class Offloading:
         if stops:
             self.datapath.detach()
 
-    def links(self) -> OffloadedLinks:
-        """Return the interfaces with the program, for a successor. The caller closes the descriptors."""
-        links: OffloadedLinks | None = self._ask(ReadLinks())
-        return NO_LINKS if links is None else links
+    @contextlib.contextmanager
+    def links(self) -> Iterator[OffloadedLinks]:
+        """Return the interfaces with the program, for a successor. The descriptors are closed at the end."""
+        links: OffloadedLinks = self._ask(ReadLinks()) or NO_LINKS
+        try:
+            yield links
+        finally:
+            close_all(links.descriptors)
 
     def install(self, commands: list[Command]) -> None:
         """Apply the offload commands of a predecessor's state, and return when the next hops are written."""

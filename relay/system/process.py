@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from relay.actors.mailbox import depths
 from relay.config import AttachMode, Config, DiscoveryMethod, LogFormat, OffloadConfig, PortalAccess, UsageError
 from relay.core.credentials import SALT_BYTES, mint
 from relay.core.peers import Network
@@ -141,7 +142,7 @@ def serve(
             if unread:
                 _log.info("variables of the Rust relay have no effect", variables=unread)
             with nullcontext() if config.handover_socket is None else HandoverListener(system, config.handover_socket):
-                code = supervise(system, lambda: dump(system.measured, system.inboxes(), log))
+                code = supervise(system, lambda: dump(system.measured, depths(), log))
         if system.has_successor and os.getpid() == 1:
             _wait_for_end(events)
     except UsageError:

@@ -1,10 +1,10 @@
 """Compose a relay: start its parts in order, and stop them in reverse order."""
 
 import contextlib
+import functools
 import math
 import queue
 import threading
-from collections import Counter
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -13,7 +13,7 @@ import pykka
 from relay import __version__
 from relay.actors.addresses import AddressActor
 from relay.actors.handover import InheritedReader
-from relay.actors.mailbox import Mailbox, TimedMailbox
+from relay.actors.mailbox import Mailbox
 from relay.actors.messages import Execute, Kick, OwnAddresses
 from relay.actors.readers import ListenerActor, RequestListenerActor
 from relay.actors.server import DataPaths, ServerActor
@@ -51,7 +51,7 @@ from relay.ops.totals import Handovers, NotReady, RelayState, RelayTotals, Serve
 from relay.system.core import random_source, server_config
 from relay.system.cpu import sharing_a_cpu
 from relay.system.data_paths import OwnNetwork, open_data_paths
-from relay.system.events import DrainRequest, EventQueue, Failure, SystemRequest
+from relay.system.events import EventQueue, Failure, SystemRequest, request_drain
 from relay.system.liveness import Liveness
 from relay.system.pages import PageContext, serving, warn_if_open
 from relay.system.shutdown import ANSWERING, Shutdown
@@ -64,9 +64,6 @@ if TYPE_CHECKING:
     from relay.system.offload import Offloading
     from relay.system.succession import Inheritance
 
-
-REQUEST_TIMEOUT = 3.0
-"""Seconds for the main thread to handle a request of an operator. It handles most events at once; a dump takes longer."""
 
 _log = Logger("relay.actors.system")
 
@@ -225,14 +222,6 @@ class System:
         except (pykka.Timeout, pykka.ActorDeadError):
             return None
 
-    def inboxes(self) -> dict[str, int]:
-        """Return the number of messages in the inboxes of all actors but allocations, by the name of the class."""
-        depths: Counter[str] = Counter()
-        for ref in pykka.ActorRegistry.get_all():
-            inbox: Any = ref.actor_inbox
-            depths[ref.actor_class.__name__] += len(inbox) if isinstance(inbox, TimedMailbox) else inbox.qsize()
-        return depths
-
     def _start(self) -> None:
         """Start all parts but the listeners. Push the end of each part on the stack, which runs them in reverse order."""
         self._stack.enter_context(sharing_a_cpu(self.config))
@@ -276,7 +265,7 @@ class System:
             clients=lambda: [self.address_of(family) for family in self.groups],
             now=self._clock.now,
             kick=self._kick,
-            drain=self._request_drain,
+            drain=functools.partial(request_drain, self.events),
             log=self._log,
         )
         inherited = {} if self._inheritance is None else self._inheritance.pages
@@ -404,15 +393,6 @@ class System:
         started = listener.start(name, receiver, self.server, self._inbox.load, self._failed)
         self._stack.callback(_stop, name, started, self.config.timeouts.stop_listener)
         self._stack.callback(receiver.stop)
-
-    def _request_drain(self, seconds: float | None) -> str | None:
-        """Ask the supervisor to drain, or to stop draining (None). Return the reason of a refusal, or None."""
-        response: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self.events.put(DrainRequest(seconds, response.put))
-        try:
-            return response.get(timeout=REQUEST_TIMEOUT)
-        except queue.Empty:
-            return f"the relay did not answer within {REQUEST_TIMEOUT:g} s: see its log"
 
     def _failed(self, actor: str, error: BaseException) -> None:
         self.events.put(Failure(actor, error))

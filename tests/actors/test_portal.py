@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 import pykka
 import pytest
 
+from relay.actors.mailbox import depths
 from relay.actors.messages import Tick
 from relay.config import PortalAccess, Timeouts
 from relay.core.addresses import Family
@@ -462,7 +463,7 @@ def test_joining_through_a_proxy_does_not_log_its_password(start: MemberMaker, p
 def test_a_dump_contains_the_portals_state(member: Member, portal: ScriptedPortal) -> None:
     def state() -> Any:  # noqa: ANN401 - as JSON has it
         log = KeptLog()
-        dump(member.system.measured, member.system.inboxes(), log)
+        dump(member.system.measured, depths(), log)
         return log.take()[0]
 
     written = state()
@@ -1500,7 +1501,7 @@ def check_that_nothing_is_shown(member: Member, caplog: pytest.LogCaptureFixture
     channel = member.channel
     assert isinstance(channel, Recorded)
     log = KeptLog()
-    dump(member.system.measured, member.system.inboxes(), log)
+    dump(member.system.measured, depths(), log)
     tracebacks = [
         "".join(traceback.format_exception(each))
         for entry in member.log

@@ -100,7 +100,7 @@ def test_each_target_has_a_number_of_runs() -> None:
     assert [*RUNS] == [*registry.TARGETS]
 
 
-@pytest.mark.skipif(HAS_ATHERIS, reason="it is installed")
+@pytest.mark.skipif(HAS_ATHERIS, reason="only a machine without the fuzzer shows this: atheris is installed")
 def test_without_atheris_a_short_run_is_skipped_and_a_long_run_fails(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--short"]) == 0
     assert capsys.readouterr().out.startswith("not fuzzed: atheris is not installed")

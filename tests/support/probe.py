@@ -21,6 +21,7 @@ from relay.tools.probe.report import Report
 from relay.tools.probe.traffic import PacketPlan
 from tests.support.requirements import HAS_IPV6
 from tests.support.shell import HOSTS, SECRET, Shell, open_udp
+from tests.support.waiting import wait_until
 
 PATIENT = 30.0
 """Timeout for a responding server on a busy machine."""
@@ -124,7 +125,7 @@ def start_coturn(tmp_path: Path) -> Iterator[Callable[..., Coturn]]:
         started.append(
             subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=tmp_path)
         )
-        _wait_for(coturn.port)
+        wait_until(lambda: _answers(coturn.port), 60)
         return coturn
 
     yield start
@@ -137,15 +138,10 @@ def start_coturn(tmp_path: Path) -> Iterator[Callable[..., Coturn]]:
             process.wait()
 
 
-def _wait_for(port: int) -> None:
-    address = ("127.0.0.1", port)
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        with TurnClient(address, 1) as client:
-            try:
-                client.exchange(Method.BINDING)
-            except ProbeError:
-                time.sleep(0.05)
-            else:
-                return
-    pytest.fail("coturn did not answer within a minute")
+def _answers(port: int) -> bool:
+    with TurnClient(("127.0.0.1", port), 1) as client:
+        try:
+            client.exchange(Method.BINDING)
+        except ProbeError:
+            return False
+    return True
